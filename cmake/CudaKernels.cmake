@@ -1,0 +1,70 @@
+# gemma2_cuda_kernels(target source...): the CUDA kernels, by calling nvcc directly.
+#
+# GEMMA2_EXT_CUDA: AUTO (build them in when torch is a CUDA build and nvcc is found), ON, OFF, or CHECK (compile to
+# objects only, which works beside a CPU-only torch). CMake's own CUDA language stays off: CMake 3.25 does not know
+# nvcc 13's dialect flags and wants a full toolkit.
+set(GEMMA2_EXT_CUDA AUTO CACHE STRING "AUTO, ON, OFF or CHECK")
+set(GEMMA2_EXT_CUDA_ARCHS "80;90a;100;120" CACHE STRING "SM versions; the last one gets PTX too")
+
+function(gemma2_cuda_kernels target)
+  if(NOT ARGN)
+    return()
+  endif()
+  set(mode ${GEMMA2_EXT_CUDA})
+  find_program(GEMMA2_NVCC nvcc HINTS $ENV{CUDA_HOME}/bin /usr/local/cuda/bin NO_CACHE)
+  if(mode STREQUAL AUTO)
+    if(TORCH_CUDA AND GEMMA2_NVCC)
+      set(mode ON)
+    else()
+      set(mode OFF)
+    endif()
+  endif()
+  message(STATUS "gemma2_ext CUDA kernels: ${mode} (nvcc: ${GEMMA2_NVCC})")
+  if(mode STREQUAL OFF)
+    return()
+  endif()
+  if(NOT GEMMA2_NVCC)
+    message(FATAL_ERROR "GEMMA2_EXT_CUDA=${mode} needs nvcc, which was found neither on PATH nor in CUDA_HOME")
+  endif()
+  if(mode STREQUAL ON AND NOT TORCH_CUDA)
+    message(FATAL_ERROR "GEMMA2_EXT_CUDA=ON, but ${TORCH_DIR} is a CPU-only PyTorch")
+  endif()
+  execute_process(COMMAND ${GEMMA2_NVCC} --version OUTPUT_VARIABLE version COMMAND_ERROR_IS_FATAL ANY)
+  string(REGEX MATCH "release ([0-9]+)\\." _ "${version}")
+  if(TORCH_CUDA AND NOT TORCH_CUDA MATCHES "^${CMAKE_MATCH_1}\\.")
+    message(FATAL_ERROR "nvcc is CUDA ${CMAKE_MATCH_1}, but PyTorch was built with CUDA ${TORCH_CUDA}")
+  endif()
+
+  set(architectures "")
+  foreach(arch ${GEMMA2_EXT_CUDA_ARCHS})
+    list(APPEND architectures -gencode=arch=compute_${arch},code=sm_${arch})
+    set(last ${arch})
+  endforeach()
+  list(APPEND architectures -gencode=arch=compute_${last},code=compute_${last})
+
+  set(objects "")
+  foreach(source ${ARGN})
+    get_filename_component(name ${source} NAME_WE)
+    set(object ${CMAKE_CURRENT_BINARY_DIR}/${name}.cu.o)
+    add_custom_command(OUTPUT ${object} DEPFILE ${object}.d
+      DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/${source}
+      COMMAND ${GEMMA2_NVCC} -c ${CMAKE_CURRENT_SOURCE_DIR}/${source} -o ${object}
+        -MD -MF ${object}.d -MT ${object} -std=c++17 -O3 ${architectures} --threads 0
+        -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden
+      COMMENT "nvcc ${source} [${GEMMA2_EXT_CUDA_ARCHS}]" VERBATIM COMMAND_EXPAND_LISTS)
+    list(APPEND objects ${object})
+  endforeach()
+  if(mode STREQUAL CHECK)
+    add_custom_target(cuda_check DEPENDS ${objects})
+    return()
+  endif()
+
+  target_sources(${target} PRIVATE ${objects})
+  target_compile_definitions(${target} PRIVATE GEMMA2_WITH_CUDA USE_CUDA)
+  # The static runtime: no libcudart to find when the extension is imported; it shares torch's primary context.
+  execute_process(COMMAND ${GEMMA2_NVCC} -dryrun -c x.cu ERROR_VARIABLE dryrun OUTPUT_QUIET)
+  string(REGEX MATCH "TOP=([^\n]+)" _ "${dryrun}")
+  find_library(GEMMA2_CUDART cudart_static REQUIRED NO_CACHE HINTS ${CMAKE_MATCH_1}/lib64
+    ${CMAKE_MATCH_1}/lib ${CMAKE_MATCH_1}/targets/x86_64-linux/lib)
+  target_link_libraries(${target} PRIVATE ${TORCH_DIR}/lib/libtorch_cuda.so ${GEMMA2_CUDART} dl rt pthread)
+endfunction()

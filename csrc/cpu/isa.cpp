@@ -1,0 +1,100 @@
+#include "isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace gemma2 {
+namespace {
+
+struct Isa {
+  const char* name;
+  const CpuKernels* kernels;
+  bool (*supported)();
+};
+
+bool always() { return true; }
+
+#if defined(__x86_64__)
+// __builtin_cpu_supports also asks whether the operating system saves the wide registers.
+[[maybe_unused]] bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+[[maybe_unused]] bool has_avx512() {
+#ifdef GEMMA2_EMULATE_ISA
+  return has_avx2();
+#else
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+}
+
+[[maybe_unused]] bool has_avx512_bf16() {
+#ifdef GEMMA2_EMULATE_ISA
+  return has_avx512();
+#else
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("avx512vnni");
+#endif
+}
+#endif
+
+const Isa kIsas[] = {
+    {"scalar", &scalar::kKernels, always},
+#ifdef GEMMA2_BUILT_avx2
+    {"avx2", &avx2::kKernels, has_avx2},
+#endif
+#ifdef GEMMA2_BUILT_avx512
+    {"avx512", &avx512::kKernels, has_avx512},
+#endif
+#ifdef GEMMA2_BUILT_avx512_bf16
+    {"avx512_bf16", &avx512_bf16::kKernels, has_avx512_bf16},
+#endif
+};
+
+const Isa* find_isa(const std::string& name, const char* source) {
+  std::string names;
+  for (const Isa& isa : kIsas) {
+    if (!isa.supported()) continue;
+    if (name == isa.name) return &isa;
+    names += names.empty() ? "" : ", ";
+    names += isa.name;
+  }
+  throw std::invalid_argument("gemma2_ext: " + std::string(source) + " must be one of " + names +
+                              " on this machine, got '" + name + "'");
+}
+
+const Isa* initial_isa() {
+  const char* forced = std::getenv("GEMMA2_EXT_CPU_ISA");
+  if (forced && *forced) return find_isa(forced, "GEMMA2_EXT_CPU_ISA");
+  const Isa* best = nullptr;
+  for (const Isa& isa : kIsas) {
+    if (isa.supported()) best = &isa;
+  }
+  return best;
+}
+
+std::atomic<const Isa*>& current_isa() {
+  static std::atomic<const Isa*> isa{initial_isa()};
+  return isa;
+}
+
+}  // namespace
+
+std::vector<std::string> supported_cpu_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : kIsas) {
+    if (isa.supported()) names.emplace_back(isa.name);
+  }
+  return names;
+}
+
+std::string cpu_isa() { return current_isa().load()->name; }
+
+void set_cpu_isa(const std::string& name) { current_isa().store(find_isa(name, "cpu_isa")); }
+
+const CpuKernels& cpu_kernels() { return *current_isa().load(std::memory_order_relaxed)->kernels; }
+
+}  // namespace gemma2

@@ -1,0 +1,34 @@
+// The CPU kernels' entry points: one table per instruction set, all with the same members.
+//
+// A kernel handles units [begin, end) of its op; what a unit is stands in the kernel's file. Units
+// are independent and each is computed the same way however they are shared out, so results do not
+// depend on the number of threads.
+#pragma once
+#include <cstdint>
+
+#include "../params.h"
+
+namespace gemma2 {
+
+#define GEMMA2_CPU_KERNELS(X) X(rms_norm_rows, RmsNormParams)
+
+struct CpuKernels {
+#define GEMMA2_MEMBER(name, Params) void (*name)(const Params&, int64_t begin, int64_t end);
+  GEMMA2_CPU_KERNELS(GEMMA2_MEMBER)
+#undef GEMMA2_MEMBER
+};
+
+#define GEMMA2_DECLARE(name, Params) void name(const Params& p, int64_t begin, int64_t end);
+#define GEMMA2_DECLARE_ISA(isa)      \
+  namespace isa {                    \
+  GEMMA2_CPU_KERNELS(GEMMA2_DECLARE) \
+  extern const CpuKernels kKernels;  \
+  }
+GEMMA2_DECLARE_ISA(scalar)
+GEMMA2_DECLARE_ISA(avx2)
+GEMMA2_DECLARE_ISA(avx512)
+GEMMA2_DECLARE_ISA(avx512_bf16)
+#undef GEMMA2_DECLARE_ISA
+#undef GEMMA2_DECLARE
+
+}  // namespace gemma2

@@ -1,0 +1,113 @@
+// What each kernel is given: pointers with shapes beside them, strides in elements. No torch here;
+// CPU and CUDA kernels share these structs.
+#pragma once
+#include <cstdint>
+
+namespace gemma2 {
+
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+// out[r] = x[r] * rsqrt(mean(x[r]^2) + eps) * (1 + weight)
+struct RmsNormParams {
+  const void* x;  // (rows, hidden_size), last dimension contiguous
+  int64_t x_stride;
+  const void* weight;  // (hidden_size,) contiguous
+  void* out;           // (rows, hidden_size) contiguous
+  int64_t rows;
+  int64_t hidden_size;
+  float eps;
+  DType dtype;  // of x and out
+  DType weight_dtype;
+};
+
+// residual_out = residual + norm(x; post_weight); out = norm(residual_out; pre_weight)
+struct AddRmsNormParams {
+  const void* x;  // (rows, hidden_size), last dimension contiguous
+  int64_t x_stride;
+  const void* residual;  // like x
+  int64_t residual_stride;
+  const void* post_weight;  // (hidden_size,) contiguous
+  const void* pre_weight;
+  void* residual_out;  // (rows, hidden_size) contiguous
+  void* out;
+  int64_t rows;
+  int64_t hidden_size;
+  float eps;
+  DType dtype;  // of x, residual, residual_out and out
+  DType weight_dtype;
+};
+
+// out = gelu_tanh(gate) * up
+struct GegluParams {
+  const void* gate;  // (rows, columns), last dimension contiguous
+  int64_t gate_stride;
+  const void* up;  // like gate
+  int64_t up_stride;
+  void* out;  // (rows, columns) contiguous
+  int64_t rows;
+  int64_t columns;
+  DType dtype;
+};
+
+// One tensor of shape (batch, seqlen, heads, head_dim) with any strides but 1 in the last
+// dimension.
+struct HeadsView {
+  void* data;
+  int64_t batch_stride;
+  int64_t seqlen_stride;
+  int64_t head_stride;
+};
+
+// Half-split rotation of q and k by position * inv_freq; optionally the rotated k and v go into a
+// cache, where position p has slot p % capacity.
+struct RopeParams {
+  HeadsView q, k;              // (batch, seqlen, heads, head_dim)
+  HeadsView q_out, k_out;      // k_out: where k_cache is null
+  HeadsView v;                 // with a cache only
+  HeadsView k_cache, v_cache;  // (batch, capacity, num_kv_heads, head_dim), seqlen_stride a slot
+  int64_t capacity;            // 0: no cache
+  const int64_t* positions;    // (batch, seqlen); below 0: padding, which is neither rotated nor
+                               // written to a cache
+  int64_t positions_batch_stride;  // 0: the same positions for every row of the batch
+  const float* inv_freq;           // (head_dim / 2,)
+  int64_t batch, seqlen, num_heads, num_kv_heads, head_dim;
+  DType dtype;
+};
+
+// softmax(softcap * tanh(scale * q k^T / softcap) + mask) v, with query heads in groups over the
+// key heads.
+struct AttentionParams {
+  HeadsView q, out;  // (batch, seqlen_q, num_heads, head_dim)
+  HeadsView k, v;    // (batch, seqlen_k or capacity, num_kv_heads, head_dim)
+  float* lse;        // (batch, num_heads, seqlen_q), contiguous, natural logarithm; may be null
+  const int64_t* key_lengths;  // (batch,): valid keys end here; null: seqlen_k
+  const int64_t* key_starts;   // (batch,): valid keys begin here; null: 0
+  // Variable length: sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1] of q, or of k and v
+  // (batch_stride 0, and lse is (num_heads, total_q)). Null otherwise.
+  const int32_t* cu_seqlens_q;
+  const int32_t* cu_seqlens_k;
+  int64_t batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim;
+  int64_t capacity;  // > 0: a ring; key j stands in slot j % capacity, and only the last capacity
+                     // keys exist
+  float scale;
+  float softcap;   // 0: none
+  int64_t window;  // 0: none
+  bool causal;
+  DType dtype;
+};
+
+// out[r, n] = sum_k x[r, k] * weight[n, k]; with softcap > 0: softcap * tanh(out / softcap)
+struct LinearParams {
+  const void* x;  // (rows, in_features), last dimension contiguous
+  int64_t x_stride;
+  const void* weight;  // (out_features, in_features), last dimension contiguous
+  int64_t weight_stride;
+  void* out;  // (rows, out_features), last dimension contiguous
+  int64_t out_stride;
+  int64_t rows, in_features, out_features;
+  float softcap;  // 0: none
+  DType dtype;    // of x and weight
+  DType out_dtype;
+};
+
+}  // namespace gemma2

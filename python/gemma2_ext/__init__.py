@@ -1,0 +1,24 @@
+"""Gemma 2 at the speed of the machine: fused ops, a thin model, distillation."""
+
+from __future__ import annotations
+
+# torch first: it loads the libraries that _C is linked against.
+import torch
+
+from . import _C, ops
+
+__version__ = "0.1.0"
+
+
+def build_info() -> dict[str, object]:
+    """Facts about this build: package and torch versions, compiler, CUDA, instruction sets."""
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        **_C.build_info(),
+        "cpu_isa": _C.cpu_isa(),
+        "supported_cpu_isas": _C.supported_cpu_isas(),
+    }
+
+
+__all__ = ["__version__", "build_info", "ops"]

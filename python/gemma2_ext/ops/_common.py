@@ -1,0 +1,44 @@
+"""What the public functions of all ops share."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensor(op: str, name: str, value: object) -> None:
+    """Raises TypeError unless `value` is a tensor of float32, bfloat16 or float16."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"gemma2_ext::{op}: {name} must be a torch.Tensor, got {type(value).__name__}"
+        )
+    if value.dtype not in FLOATS:
+        raise TypeError(
+            f"gemma2_ext::{op}: {name} must be float32, bfloat16 or float16, got {value.dtype}"
+        )
+
+
+def through_dispatcher(*tensors: Tensor) -> bool:
+    """Whether a call has to go through the functional op: it is being traced, or a gradient is asked for.
+
+    Otherwise the public function allocates the output and calls the `_out` op, which is cheaper and leaves an
+    out-of-memory error to torch.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def refuse_backward(op: str) -> None:
+    """Registers a backward that raises, so that a gradient is never silently missing."""
+
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        raise NotImplementedError(
+            f"gemma2_ext::{op} has no backward yet; run it under torch.no_grad() or on detached tensors"
+        )
+
+    torch.library.register_autograd(f"gemma2_ext::{op}", backward)
