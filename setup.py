@@ -28,7 +28,7 @@ def torch_facts() -> tuple[Path, str, str]:
         spec = importlib.util.find_spec("torch")
         if not spec or not spec.origin:
             sys.exit(
-                "gemma2_ext: torch is not installed in this environment; install torch >= 2.11 first."
+                "gemma2_ext: torch is not installed in this environment; install torch >= 2.11."
             )
         folder = os.path.dirname(spec.origin)
     facts: dict = {}
@@ -89,9 +89,7 @@ class CMakeBuild(build_ext):
             subprocess.check_call([cmake, "-S", str(ROOT), "-B", str(build), *arguments])
             subprocess.check_call([cmake, "--build", str(build), "--target", "_C", "-j", jobs])
         except subprocess.CalledProcessError as error:
-            sys.exit(
-                f"gemma2_ext: the build failed (exit code {error.returncode}); the compiler's words are above."
-            )
+            sys.exit(f"gemma2_ext: the build failed (exit code {error.returncode}), see above")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         # Copy beside, then rename: a process that has the old library mapped keeps it.

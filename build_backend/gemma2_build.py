@@ -1,9 +1,10 @@
 """In-tree PEP 517/660 backend: build against the torch that is already installed.
 
-pip runs a backend in an isolated environment, yet with the interpreter of the environment that is installed
-into; only PYTHONPATH and a sitecustomize hide that environment's packages. So this backend starts the same
-interpreter without them, asks what it has, requests only the build tools that it lacks, makes its packages
-importable behind the isolated ones, and hands over to setuptools. Standard library only until then.
+pip runs a backend in an isolated environment, yet with the interpreter of the environment that is
+installed into; only PYTHONPATH and a sitecustomize hide that environment's packages. So this
+backend starts the same interpreter without them, asks what it has, requests only the build tools
+that it lacks, makes its packages importable behind the isolated ones, and hands over to setuptools.
+Standard library only until then.
 """
 
 import json
@@ -36,9 +37,9 @@ _NO_TORCH = """
 gemma2_ext compiles against the PyTorch that you already have, and none was found.
 Looked in:
   {tried}
-Install PyTorch >= 2.11 first (https://pytorch.org/get-started/locally/), then run `pip install .` again.
-If your front end builds in a fresh environment of its own, use `--no-build-isolation`, or set
-GEMMA2_EXT_PYTHON to the python that has torch.
+Install PyTorch >= 2.11 first (https://pytorch.org/get-started/locally/), then run `pip install .`
+again. If your front end builds in a fresh environment of its own, use `--no-build-isolation`, or
+set GEMMA2_EXT_PYTHON to the python that has torch.
 """
 
 
@@ -46,7 +47,7 @@ def _candidates():
     """(reason, interpreter) pairs in which torch may be installed, most telling first."""
     yield "GEMMA2_EXT_PYTHON", os.environ.get("GEMMA2_EXT_PYTHON")
     yield "this interpreter", sys.executable
-    # `uv pip` and `python -m build` create an empty environment, but leave the activated one on PATH.
+    # `uv pip` and `python -m build` create an empty environment, with the activated one on PATH.
     seen = {os.path.realpath(sys.prefix)}
     for folder in os.environ.get("PATH", "").split(os.pathsep):
         prefix = os.path.realpath(os.path.dirname(folder))
@@ -60,7 +61,7 @@ def _candidates():
 
 
 def _probe():
-    """What the first interpreter with torch has; exits with a readable message where there is none."""
+    """What the first interpreter with torch has; exits with a message where there is none."""
     tried = []
     for reason, python in _candidates():
         if not python:

@@ -25,9 +25,10 @@ def assert_accurate(
 ) -> None:
     """Asserts that `actual` is as near the truth as `reference` run in its dtype.
 
-    The truth is `reference(*tensors)` in float64, on inputs already rounded to the tested dtype. The largest error may
-    be twice that of the reference run in the dtype, plus one rounding of the largest value; and every element is within
-    TOLERANCE (times `loosen`, which needs its derivation where it is used).
+    The truth is `reference(*tensors)` in float64, on inputs already rounded to the tested dtype.
+    The largest error may be twice that of the reference run in the dtype, plus one rounding of the
+    largest value; and every element is within TOLERANCE (times `loosen`, which needs its
+    derivation where it is used).
     """
     exact = reference(*(t.double() if t.is_floating_point() else t for t in tensors))
     plain = reference(*tensors)
@@ -47,8 +48,8 @@ def assert_accurate(
 
 
 def with_strides(t: Tensor, kind: str) -> Tensor:
-    """The values of `t` in another layout: "contiguous", "sliced" (a part of wider rows), "strided" (a last dimension
-    with stride 2), "unaligned" (two bytes, or one element, past alignment)."""
+    """The values of `t` in another layout: "contiguous", "sliced" (a part of wider rows),
+    "strided" (a last dimension with stride 2), "unaligned" (one element past alignment)."""
     if kind == "contiguous" or t.dim() == 0:
         return t.contiguous()
     if kind == "sliced":

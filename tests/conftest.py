@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from common import ISAS
 
 import gemma2_ext
+from common import ISAS
 
 
 @pytest.fixture(params=ISAS)

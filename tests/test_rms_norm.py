@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import DTYPES, LAYOUTS, assert_accurate, with_strides
 from torch.library import opcheck
 
+from common import DTYPES, LAYOUTS, assert_accurate, with_strides
 from gemma2_ext import ops, reference
 
 OP = torch.ops.gemma2_ext.rms_norm.default

@@ -1,7 +1,7 @@
 """Gemma 2's operations as torch ops: float32, bfloat16 and float16.
 
-Layout is (batch, seqlen, heads, head_dim). Each function is also `torch.ops.gemma2_ext.<name>`; `reference.py` states
-in plain torch what each computes.
+Layout is (batch, seqlen, heads, head_dim). Each function is also `torch.ops.gemma2_ext.<name>`;
+`reference.py` states in plain torch what each computes.
 """
 
 from .rms_norm import rms_norm

@@ -23,10 +23,10 @@ def check_tensor(op: str, name: str, value: object) -> None:
 
 
 def through_dispatcher(*tensors: Tensor) -> bool:
-    """Whether a call has to go through the functional op: it is being traced, or a gradient is asked for.
+    """Whether a call has to go through the functional op: being traced, or asked for a gradient.
 
-    Otherwise the public function allocates the output and calls the `_out` op, which is cheaper and leaves an
-    out-of-memory error to torch.
+    Otherwise the public function allocates the output and calls the `_out` op, which is cheaper
+    and leaves an out-of-memory error to torch.
     """
     if torch.compiler.is_compiling():
         return True
@@ -38,7 +38,7 @@ def refuse_backward(op: str) -> None:
 
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
         raise NotImplementedError(
-            f"gemma2_ext::{op} has no backward yet; run it under torch.no_grad() or on detached tensors"
+            f"gemma2_ext::{op} has no backward yet; run it under torch.no_grad()"
         )
 
     torch.library.register_autograd(f"gemma2_ext::{op}", backward)
