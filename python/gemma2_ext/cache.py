@@ -1,0 +1,175 @@
+"""The keys and values of past tokens.
+
+A global layer keeps every position; a local layer keeps a ring of its window plus some slack, so
+that the cache of a long context costs about half. Position p of a row is in slot `p % capacity`.
+Padding is never written: every row counts its own tokens from 0, whatever the padding around them.
+
+The slack is what lets several tokens be written at once without losing a key that the first of them
+still sees, and what `rewind` may take back:
+
+    window 4, slack 2, after positions 0..8:   slot      0  1  2  3  4  5
+                                               position  6  7  8  3  4  5
+    the query at 8 sees 5..8; after rewind(2) the one at 6 sees 3..6: all still there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .config import Gemma2Config
+
+# Most tokens that go through the model at once: wide enough for the matrix products, narrow enough
+# that the rings' slack and the activations stay small.
+MAX_CHUNK = 512
+# Least slack: what speculative decoding may take back where the window is tiny.
+MIN_SLACK = 16
+
+
+def ring_slack(config: Gemma2Config) -> int:
+    """Slots of a local layer's ring beyond its window; also the tokens that go through at once."""
+    return min(MAX_CHUNK, max(config.sliding_window, MIN_SLACK))
+
+
+def layer_capacity(config: Gemma2Config, layer: int, max_length: int) -> int:
+    """Slots that a layer's cache holds for each row."""
+    if config.is_local(layer):
+        return min(max_length, config.sliding_window + ring_slack(config))
+    return max_length
+
+
+def cache_bytes(
+    config: Gemma2Config, batch_size: int, max_length: int, dtype: torch.dtype = torch.bfloat16
+) -> int:
+    """Bytes of a KVCache of these sizes, without making one."""
+    slots = sum(layer_capacity(config, i, max_length) for i in range(config.num_hidden_layers))
+    row = config.num_key_value_heads * config.head_dim * dtype.itemsize
+    return 2 * batch_size * slots * row
+
+
+class KVCache:
+    """Keys and values of `batch_size` sequences of up to `max_length` tokens each.
+
+    Args:
+        config: the model's.
+        batch_size: rows.
+        max_length: tokens a row may hold, at most config.max_position_embeddings.
+        dtype: of keys and values, the model's.
+        device: where they live.
+
+    Attributes:
+        keys, values: one tensor a layer, (batch, capacity, num_key_value_heads, head_dim).
+        lengths: (batch,) int64 on the CPU, tokens held by each row.
+
+    Raises:
+        ValueError: batch_size or max_length is below 1, or max_length exceeds the model's context.
+    """
+
+    def __init__(
+        self,
+        config: Gemma2Config,
+        batch_size: int = 1,
+        max_length: int | None = None,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        context = config.max_position_embeddings
+        max_length = context if max_length is None else max_length
+        if batch_size < 1:
+            raise ValueError(f"KVCache: batch_size must be at least 1, got {batch_size}")
+        if not 1 <= max_length <= context:
+            raise ValueError(
+                f"KVCache: max_length must be between 1 and max_position_embeddings = {context}, "
+                f"got {max_length}"
+            )
+        self.config = config
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.chunk_size = ring_slack(config)
+        # Not inference tensors, wherever the cache is made: later writes may come from outside
+        # inference mode. Left uninitialized: no slot is read before it is written.
+        with torch.inference_mode(False):
+            shapes = [
+                (
+                    batch_size,
+                    layer_capacity(config, layer, max_length),
+                    config.num_key_value_heads,
+                    config.head_dim,
+                )
+                for layer in range(config.num_hidden_layers)
+            ]
+            self.keys = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+            self.values = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+            self.lengths = torch.zeros(batch_size, dtype=torch.int64)
+        # One past the last position ever written: older ones may have lost their slot to it.
+        self._written = torch.zeros(batch_size, dtype=torch.int64)
+
+    @property
+    def length(self) -> int:
+        """Tokens held by the longest row."""
+        return int(self.lengths.max())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(t.nbytes for t in (*self.keys, *self.values))
+
+    def check_room(self, counts: Tensor) -> None:
+        """Whether `counts` (batch,) more tokens fit.
+
+        Raises:
+            ValueError: a row would hold more than max_length tokens.
+        """
+        end = self.lengths + counts
+        if int(end.max()) > self.max_length:
+            row = int(end.argmax())
+            raise ValueError(
+                f"KVCache: row {row} holds {int(self.lengths[row])} tokens and is given "
+                f"{int(counts[row])} more, but max_length is {self.max_length}"
+            )
+
+    def reserve(self, counts: Tensor) -> None:
+        """Announces the write of `counts` (batch,) more tokens; `commit` completes it."""
+        self.check_room(counts)
+        self._written = torch.maximum(self._written, self.lengths + counts)
+
+    def commit(self, counts: Tensor) -> None:
+        """Counts `counts` (batch,) more tokens as held, once all layers have written them."""
+        self.lengths = self.lengths + counts
+
+    def rewind(self, n: int | Tensor) -> None:
+        """Takes back the last n tokens of every row, as if they had never been given.
+
+        Args:
+            n: a count, or one a row (batch,).
+
+        Raises:
+            ValueError: n is negative, a row holds fewer tokens, or a ring has already lost keys
+                that the shorter sequence needs (more than `chunk_size` tokens back).
+        """
+        lengths = self.lengths - n
+        if int((self.lengths - lengths).min()) < 0:
+            raise ValueError(f"KVCache: rewind needs n >= 0, got {n}")
+        if int(lengths.min()) < 0:
+            raise ValueError(
+                f"KVCache: cannot take back {n} tokens, the rows hold {self.lengths.tolist()}"
+            )
+        config = self.config
+        for layer in range(config.num_hidden_layers):
+            if not config.is_local(layer):
+                continue
+            capacity = self.keys[layer].shape[1]
+            lost = self._written - capacity  # positions below this one are overwritten
+            oldest = (lengths - config.sliding_window + 1).clamp(min=0)
+            if bool((lost > oldest).any()):
+                raise ValueError(
+                    f"KVCache: cannot take back {n} tokens: local layers keep "
+                    f"{config.sliding_window} positions and {self.chunk_size} more"
+                )
+        self.lengths = lengths
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        self.lengths = torch.zeros_like(self.lengths)
+        self._written = torch.zeros_like(self._written)

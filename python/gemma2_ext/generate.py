@@ -1,0 +1,224 @@
+"""From logits to tokens: sampling, batches that stop each on their own, and a stream."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .cache import KVCache
+
+if TYPE_CHECKING:
+    from .model import Gemma2
+
+# <eos> and <end_of_turn>: Gemma 2 ends an answer with either.
+STOP_IDS = (1, 107)
+PAD_ID = 0
+# Nucleus sampling looks at this many tokens first, and sorts the vocabulary only where they do not
+# carry the asked probability.
+NUCLEUS_CANDIDATES = 1024
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws a token from logits.
+
+    Filters apply in this order: temperature, top_k, top_p, min_p, as in transformers.
+
+    Args:
+        temperature: logits are divided by it; 0 takes the largest logit, whatever else is set.
+        top_k: only the k most probable tokens.
+        top_p: only the most probable tokens that together carry top_p, the one that reaches it
+            included.
+        min_p: only tokens at least min_p times as probable as the most probable one.
+        generator: of random numbers; None: torch's own.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"generate: temperature must be at least 0, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"generate: top_k must be at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"generate: top_p must be in (0, 1], got {self.top_p}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"generate: min_p must be in [0, 1], got {self.min_p}")
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """(batch, vocab_size) float32 -> (batch,) int64."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        # Subtracting the largest first keeps a tiny temperature from making inf - inf.
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        if self.top_k is None and self.top_p is None:
+            return self._draw(logits)
+        vocab_size = logits.shape[-1]
+        if self.top_k is not None:
+            values, ids = logits.topk(min(self.top_k, vocab_size), dim=-1)
+            probabilities = values.softmax(-1)
+        else:
+            values, ids = logits.topk(min(NUCLEUS_CANDIDATES, vocab_size), dim=-1)
+            log_total = logits.logsumexp(-1, keepdim=True)
+            probabilities = (values - log_total).exp()
+            if self.top_p is not None and bool((probabilities.sum(-1) < self.top_p).any()):
+                values, ids = logits.sort(dim=-1, descending=True)
+                probabilities = (values - log_total).exp()
+        if self.top_p is not None:
+            before = probabilities.cumsum(-1) - probabilities
+            values = values.masked_fill(before >= self.top_p, -math.inf)
+        return ids.gather(-1, self._draw(values)[:, None])[:, 0]
+
+    def _draw(self, logits: Tensor) -> Tensor:
+        if self.min_p is not None and self.min_p > 0:
+            floor = logits.amax(-1, keepdim=True) + math.log(self.min_p)
+            logits = logits.masked_fill(logits < floor, -math.inf)
+        probabilities = logits.softmax(-1)
+        return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
+
+
+def generate(
+    model: Gemma2,
+    input_ids: Tensor,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int | None = None,
+    attention_mask: Tensor | None = None,
+    cache: KVCache | None = None,
+    stop_ids: Sequence[int] | None = None,
+) -> Tensor:
+    """Continues each row until it draws a stop token, max_new_tokens, or the context's end.
+
+    Args:
+        model: the model.
+        input_ids: (batch, seqlen) int64 or int32; with a cache, the tokens it does not hold yet.
+        max_new_tokens: at least 0.
+        temperature, top_k, top_p, min_p: see `Sampler`.
+        seed: of the random numbers, for a result that can be repeated; None: torch's generator.
+        attention_mask: (batch, seqlen), true where input_ids holds a token; padding on any side.
+        cache: continued, and left holding all tokens but the last one drawn; None: a fresh one.
+        stop_ids: tokens that end a row; None: 1 (<eos>) and 107 (<end_of_turn>).
+
+    Returns:
+        (batch, seqlen + n), input_ids' dtype: the prompt as given, then the new tokens with the
+        stop token included, and 0 (<pad>) after it.
+
+    Raises:
+        TypeError, ValueError: see `Gemma2.forward` and `Sampler`; a prompt that does not fit the
+            context or the cache.
+    """
+    sampler = _sampler(temperature, top_k, top_p, min_p, seed)
+    new = list(_steps(model, input_ids, max_new_tokens, sampler, attention_mask, cache, stop_ids))
+    if not new:
+        return input_ids.clone()
+    return torch.cat([input_ids, torch.stack(new, dim=1).to(input_ids)], dim=1)
+
+
+def stream(
+    model: Gemma2,
+    input_ids: Tensor,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int | None = None,
+    attention_mask: Tensor | None = None,
+    cache: KVCache | None = None,
+    stop_ids: Sequence[int] | None = None,
+) -> Iterator[int]:
+    """The tokens that `generate` would append to one prompt, each as soon as it is drawn.
+
+    Arguments as for `generate`, with input_ids of shape (1, seqlen). The stop token is yielded too.
+    Closing the iterator early leaves the cache holding every token yielded but the last.
+
+    Raises:
+        ValueError: input_ids has more than one row; else as `generate`. Arguments are checked at
+            the call, not at the first token.
+    """
+    if isinstance(input_ids, Tensor) and input_ids.dim() == 2 and input_ids.shape[0] != 1:
+        raise ValueError(f"stream: one prompt at a time, got {input_ids.shape[0]} rows")
+    sampler = _sampler(temperature, top_k, top_p, min_p, seed)
+    steps = _steps(model, input_ids, max_new_tokens, sampler, attention_mask, cache, stop_ids)
+    return (int(tokens) for tokens in steps)
+
+
+def _sampler(
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    seed: int | None,
+) -> Sampler:
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    return Sampler(temperature, top_k, top_p, min_p, generator)
+
+
+def _steps(
+    model: Gemma2,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    sampler: Sampler,
+    attention_mask: Tensor | None,
+    cache: KVCache | None,
+    stop_ids: Sequence[int] | None,
+) -> Iterator[Tensor]:
+    """Checks the arguments, then yields each step's tokens (batch,): 0 in rows that stopped."""
+    if max_new_tokens < 0:
+        raise ValueError(f"generate: max_new_tokens must be at least 0, got {max_new_tokens}")
+    model._check_input(input_ids, attention_mask, cache)
+    batch = input_ids.shape[0]
+    counts = torch.full((batch,), input_ids.shape[1])
+    if attention_mask is not None:
+        counts = (attention_mask != 0).sum(-1)
+    if cache is None:
+        longest, context = int(counts.max()), model.config.max_position_embeddings
+        if longest > context:
+            raise ValueError(
+                f"generate: the prompt's {longest} tokens exceed the context, "
+                f"max_position_embeddings = {context}"
+            )
+        cache = model.new_cache(batch, max(1, min(longest + max_new_tokens, context)))
+    else:
+        cache.check_room(counts)
+    stops = torch.tensor(STOP_IDS if stop_ids is None else list(stop_ids), dtype=torch.int64)
+    return _run(model, input_ids, max_new_tokens, sampler, attention_mask, cache, stops)
+
+
+def _run(
+    model: Gemma2,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    sampler: Sampler,
+    attention_mask: Tensor | None,
+    cache: KVCache,
+    stops: Tensor,
+) -> Iterator[Tensor]:
+    running = torch.ones(input_ids.shape[0], dtype=torch.bool)
+    step_ids, step_mask = input_ids, attention_mask
+    for _ in range(max_new_tokens):
+        # The mode must not leak into the caller between two tokens of a stream.
+        with torch.inference_mode():
+            logits = model(step_ids, step_mask, cache=cache, last_only=True)[:, 0]
+            tokens = sampler(logits)
+        tokens = torch.where(running, tokens, PAD_ID)
+        yield tokens
+        running = running & ~torch.isin(tokens, stops)
+        if not bool(running.any()) or cache.length >= cache.max_length:
+            return
+        step_ids, step_mask = tokens[:, None], None

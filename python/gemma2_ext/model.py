@@ -1,0 +1,409 @@
+"""Gemma 2 over the fused ops.
+
+    x = embedding * sqrt(hidden_size)
+    every layer:  x += post_attention_norm(attention(input_norm(x)))
+                  x += post_feedforward_norm(mlp(pre_feedforward_norm(x)))
+    logits = softcap * tanh(norm(x) @ embedding^T / softcap)
+
+Each "norm, add, next norm" is one op, so a layer is: linear (q, k, v as one product), rope with the
+cache write, attention, linear, add_rms_norm, linear (gate and up as one), geglu, linear,
+add_rms_norm.
+Source: arXiv 2408.00118; transformers `models/gemma2`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import generate as _generate
+from . import ops
+from .cache import KVCache
+from .config import Gemma2Config
+from .weights import load_weights, save_weights
+
+
+class Weight(nn.Module):
+    """A parameter named `weight`, so that parameters carry their checkpoint's names."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def layer_shapes(config: Gemma2Config) -> dict[str, tuple[int, ...]]:
+    """The parameters of one layer by name; (out_features, in_features) for the products."""
+    hidden, inter = config.hidden_size, config.intermediate_size
+    q_rows = config.num_attention_heads * config.head_dim
+    kv_rows = config.num_key_value_heads * config.head_dim
+    return {
+        "qkv_proj": (q_rows + 2 * kv_rows, hidden),
+        "o_proj": (hidden, q_rows),
+        "gate_up_proj": (2 * inter, hidden),
+        "down_proj": (hidden, inter),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+        "pre_feedforward_layernorm": (hidden,),
+        "post_feedforward_layernorm": (hidden,),
+    }
+
+
+def parameter_shapes(config: Gemma2Config) -> dict[str, tuple[int, ...]]:
+    """Every parameter of the model by name; q, k, v and gate, up are stacked as one matrix each."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed_tokens.weight": (config.vocab_size, config.hidden_size)
+    }
+    for i in range(config.num_hidden_layers):
+        for name, shape in layer_shapes(config).items():
+            shapes[f"layers.{i}.{name}.weight"] = shape
+    shapes["norm.weight"] = (config.hidden_size,)
+    return shapes
+
+
+class Layer(nn.Module):
+    """One layer's weights; the computation stands in Gemma2.forward."""
+
+    def __init__(self, config: Gemma2Config, weights: dict[str, Tensor], prefix: str) -> None:
+        super().__init__()
+        for name in layer_shapes(config):
+            setattr(self, name, Weight(weights[f"{prefix}{name}.weight"]))
+
+
+class Gemma2(nn.Module):
+    """A Gemma 2 model.
+
+    Args:
+        config: the model's configuration.
+        weights: a tensor for every name of `parameter_shapes(config)`, all of one dtype and device;
+            None: weights drawn as for training from scratch (norms 0, the rest normal with standard
+            deviation 0.02), float32 unless `dtype` says otherwise.
+        dtype: of weights that are drawn; must be None where weights are given.
+
+    Parameters do not ask for gradients; `requires_grad_(True)` changes that.
+
+    Raises:
+        ValueError: a weight is missing, unknown, or of another shape, dtype or device.
+    """
+
+    def __init__(
+        self,
+        config: Gemma2Config,
+        weights: dict[str, Tensor] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if weights is None:
+            weights = _initial_weights(config, dtype or torch.float32)
+        elif dtype is not None:
+            raise ValueError("Gemma2: dtype is for weights that are drawn; convert the given ones")
+        _check_weights(config, weights)
+        self.config = config
+        self.embed_tokens = Weight(weights["embed_tokens.weight"])
+        self.layers = nn.ModuleList(
+            Layer(config, weights, f"layers.{i}.") for i in range(config.num_hidden_layers)
+        )
+        self.norm = Weight(weights["norm.weight"])
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        quantize: str | None = None,
+        *,
+        sliding_window: int | None = None,
+        progress: bool = False,
+    ) -> Gemma2:
+        """Loads a Hugging Face folder: config.json and model.safetensors, single or in shards.
+
+        Args:
+            folder: where they are.
+            dtype: of the weights in memory; None: that of the file.
+            device: "cpu".
+            quantize: None; quantized weights are not supported yet.
+            sliding_window: keys that a local layer sees, in place of the configuration's.
+            progress: whether to show a progress bar on stderr.
+
+        Raises:
+            FileNotFoundError, OSError, ValueError, TypeError, NotImplementedError, MemoryError:
+                each names the file, the field or tensor, what was expected and what was found.
+        """
+        if quantize is not None:
+            raise NotImplementedError(
+                f"Gemma2: quantized weights are not supported yet, got {quantize!r}"
+            )
+        if torch.device(device).type != "cpu":
+            raise NotImplementedError(f"Gemma2: only the CPU is supported yet, got {device}")
+        config = Gemma2Config.from_pretrained(folder)
+        if sliding_window is not None:
+            config = replace(config, sliding_window=sliding_window)
+        return cls(config, load_weights(folder, config, dtype=dtype, progress=progress))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes config.json and safetensors with Hugging Face's names, for transformers too."""
+        os.makedirs(folder, exist_ok=True)
+        weights = {name: p.detach() for name, p in self.named_parameters()}
+        save_weights(folder, weights, self.config)
+        self.config.save_pretrained(folder)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of weights and activations."""
+        return self.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embed_tokens.weight.device
+
+    def new_cache(self, batch_size: int = 1, max_length: int | None = None) -> KVCache:
+        """An empty cache for this model; max_length None: the whole context."""
+        return KVCache(self.config, batch_size, max_length, dtype=self.dtype, device=self.device)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits of the next token at every position.
+
+        Args:
+            input_ids: (batch, seqlen), int64 or int32, the tokens that the cache does not hold yet.
+            attention_mask: (batch, seqlen), true or 1 where input_ids holds a token, with padding
+                left, right or anywhere; None: everywhere. Tokens are at positions 0, 1, ... of
+                their row, after those in the cache, not counting padding.
+            cache: receives keys and values of the tokens; long input goes through in chunks.
+            last_only: only the logits after each row's last token.
+
+        Returns:
+            (batch, seqlen, vocab_size), or (batch, 1, vocab_size) with last_only; float32,
+            soft-capped; 0 at padding.
+
+        Raises:
+            TypeError: input_ids is not an integer tensor.
+            ValueError: shapes that do not fit, ids outside the vocabulary, a row without a token,
+                or more tokens than the cache or the context holds.
+        """
+        self._check_input(input_ids, attention_mask, cache)
+        batch, seqlen = input_ids.shape
+        if attention_mask is None or bool((attention_mask != 0).all()):
+            counts = torch.full((batch,), seqlen, dtype=torch.int64)
+            order = None
+        else:
+            # Tokens to the right, padding to the left, order kept: then each row's last column is
+            # its last token, and a token's distance to the right end is the same in every view.
+            attention_mask = attention_mask != 0
+            counts = attention_mask.sum(-1)
+            if int(counts.min()) == 0:
+                row = int(counts.argmin())
+                raise ValueError(f"Gemma2: row {row} of attention_mask holds no token")
+            order = attention_mask.int().argsort(-1, stable=True)
+            input_ids = input_ids.gather(-1, order)
+
+        if cache is None:
+            logits = self._forward_whole(input_ids, counts, last_only)
+        else:
+            logits = self._forward_cached(input_ids, counts, cache, last_only)
+        if order is None or last_only:
+            return logits
+        padding = torch.arange(seqlen) < (seqlen - counts)[:, None]
+        logits.masked_fill_(padding[..., None], 0.0)
+        index = order[..., None].expand_as(logits)
+        return torch.empty_like(logits).scatter_(1, index, logits)
+
+    def _check_input(
+        self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None
+    ) -> None:
+        if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+            got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+            raise TypeError(f"Gemma2: input_ids must be an int64 or int32 tensor, got {got}")
+        if input_ids.dim() != 2 or input_ids.numel() == 0:
+            raise ValueError(
+                "Gemma2: input_ids must have shape (batch, seqlen) with at least one token, "
+                f"got {tuple(input_ids.shape)}"
+            )
+        low, high = (int(x) for x in input_ids.aminmax())
+        vocab_size = self.config.vocab_size
+        if low < 0 or high >= vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(
+                f"Gemma2: token ids must be in [0, vocab_size = {vocab_size}), got {wrong}"
+            )
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"Gemma2: attention_mask must have input_ids' shape {tuple(input_ids.shape)}, "
+                f"got {tuple(attention_mask.shape)}"
+            )
+        context = self.config.max_position_embeddings
+        if cache is None and input_ids.shape[1] > context:
+            raise ValueError(
+                f"Gemma2: {input_ids.shape[1]} tokens exceed the context, "
+                f"max_position_embeddings = {context}"
+            )
+        if cache is not None:
+            if cache.batch_size != input_ids.shape[0]:
+                raise ValueError(
+                    f"Gemma2: the cache has {cache.batch_size} rows, input_ids {input_ids.shape[0]}"
+                )
+            if cache.keys[0].dtype != self.dtype or len(cache.keys) != len(self.layers):
+                raise ValueError("Gemma2: the cache was made for another model")
+
+    def _forward_whole(self, input_ids: Tensor, counts: Tensor, last_only: bool) -> Tensor:
+        """Attention over the given tokens alone. Rows are right-aligned, `counts` tokens each."""
+        config = self.config
+        seqlen = input_ids.shape[1]
+        starts = seqlen - counts
+        padded = bool((starts > 0).any())
+        positions = (
+            torch.arange(seqlen)[None, :] - starts[:, None] if padded else torch.arange(seqlen)
+        )
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k = ops.rope(q, k, positions, config.rope_theta)
+            return ops.attention(
+                q,
+                k,
+                v,
+                scale=config.softmax_scale,
+                softcap=config.attn_logit_softcapping,
+                window=config.sliding_window if config.is_local(layer) else None,
+                key_starts=starts if padded else None,
+            )
+
+        return self._logits(self._layers(input_ids, attend), last_only)
+
+    def _forward_cached(
+        self, input_ids: Tensor, counts: Tensor, cache: KVCache, last_only: bool
+    ) -> Tensor:
+        """Attention over the cache, in chunks that its rings can take. Rows are right-aligned."""
+        batch, seqlen = input_ids.shape
+        cache.check_room(counts)  # before the first chunk is written
+        starts = seqlen - counts
+        logits = None
+        for begin in range(0, seqlen, cache.chunk_size):
+            end = min(begin + cache.chunk_size, seqlen)
+            hidden = self._chunk(input_ids[:, begin:end], (starts - begin).clamp(0), cache)
+            if last_only:
+                if end == seqlen:
+                    logits = self._logits(hidden, last_only=True)
+            elif begin == 0 and end == seqlen:
+                logits = self._logits(hidden, last_only=False)
+            else:
+                if logits is None:
+                    vocab_size = self.config.vocab_size
+                    logits = torch.empty(batch, seqlen, vocab_size, device=self.device)
+                logits[:, begin:end] = self._logits(hidden, last_only=False)
+        assert logits is not None
+        return logits
+
+    def _chunk(self, input_ids: Tensor, starts: Tensor, cache: KVCache) -> Tensor:
+        """Runs the layers over a chunk whose first `starts` (batch,) columns are padding."""
+        config = self.config
+        seqlen = input_ids.shape[1]
+        starts = starts.clamp(max=seqlen)
+        counts = seqlen - starts
+        column = torch.arange(seqlen) - starts[:, None]
+        positions = torch.where(column < 0, -1, cache.lengths[:, None] + column)
+        key_lengths = cache.lengths + counts
+        cache.reserve(counts)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = cache.keys[layer], cache.values[layer]
+            q = ops.rope_append_cache(q, k, v, positions, keys, values, config.rope_theta)
+            return ops.attention_cache(
+                q,
+                keys,
+                values,
+                key_lengths,
+                scale=config.softmax_scale,
+                softcap=config.attn_logit_softcapping,
+                window=config.sliding_window if config.is_local(layer) else None,
+            )
+
+        hidden = self._layers(input_ids, attend)
+        cache.commit(counts)
+        return hidden
+
+    def _layers(self, input_ids: Tensor, attend: Any) -> Tensor:
+        """All layers and the final norm: (batch, seqlen) -> (batch, seqlen, hidden_size)."""
+        config, layers = self.config, self.layers
+        batch, seqlen = input_ids.shape
+        eps, inter = config.rms_norm_eps, config.intermediate_size
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        residual = F.embedding(input_ids, self.embed_tokens.weight)
+        residual = residual * config.embedding_scale(self.dtype)
+        hidden = ops.rms_norm(residual, layers[0].input_layernorm.weight, eps)
+        for i, layer in enumerate(layers):
+            qkv = ops.linear(hidden, layer.qkv_proj.weight)
+            qkv = qkv.view(batch, seqlen, heads + 2 * kv_heads, config.head_dim)
+            q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)
+            attended = attend(i, q, k, v).view(batch, seqlen, heads * config.head_dim)
+            attended = ops.linear(attended, layer.o_proj.weight)
+            residual, hidden = ops.add_rms_norm(
+                attended,
+                residual,
+                layer.post_attention_layernorm.weight,
+                layer.pre_feedforward_layernorm.weight,
+                eps,
+            )
+            gate_up = ops.linear(hidden, layer.gate_up_proj.weight)
+            mlp = ops.geglu(gate_up[..., :inter], gate_up[..., inter:])
+            mlp = ops.linear(mlp, layer.down_proj.weight)
+            following = layers[i + 1].input_layernorm if i + 1 < len(layers) else self.norm
+            residual, hidden = ops.add_rms_norm(
+                mlp, residual, layer.post_feedforward_layernorm.weight, following.weight, eps
+            )
+        return hidden
+
+    def _logits(self, hidden: Tensor, last_only: bool) -> Tensor:
+        if last_only:
+            hidden = hidden[:, -1:]
+        softcap = self.config.final_logit_softcapping
+        return ops.logits(hidden, self.embed_tokens.weight, softcap)
+
+    def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
+        """See `gemma2_ext.generate.generate`."""
+        return _generate.generate(self, input_ids, **options)
+
+    def stream(self, input_ids: Tensor, **options: Any) -> Iterator[int]:
+        """See `gemma2_ext.generate.stream`."""
+        return _generate.stream(self, input_ids, **options)
+
+
+def _check_weights(config: Gemma2Config, weights: dict[str, Tensor]) -> None:
+    shapes = parameter_shapes(config)
+    for name in sorted(shapes.keys() ^ weights.keys()):
+        problem = "is missing" if name in shapes else "is not a parameter of the model"
+        raise ValueError(f"Gemma2: weight {name} {problem}")
+    first = weights["embed_tokens.weight"]
+    for name, shape in shapes.items():
+        weight = weights[name]
+        if tuple(weight.shape) != shape:
+            raise ValueError(
+                f"Gemma2: weight {name} must have shape {shape}, got {tuple(weight.shape)}"
+            )
+        if weight.dtype != first.dtype or weight.device != first.device:
+            raise ValueError(
+                f"Gemma2: weight {name} must be {first.dtype} on {first.device} like "
+                f"embed_tokens.weight, got {weight.dtype} on {weight.device}"
+            )
+
+
+def _initial_weights(config: Gemma2Config, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {
+        name: torch.zeros(shape, dtype=dtype)
+        if len(shape) == 1
+        else torch.empty(shape, dtype=dtype).normal_(0, 0.02)
+        for name, shape in parameter_shapes(config).items()
+    }
