@@ -208,7 +208,7 @@ class Gemma2(nn.Module):
             if int(counts.min()) == 0:
                 row = int(counts.argmin())
                 raise ValueError(f"Gemma2: row {row} of attention_mask holds no token")
-            order = attention_mask.int().argsort(-1, stable=True)
+            order = attention_mask.int().argsort(dim=-1, stable=True)
             input_ids = input_ids.gather(-1, order)
 
         if cache is None:
@@ -348,7 +348,7 @@ class Gemma2(nn.Module):
             qkv = ops.linear(hidden, layer.qkv_proj.weight)
             qkv = qkv.view(batch, seqlen, heads + 2 * kv_heads, config.head_dim)
             q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)
-            attended = attend(i, q, k, v).view(batch, seqlen, heads * config.head_dim)
+            attended = attend(i, q, k, v).reshape(batch, seqlen, heads * config.head_dim)
             attended = ops.linear(attended, layer.o_proj.weight)
             residual, hidden = ops.add_rms_norm(
                 attended,
