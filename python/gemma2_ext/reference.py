@@ -134,23 +134,29 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, theta: float = 10000.0) -> tup
     return rotate(q), rotate(k)
 
 
+def _scores(
+    q: Tensor, k: Tensor, visible: Tensor, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Scores (batch, heads, seqlen_q, seqlen_k) as the softmax reads them, and which rows see none.
+
+    `visible` broadcasts to the scores. The soft-cap comes before the mask; a row that sees nothing
+    gets zeros for -inf, so that its softmax is finite and no NaN reaches a gradient.
+    """
+    k = k.transpose(1, 2).repeat_interleave(q.shape[2] // k.shape[2], dim=1)
+    scores = _widen(_soft_cap(torch.matmul(q.transpose(1, 2), k.mT) * scale, softcap))
+    blind = ~visible.any(-1, keepdim=True)
+    nothing = torch.where(blind, 0.0, -math.inf).to(scores.dtype)
+    return torch.where(visible, scores, nothing), blind
+
+
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """Attention where `visible` (broadcast to batch, heads, seqlen_q, seqlen_k) is true.
-
-    Layout as in `attention`. Returns the output and the lse. The soft-cap comes before the mask,
-    and a row that sees nothing is computed on zeros and cleared: no NaN, neither way.
-    """
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    scores = _widen(_soft_cap(torch.matmul(q, k.transpose(2, 3)) * scale, softcap))
-    blind = ~visible.any(-1, keepdim=True)
-    scores = scores.masked_fill(~visible, -math.inf).masked_fill(blind, 0.0)
-    probs = scores.softmax(-1).masked_fill(blind, 0.0).to(q.dtype)
-    lse = torch.logsumexp(scores, -1).masked_fill(blind[..., 0], -math.inf)
-    return torch.matmul(probs, v).transpose(1, 2), lse
+) -> Tensor:
+    """Attention where `visible` is true, in `attention`'s layout; 0 in rows that see nothing."""
+    scores, blind = _scores(q, k, visible, scale, softcap)
+    v = v.transpose(1, 2).repeat_interleave(q.shape[2] // v.shape[2], dim=1)
+    out = torch.matmul(scores.softmax(-1).to(q.dtype), v)
+    return out.masked_fill(blind, 0.0).transpose(1, 2)
 
 
 def attention(
@@ -214,8 +220,12 @@ def attention(
     # 0 * NaN is NaN: what lies outside the valid keys must not reach the products.
     k = k.masked_fill(~valid[..., None, None], 0.0)
     v = v.masked_fill(~valid[..., None, None], 0.0)
-    out, lse = _attend(q, k, v, visible[:, None], scale, softcap)
-    return (out, lse) if return_lse else out
+    visible = visible[:, None]
+    out = _attend(q, k, v, visible, scale, softcap)
+    if not return_lse:
+        return out
+    scores, blind = _scores(q, k, visible, scale, softcap)
+    return out, torch.logsumexp(scores, -1).masked_fill(blind[..., 0], -math.inf)
 
 
 def attention_varlen(
@@ -424,7 +434,7 @@ def forward(
     everything = causal & tokens[:, None, :] & tokens[:, :, None]
     nearby = everything & (distance < config.sliding_window)
 
-    embedding_scale = torch.tensor(config.hidden_size**0.5).to(embedding.dtype).item()
+    embedding_scale = torch.tensor(config.hidden_size**0.5).to(embedding.dtype)
     x = F.embedding(input_ids, embedding) * embedding_scale
     for i in range(config.num_hidden_layers):
         layer = f"layers.{i}"
@@ -435,7 +445,7 @@ def forward(
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)
         q, k = rope(q, k, positions, config.rope_theta)
         visible = (nearby if local else everything)[:, None]
-        out, _ = _attend(q, k, v, visible, scale, config.attn_logit_softcapping)
+        out = _attend(q, k, v, visible, scale, config.attn_logit_softcapping)
         out = F.linear(out.reshape(batch, seqlen, -1), weights[f"{layer}.o_proj.weight"])
         x, normed = add_rms_norm(
             out,
