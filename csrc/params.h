@@ -108,6 +108,8 @@ struct LinearParams {
   float softcap;  // 0: none
   DType dtype;    // of x and weight
   DType out_dtype;
+  void* packed_x;  // CPU: x in the kernel's own layout, shared by all threads
+  float* scratch;  // CPU: of one thread
 };
 
 }  // namespace gemma2

@@ -4,6 +4,8 @@ Layout is (batch, seqlen, heads, head_dim). Each function is also `torch.ops.gem
 `reference.py` states in plain torch what each computes.
 """
 
+from .linear import linear
+from .logits import logits
 from .rms_norm import rms_norm
 
-__all__ = ["rms_norm"]
+__all__ = ["linear", "logits", "rms_norm"]

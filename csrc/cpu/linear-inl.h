@@ -1,0 +1,104 @@
+// What both forms of linear share: how weights become factors, and what happens to a finished sum.
+#pragma once
+#include "linear.h"
+#include "simd.h"
+
+namespace gemma2 {
+namespace GEMMA2_ISA {
+namespace {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+
+// Elements of k in one step of linear_few_rows: two vectors of floats, or one of bfloat16 pairs.
+constexpr int kStep = 2 * kLanes;
+
+template <class T>
+GEMMA2_INLINE T min_of(T a, T b) {
+  return a < b ? a : b;
+}
+GEMMA2_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+GEMMA2_INLINE VecU load_bits(const void* p) {
+  VecU v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// How one weight dtype is multiplied. Factor: what x is packed to, `kPerFactor` elements of k each.
+template <class T>
+struct Math {
+  using Factor = float;
+  static constexpr int kPerFactor = 1;
+  using Vec = VecF;  // of factors
+  static GEMMA2_INLINE Vec load_factors(const Factor* x) { return load(x); }
+  static GEMMA2_INLINE Vec broadcast(Factor w) { return set(w); }
+  static GEMMA2_INLINE VecF multiply_add(Vec a, Vec b, VecF sum) { return fma(a, b, sum); }
+  // Vector `part` of the kStep weights at w. x is packed in the same order.
+  static constexpr int kParts = 2;
+  static GEMMA2_INLINE Vec load_part(const T* w, int part) { return load(w + part * kLanes); }
+};
+
+#if !defined(GEMMA2_ISA_avx512_bf16)
+// The even elements of k are the low halves of 32-bit words, the odd ones the high halves: a shift
+// and a mask unpack them, without a shuffle.
+template <>
+GEMMA2_INLINE VecF Math<BFloat16>::load_part(const BFloat16* w, int part) {
+  const VecU bits = load_bits(w);
+  return (VecF)(part == 0 ? bits << 16 : bits & 0xffff0000u);
+}
+#else
+// sum[i] += w[2i + 1] * x[2i + 1], then w[2i] * x[2i].
+GEMMA2_INLINE VecF dot_pairs(VecF sum, VecU w, VecU x) {
+#if defined(__AVX512BF16__)
+  return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
+#else
+  sum = fma((VecF)(w & 0xffff0000u), (VecF)(x & 0xffff0000u), sum);
+  return fma((VecF)(w << 16), (VecF)(x << 16), sum);
+#endif
+}
+
+// Two elements of k, the even one in the low half.
+struct Pair {
+  uint32_t bits;
+};
+
+template <>
+struct Math<BFloat16> {
+  using Factor = Pair;
+  static constexpr int kPerFactor = 2;
+  using Vec = VecU;
+  static GEMMA2_INLINE Vec load_factors(const Factor* x) { return load_bits(x); }
+  static GEMMA2_INLINE Vec broadcast(Factor w) { return VecU{} + w.bits; }
+  static GEMMA2_INLINE VecF multiply_add(Vec a, Vec b, VecF sum) { return dot_pairs(sum, a, b); }
+  static constexpr int kParts = 1;
+  static GEMMA2_INLINE Vec load_part(const BFloat16* w, int) { return load_bits(w); }
+};
+#endif
+
+// Stores sums of columns [column, column + n) of a row of out.
+GEMMA2_INLINE void finish_row(const LinearParams& p, int64_t row, int64_t column, int64_t n,
+                              const float* sums) {
+  dispatch_dtype(p.out_dtype, [&](auto t) {
+    using T = decltype(t);
+    T* out = (T*)p.out + row * p.out_stride + column;
+    const VecF softcap = set(p.softcap);
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const bool full = i + kLanes <= n;
+      VecF y = full ? load(sums + i) : load_n(sums + i, n - i);
+      if (p.softcap > 0) y = softcap * tanh(y / softcap);
+      if (full) {
+        store(out + i, y);
+      } else {
+        store_n(out + i, y, n - i);
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace GEMMA2_ISA
+}  // namespace gemma2

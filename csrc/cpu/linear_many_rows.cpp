@@ -1,0 +1,160 @@
+// out = x weight^T for many rows: a blocked GEMM; x (rows, in_features), weight (out_features,
+// in_features).
+//
+// A unit is kLinearManyColumns columns of out for all rows (at most kLinearRowBlock). x is packed
+// before, once for all units, in panels of kPanelRows rows: [k][row], so that a vector holds one k
+// of kLanes rows. Weights stay row major: kLinearDepth columns at a time are unpacked to factors
+// and each factor is broadcast. The sums of a block of k are added to those of the blocks before,
+// so a sum's order does not depend on the number of rows or threads. Arithmetic bounds this.
+#include "kernels.h"
+#include "linear-inl.h"
+
+namespace gemma2 {
+namespace GEMMA2_ISA {
+namespace {
+
+constexpr int kPanelRows = 2 * kLanes;
+// Columns of out in a register tile; of a tile of one vector of rows kNarrowColumns.
+constexpr int kTileColumns = kRegisters == 32 ? 12 : 6;
+constexpr int kNarrowColumns = 12;
+static_assert(kLinearManyColumns % kNarrowColumns == 0 && kNarrowColumns % kTileColumns == 0, "");
+
+template <class T>
+GEMMA2_INLINE int64_t factors(int64_t k) {
+  return divide_up(k, Math<T>::kPerFactor);
+}
+
+// Rows of a panel, as a number of vectors: the last panel is narrow where that suffices.
+GEMMA2_INLINE int panel_width(const LinearParams& p, int64_t panel) {
+  return p.rows - panel * kPanelRows <= kLanes ? kLanes : kPanelRows;
+}
+
+template <class T>
+void pack_panel(const LinearParams& p, int64_t panel) {
+  using M = Math<T>;
+  using Factor = typename M::Factor;
+  const int width = panel_width(p, panel);
+  const int64_t k_factors = factors<T>(p.in_features);
+  Factor* packed = (Factor*)p.packed_x + panel * kPanelRows * k_factors;
+  for (int r = 0; r < width; ++r) {
+    const int64_t row = panel * kPanelRows + r;
+    const T* x = (const T*)p.x + row * p.x_stride;
+    for (int64_t i = 0; i < k_factors; ++i) {
+      Factor factor{};
+      if (row < p.rows) {
+        if constexpr (M::kPerFactor == 1) {
+          factor = to_float(x[i]);
+        } else {
+          memcpy(&factor, x + 2 * i, 2 * i + 1 < p.in_features ? 4 : 2);
+        }
+      }
+      packed[i * width + r] = factor;
+    }
+  }
+}
+
+// Weights [column, column + columns) x [k, k + depth) to factors, kLinearDepthStride a row; then
+// rows of zeros up to a multiple of kNarrowColumns.
+template <class T>
+void unpack_weights(const LinearParams& p, int64_t column, int64_t columns, int64_t k,
+                    int64_t depth, typename Math<T>::Factor* to) {
+  for (int64_t c = 0; c < columns; ++c, to += kLinearDepthStride) {
+    const T* w = (const T*)p.weight + (column + c) * p.weight_stride + k;
+    if constexpr (Math<T>::kPerFactor == 1) {
+      int64_t i = 0;
+      for (; i + kLanes <= depth; i += kLanes) store(to + i, load(w + i));
+      for (; i < depth; ++i) to[i] = to_float(w[i]);
+    } else {
+      if (depth % 2) to[depth / 2] = {};
+      memcpy(to, w, depth * sizeof(T));
+    }
+  }
+  for (; columns % kNarrowColumns; ++columns, to += kLinearDepthStride)
+    memset(to, 0, kLinearDepthStride * sizeof *to);
+}
+
+// sums[c][r] (+)= over i of x[i][r] * w[c][i], for kVectors vectors of rows and kColumns columns.
+template <class T, int kVectors, int kColumns, class Factor = typename Math<T>::Factor>
+void gemm_tile(const Factor* x, const Factor* w, int64_t depth, float* sums, bool add) {
+  using M = Math<T>;
+  VecF sum[kColumns][kVectors] = {};
+  for (int64_t i = 0; i < depth; ++i) {
+    typename M::Vec rows[kVectors];
+    GEMMA2_UNROLL
+    for (int v = 0; v < kVectors; ++v) rows[v] = M::load_factors(x + v * kLanes);
+    GEMMA2_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      GEMMA2_UNROLL
+      for (int v = 0; v < kVectors; ++v)
+        sum[c][v] =
+            M::multiply_add(rows[v], M::broadcast(w[c * kLinearDepthStride + i]), sum[c][v]);
+    }
+    x += kVectors * kLanes;
+  }
+  GEMMA2_UNROLL
+  for (int c = 0; c < kColumns; ++c) {
+    GEMMA2_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      float* to = sums + (c * kVectors + v) * kLanes;
+      store(to, add ? load(to) + sum[c][v] : sum[c][v]);
+    }
+  }
+}
+
+template <class T>
+void gemm_columns(const LinearParams& p, int64_t column) {
+  using Factor = typename Math<T>::Factor;
+  constexpr int64_t kDepth = kLinearDepth * Math<T>::kPerFactor;
+  const int64_t columns = min_of(kLinearManyColumns, p.out_features - column);
+  const int64_t panels = divide_up(p.rows, kPanelRows);
+  const int64_t k_factors = factors<T>(p.in_features);
+  Factor* weights = (Factor*)p.scratch;
+  float* sums = p.scratch + kLinearManyColumns * kLinearDepthStride;  // [panel][column][row]
+  for (int64_t k = 0; k < p.in_features; k += kDepth) {
+    const int64_t depth = min_of(kDepth, p.in_features - k), n = factors<T>(depth);
+    unpack_weights<T>(p, column, columns, k, depth, weights);
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const int width = panel_width(p, panel);
+      const Factor* x =
+          (const Factor*)p.packed_x + panel * kPanelRows * k_factors + factors<T>(k) * width;
+      float* to = sums + panel * kPanelRows * kLinearManyColumns;
+      if (width == kPanelRows) {
+        for (int64_t c = 0; c < columns; c += kTileColumns)
+          gemm_tile<T, 2, kTileColumns>(x, weights + c * kLinearDepthStride, n, to + c * width,
+                                        k > 0);
+      } else {
+        for (int64_t c = 0; c < columns; c += kNarrowColumns)
+          gemm_tile<T, 1, kNarrowColumns>(x, weights + c * kLinearDepthStride, n, to + c * width,
+                                          k > 0);
+      }
+    }
+  }
+  for (int64_t row = 0; row < p.rows; ++row) {
+    const int64_t panel = row / kPanelRows;
+    const int width = panel_width(p, panel);
+    const float* from = sums + panel * kPanelRows * kLinearManyColumns + row % kPanelRows;
+    float line[kLinearManyColumns];
+    for (int64_t c = 0; c < columns; ++c) line[c] = from[c * width];
+    finish_row(p, row, column, columns, line);
+  }
+}
+
+}  // namespace
+
+// A unit is a panel of kPanelRows rows; surplus units are empty.
+void linear_pack_panels(const LinearParams& p, int64_t begin, int64_t end) {
+  dispatch_dtype(p.dtype, [&](auto t) {
+    for (int64_t panel = begin; panel < min_of(end, divide_up(p.rows, kPanelRows)); ++panel)
+      pack_panel<decltype(t)>(p, panel);
+  });
+}
+
+void linear_many_rows(const LinearParams& p, int64_t begin, int64_t end) {
+  dispatch_dtype(p.dtype, [&](auto t) {
+    for (int64_t unit = begin; unit < end; ++unit)
+      gemm_columns<decltype(t)>(p, unit * kLinearManyColumns);
+  });
+}
+
+}  // namespace GEMMA2_ISA
+}  // namespace gemma2

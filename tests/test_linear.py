@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.library import opcheck
+
+from common import DTYPES, LAYOUTS, assert_accurate, with_strides
+from gemma2_ext import ops, reference
+from products import assert_product
+
+OP = torch.ops.gemma2_ext.linear.default
+OUT_OP = torch.ops.gemma2_ext.linear_out.default
+# Both forms of the kernel and their edges: groups of rows and their remainders up to 16, panels and
+# narrow panels above.
+ROWS = [0, 1, 2, 3, 5, 7, 8, 9, 16, 17, 33, 50]
+
+
+def operands(
+    rows: int, in_features: int, out_features: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    x = torch.randn(rows, in_features).to(dtype)
+    return x, (torch.randn(out_features, in_features) / max(in_features, 1) ** 0.5).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("out_features", [1, 7, 111, 200])
+@pytest.mark.parametrize("in_features", [1, 41, 64, 111])
+def test_value(isa: str, dtype: torch.dtype, in_features: int, out_features: int) -> None:
+    for rows in ROWS:
+        x, weight = operands(rows, in_features, out_features, dtype)
+        actual = ops.linear(x, weight)
+        assert actual.dtype == dtype
+        assert_product(actual, x, weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_features, out_features", [(2304, 4096), (9216, 256), (1025, 97)])
+def test_production_shapes(
+    isa: str, dtype: torch.dtype, in_features: int, out_features: int
+) -> None:
+    for rows in (1, 8, 40):
+        x, weight = operands(rows, in_features, out_features, dtype)
+        assert_accurate(ops.linear(x, weight), reference.linear, x, weight)
+
+
+def test_more_rows_than_one_block(isa: str) -> None:
+    x, weight = operands(1030, 70, 130)
+    assert_accurate(ops.linear(x, weight), reference.linear, x, weight)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(0, 70),
+    in_features=st.integers(0, 300),
+    out_features=st.integers(0, 220),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_shape(rows: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+    x, weight = operands(rows, in_features, out_features, dtype)
+    actual = ops.linear(x, weight)
+    assert actual.dtype == dtype
+    assert_product(actual, x, weight)
+
+
+@pytest.mark.parametrize("rows", [3, 21])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides(isa: str, layout: str, dtype: torch.dtype, rows: int) -> None:
+    x, weight = operands(2 * rows, 41, 30, dtype)
+    x = x.view(2, rows, 41)
+    expected = ops.linear(x, weight)
+    assert torch.equal(ops.linear(with_strides(x, layout), with_strides(weight, layout)), expected)
+    assert torch.equal(ops.linear(x.transpose(0, 1), weight), expected.transpose(0, 1))
+    assert torch.equal(ops.linear(x, weight.t().contiguous().t()), expected)
+    assert torch.equal(ops.linear(x[:, :1].expand(2, rows, 41), weight)[:, -1], expected[:, 0])
+
+
+def test_rows_of_a_fused_weight(isa: str) -> None:
+    x, weight = operands(5, 64, 90)
+    assert torch.equal(ops.linear(x, weight[24:50]), ops.linear(x, weight[24:50].clone()))
+    assert torch.equal(ops.linear(x, weight[::2]), ops.linear(x, weight[::2].clone()))
+
+
+def test_shapes(isa: str) -> None:
+    x, weight = operands(1, 64, 9)
+    assert ops.linear(x[0], weight).shape == (9,)
+    assert ops.linear(x.view(1, 1, 1, 64), weight).shape == (1, 1, 1, 9)
+    assert ops.linear(torch.empty(0, 3, 64), weight).shape == (0, 3, 9)
+    assert ops.linear(x, weight[:0]).shape == (1, 0)
+    assert torch.equal(ops.linear(torch.empty(2, 0), torch.empty(3, 0)), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [7, 30])
+def test_every_element_is_written(isa: str, dtype: torch.dtype, rows: int) -> None:
+    x, weight = operands(rows, 41, 111, dtype)
+    out = torch.full((rows, 111), float("nan"), dtype=dtype)
+    OUT_OP(x, weight, out)
+    assert torch.equal(out, ops.linear(x, weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_not_a_number_stays_in_its_row_and_column(isa: str, dtype: torch.dtype) -> None:
+    for rows in (5, 20):
+        x, weight = operands(rows, 41, 50, dtype)
+        x[3, 40] = float("nan")
+        weight[7, 40] = float("inf")
+        out = ops.linear(x, weight)
+        assert out[3].isnan().all()
+        assert not out[:, 7].isfinite().any()
+        out[3], out[:, 7] = 0, 0
+        assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 9, 30, 600])
+def test_independent_of_threads(isa: str, dtype: torch.dtype, rows: int) -> None:
+    if isa == "avx512_bf16" and dtype == torch.bfloat16 and rows >= 32:
+        pytest.skip("torch's GEMM, which does not promise it")
+    x, weight = operands(rows, 333, 1000, dtype)
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(ops.linear(x, weight))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_independent_of_the_rows_beside(isa: str, dtype: torch.dtype) -> None:
+    x, weight = operands(700, 2500, 50, dtype)
+    alone = torch.cat([ops.linear(x[i : i + 1], weight) for i in range(16)])
+    for rows in range(2, 17):
+        assert torch.equal(ops.linear(x[:rows], weight), alone[:rows])
+    many = ops.linear(x, weight)
+    if not (isa == "avx512_bf16" and dtype == torch.bfloat16):
+        for rows in (17, 25, 64, 513):
+            assert torch.equal(ops.linear(x[:rows], weight), many[:rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(dtype: torch.dtype) -> None:
+    x, weight = operands(6, 16, 10, dtype)
+    opcheck(OP, (x.view(2, 3, 16), weight))
+    opcheck(OUT_OP, (x, weight, x.new_empty(6, 10)))
+
+
+def test_compile_without_graph_breaks() -> None:
+    x, weight = operands(5, 64, 33)
+    compiled = torch.compile(lambda x: ops.linear(x, weight) * 2, fullgraph=True)
+    torch.testing.assert_close(compiled(x), ops.linear(x, weight) * 2)
+
+
+def test_backward_refuses() -> None:
+    x, weight = operands(5, 64, 33)
+    with pytest.raises(NotImplementedError, match="linear has no backward"):
+        ops.linear(x.requires_grad_(), weight).sum().backward()
+    with pytest.raises(NotImplementedError, match="linear has no backward"):
+        ops.linear(x.detach(), weight.requires_grad_()).sum().backward()
+
+
+def test_errors() -> None:
+    x, weight = operands(5, 64, 33)
+    with pytest.raises(TypeError, match=r"linear: x must be a torch\.Tensor, got list"):
+        ops.linear([1.0], weight)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="weight must be float32, bfloat16 or float16, got torch.i"):
+        ops.linear(x, weight.long())
+    with pytest.raises(
+        ValueError,
+        match=r"linear: weight must have shape \(out_features, in_features\) = \(\*, 64\), "
+        r"got \(33, 63\)",
+    ):
+        ops.linear(x, weight[:, 1:])
+    with pytest.raises(ValueError, match=r"weight must have shape .*, got \(64,\)"):
+        ops.linear(x, weight[0])
+    with pytest.raises(ValueError, match="x must have shape .* got a scalar"):
+        ops.linear(torch.tensor(1.0), weight)
+    with pytest.raises(ValueError, match="weight must have x's dtype Float, got BFloat16"):
+        ops.linear(x, weight.bfloat16())
+    with pytest.raises(ValueError, match=r"out must have shape .*\(5, 64\), got \(5, 32\)"):
+        OUT_OP(x, weight, torch.empty(5, 32))
+    with pytest.raises(ValueError, match="out must be Float, got Half"):
+        OUT_OP(x, weight, torch.empty(5, 33).half())
+    with pytest.raises(ValueError, match="out must be contiguous"):
+        OUT_OP(x, weight, torch.empty(33, 5).t())
