@@ -11,7 +11,8 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -286,18 +287,37 @@ def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
         FileNotFoundError, PermissionError, OSError: it cannot be read.
         ValueError: it is larger than limit bytes, not a regular file, or a Git LFS pointer.
     """
-    try:
-        # Without O_NONBLOCK, opening a pipe would wait for a writer.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ValueError(f"{path}: not a regular file")
-            data = file.read(limit + 1)
-    except OSError as error:
-        raise type(error)(f"{path}: {error.strerror or error}") from None
+    with named(path), open(open_regular(path), "rb") as file:
+        data = file.read(limit + 1)
     if len(data) > limit:
         raise ValueError(f"{path}: must be at most {limit} bytes, is larger")
     check_not_lfs_pointer(path, data)
     return data
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor to read a file from, which the caller closes.
+
+    Raises:
+        FileNotFoundError, PermissionError, OSError: it cannot be opened.
+        ValueError: it is a folder, a pipe or a device.
+    """
+    with named(path):
+        # Without O_NONBLOCK, opening a pipe would wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path}: not a regular file")
+    return descriptor
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Puts a file's name into any OSError of the block."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from None
 
 
 def check_not_lfs_pointer(path: Path, start: bytes) -> None:
