@@ -14,7 +14,7 @@ Source: arXiv 2408.00118; transformers `models/gemma2`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,18 @@ from . import generate as _generate
 from . import ops
 from .cache import KVCache
 from .config import Gemma2Config
-from .weights import load_weights, save_weights
+from .weights import check_fused, load_weights, parameter_shapes, save_weights
+
+LAYER_WEIGHTS = (
+    "qkv_proj",
+    "o_proj",
+    "gate_up_proj",
+    "down_proj",
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
 
 
 class Weight(nn.Module):
@@ -37,42 +48,13 @@ class Weight(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def layer_shapes(config: Gemma2Config) -> dict[str, tuple[int, ...]]:
-    """The parameters of one layer by name; (out_features, in_features) for the products."""
-    hidden, inter = config.hidden_size, config.intermediate_size
-    q_rows = config.num_attention_heads * config.head_dim
-    kv_rows = config.num_key_value_heads * config.head_dim
-    return {
-        "qkv_proj": (q_rows + 2 * kv_rows, hidden),
-        "o_proj": (hidden, q_rows),
-        "gate_up_proj": (2 * inter, hidden),
-        "down_proj": (hidden, inter),
-        "input_layernorm": (hidden,),
-        "post_attention_layernorm": (hidden,),
-        "pre_feedforward_layernorm": (hidden,),
-        "post_feedforward_layernorm": (hidden,),
-    }
-
-
-def parameter_shapes(config: Gemma2Config) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the model by name; q, k, v and gate, up are stacked as one matrix each."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "embed_tokens.weight": (config.vocab_size, config.hidden_size)
-    }
-    for i in range(config.num_hidden_layers):
-        for name, shape in layer_shapes(config).items():
-            shapes[f"layers.{i}.{name}.weight"] = shape
-    shapes["norm.weight"] = (config.hidden_size,)
-    return shapes
-
-
 class Layer(nn.Module):
     """One layer's weights; the computation stands in Gemma2.forward."""
 
-    def __init__(self, config: Gemma2Config, weights: dict[str, Tensor], prefix: str) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], prefix: str) -> None:
         super().__init__()
-        for name in layer_shapes(config):
-            setattr(self, name, Weight(weights[f"{prefix}{name}.weight"]))
+        for name in LAYER_WEIGHTS:
+            setattr(self, name, Weight(weights[f"{prefix}.{name}.weight"]))
 
 
 class Gemma2(nn.Module):
@@ -80,21 +62,21 @@ class Gemma2(nn.Module):
 
     Args:
         config: the model's configuration.
-        weights: a tensor for every name of `parameter_shapes(config)`, all of one dtype and device;
-            None: weights drawn as for training from scratch (norms 0, the rest normal with standard
-            deviation 0.02), float32 unless `dtype` says otherwise.
+        weights: the fused tensors by name (`weights.parameter_shapes`), all of one dtype; None:
+            drawn as for training from scratch (norms 0, the rest normal with standard deviation
+            0.02), float32 unless `dtype` says otherwise.
         dtype: of weights that are drawn; must be None where weights are given.
 
     Parameters do not ask for gradients; `requires_grad_(True)` changes that.
 
     Raises:
-        ValueError: a weight is missing, unknown, or of another shape, dtype or device.
+        ValueError: a weight is missing, unknown, or of another shape or dtype.
     """
 
     def __init__(
         self,
         config: Gemma2Config,
-        weights: dict[str, Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
         *,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -103,11 +85,11 @@ class Gemma2(nn.Module):
             weights = _initial_weights(config, dtype or torch.float32)
         elif dtype is not None:
             raise ValueError("Gemma2: dtype is for weights that are drawn; convert the given ones")
-        _check_weights(config, weights)
+        check_fused(weights, config)
         self.config = config
         self.embed_tokens = Weight(weights["embed_tokens.weight"])
         self.layers = nn.ModuleList(
-            Layer(config, weights, f"layers.{i}.") for i in range(config.num_hidden_layers)
+            Layer(weights, f"layers.{i}") for i in range(config.num_hidden_layers)
         )
         self.norm = Weight(weights["norm.weight"])
 
@@ -379,25 +361,6 @@ class Gemma2(nn.Module):
     def stream(self, input_ids: Tensor, **options: Any) -> Iterator[int]:
         """See `gemma2_ext.generate.stream`."""
         return _generate.stream(self, input_ids, **options)
-
-
-def _check_weights(config: Gemma2Config, weights: dict[str, Tensor]) -> None:
-    shapes = parameter_shapes(config)
-    for name in sorted(shapes.keys() ^ weights.keys()):
-        problem = "is missing" if name in shapes else "is not a parameter of the model"
-        raise ValueError(f"Gemma2: weight {name} {problem}")
-    first = weights["embed_tokens.weight"]
-    for name, shape in shapes.items():
-        weight = weights[name]
-        if tuple(weight.shape) != shape:
-            raise ValueError(
-                f"Gemma2: weight {name} must have shape {shape}, got {tuple(weight.shape)}"
-            )
-        if weight.dtype != first.dtype or weight.device != first.device:
-            raise ValueError(
-                f"Gemma2: weight {name} must be {first.dtype} on {first.device} like "
-                f"embed_tokens.weight, got {weight.dtype} on {weight.device}"
-            )
 
 
 def _initial_weights(config: Gemma2Config, dtype: torch.dtype) -> dict[str, Tensor]:
