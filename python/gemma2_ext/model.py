@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,17 +28,6 @@ from .cache import KVCache
 from .config import Gemma2Config
 from .weights import check_fused, load_weights, parameter_shapes, save_weights
 
-LAYER_WEIGHTS = (
-    "qkv_proj",
-    "o_proj",
-    "gate_up_proj",
-    "down_proj",
-    "input_layernorm",
-    "post_attention_layernorm",
-    "pre_feedforward_layernorm",
-    "post_feedforward_layernorm",
-)
-
 
 class Weight(nn.Module):
     """A parameter named `weight`, so that parameters carry their checkpoint's names."""
@@ -49,11 +38,20 @@ class Weight(nn.Module):
 
 
 class Layer(nn.Module):
-    """One layer's weights; the computation stands in Gemma2.forward."""
+    """One layer's weights; the computation stands in Gemma2._layers."""
+
+    qkv_proj: Weight
+    o_proj: Weight
+    gate_up_proj: Weight
+    down_proj: Weight
+    input_layernorm: Weight
+    post_attention_layernorm: Weight
+    pre_feedforward_layernorm: Weight
+    post_feedforward_layernorm: Weight
 
     def __init__(self, weights: Mapping[str, Tensor], prefix: str) -> None:
         super().__init__()
-        for name in LAYER_WEIGHTS:
+        for name in Layer.__annotations__:
             setattr(self, name, Weight(weights[f"{prefix}.{name}.weight"]))
 
 
@@ -319,7 +317,7 @@ class Gemma2(nn.Module):
 
     def _layers(self, input_ids: Tensor, attend: Any) -> Tensor:
         """All layers and the final norm: (batch, seqlen) -> (batch, seqlen, hidden_size)."""
-        config, layers = self.config, self.layers
+        config, layers = self.config, cast("list[Layer]", list(self.layers))
         batch, seqlen = input_ids.shape
         eps, inter = config.rms_norm_eps, config.intermediate_size
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
