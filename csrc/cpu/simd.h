@@ -164,21 +164,48 @@ GEMMA2_INLINE void store_n(T* p, VecF v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = from_float<T>(lanes[i]);
 }
 
+// Rounds every lane to T and widens it again.
+template <class T>
+GEMMA2_INLINE VecF round_to(VecF v) {
+  T lanes[kLanes];
+  store(lanes, v);
+  return load(lanes);
+}
+
 // ---- arithmetic
 // -----------------------------------------------------------------------------------------------------
 
+#if defined(__AVX2__)
+GEMMA2_INLINE __m256& part(VecF& v, int i) { return ((__m256*)&v)[i]; }
+#endif
+
 // Contracted to one instruction where the machine has it (-ffp-contract=fast).
 GEMMA2_INLINE VecF fma(VecF a, VecF b, VecF c) { return a * b + c; }
-GEMMA2_INLINE VecF min(VecF a, VecF b) { return a < b ? a : b; }
-GEMMA2_INLINE VecF max(VecF a, VecF b) { return a > b ? a : b; }
+// The second operand where either is NaN, as x86's own instructions do it; written as a comparison
+// and a selection they are not recognised. (maskz: the plain ones warn in some GCC.)
+GEMMA2_INLINE VecF min(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_maskz_min_ps(__mmask16(-1), (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  for (int i = 0; i < kLanes / 8; ++i) part(a, i) = _mm256_min_ps(part(a, i), part(b, i));
+  return a;
+#else
+  return a < b ? a : b;
+#endif
+}
+GEMMA2_INLINE VecF max(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_maskz_max_ps(__mmask16(-1), (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  for (int i = 0; i < kLanes / 8; ++i) part(a, i) = _mm256_max_ps(part(a, i), part(b, i));
+  return a;
+#else
+  return a > b ? a : b;
+#endif
+}
 GEMMA2_INLINE VecF abs(VecF a) { return (VecF)((VecU)a & 0x7fffffffu); }
 // To the nearest integer, ties to even, for |a| < 2^22: adding 1.5 * 2^23 leaves no fraction bits.
-GEMMA2_INLINE VecF round_small(VecF a) {
-  const VecF magic = set(0x1.8p23f);
-  VecF r = a + magic;
-  asm("" : "+m"(r));  // the compiler must not fold (a + magic) - magic
-  return r - magic;
-}
+GEMMA2_INLINE VecF round_small(VecF a) { return a + set(0x1.8p23f) - set(0x1.8p23f); }
 GEMMA2_INLINE VecI to_int(VecF a) { return __builtin_convertvector(a, VecI); }
 
 // In a fixed order (halves, quarters, ...), so that a sum is the same wherever it is computed.
@@ -200,44 +227,80 @@ GEMMA2_INLINE float reduce_max(VecF v) {
   return lanes[0];
 }
 
-// e^x, relative error below 2e-7; 0 below -87.3 (no subnormals), inf above 88.7; exp(-inf) = 0.
-// x = n ln 2 + r, |r| <= ln 2 / 2; e^r by its Taylor polynomial of degree 7 (remainder 5e-9).
+// e^x, relative error below 2.5e-7; 0 below -87.7, inf above 88.4, NaN of NaN.
+// x = n ln 2 + r, |r| <= ln 2 / 2; e^r = 1 + r + r^2 p(r).
 GEMMA2_INLINE VecF exp(VecF x) {
-  const VecF clamped = min(max(x, set(-88.0f)), set(89.0f));
-  const VecF n = round_small(clamped * set(0x1.715476p0f));  // 1 / ln 2
+  // Operands in the order that keeps a NaN.
+  const VecF clamped = max(set(-88.0f), min(set(89.0f), x));
+  // Adding 1.5 * 2^23 leaves n in the last bits of the sum.
+  const VecF shifted = fma(clamped, set(0x1.715476p0f), set(0x1.8p23f));  // 1 / ln 2
+  const VecF n = shifted - set(0x1.8p23f);
   VecF r = fma(n, set(-0x1.62e4p-1f), clamped);  // ln 2 in two parts, the first exact times n
   r = fma(n, set(-0x1.7f7d1cp-20f), r);
-  VecF y = set(1.0f / 5040.0f);
-  y = fma(y, r, set(1.0f / 720.0f));
-  y = fma(y, r, set(1.0f / 120.0f));
-  y = fma(y, r, set(1.0f / 24.0f));
-  y = fma(y, r, set(1.0f / 6.0f));
-  y = fma(y, r, set(0.5f));
-  y = fma(y, r, set(1.0f));
-  y = fma(y, r, set(1.0f));
-  // 2^n in two factors: n reaches 128, one above a float's largest exponent.
-  const VecI half = to_int(n) >> 1, rest = to_int(n) - half;
-  y = y * (VecF)((half + 127) << 23) * (VecF)((rest + 127) << 23);
-  y = x < set(-87.33f) ? zero() : y;
-  return x != x ? x : y;
+  // p by minimax: relative error 1.1e-7.
+  VecF y = set(0x1.106208p-7f);
+  y = fma(y, r, set(0x1.572a3cp-5f));
+  y = fma(y, r, set(0x1.5557bp-3f));
+  y = fma(y, r, set(0x1.fffdfcp-2f));
+  y = fma(r * r, y, r) + set(1.0f);
+  // 2^n by its exponent's bits: n = -127 gives 0, n = 128 inf.
+  return y * (VecF)(((VecU)shifted << 23) + 0x3f800000u);
 }
 
-// tanh(x), relative error below 4e-7. Large |x|: 1 - 2 / (e^2|x| + 1); small: an odd polynomial
-// (Cephes' tanhf), as the first form cancels there.
+// tanh(x), relative error below 5e-7 and never beyond 1; NaN of NaN.
+// x p(x^2) / q(x^2), minimax over |x| <= 9.02, where tanh is 1 to a float's precision.
 GEMMA2_INLINE VecF tanh(VecF x) {
-  const VecF a = abs(x);
-  const VecF e = exp(min(a, set(10.0f)) * set(2.0f));
-  const VecF large = set(1.0f) - set(2.0f) / (e + set(1.0f));
+  const VecF a = max(set(-9.02f), min(set(9.02f), x));  // operands in the order that keeps a NaN
   const VecF s = a * a;
-  VecF p = set(-5.70498872745e-3f);
-  p = fma(p, s, set(2.06390887954e-2f));
-  p = fma(p, s, set(-5.37397155531e-2f));
-  p = fma(p, s, set(1.33314422036e-1f));
-  p = fma(p, s, set(-3.33332819422e-1f));
-  const VecF small = fma(p * s, a, a);
-  const VecF y = a < set(0.625f) ? small : large;
-  const VecF signed_y = (VecF)((VecU)y | ((VecU)x & 0x80000000u));
-  return x != x ? x : signed_y;
+  VecF p = set(0x1.c9a176p-27f);
+  p = fma(p, s, set(0x1.59548ap-16f));
+  p = fma(p, s, set(0x1.c9f7f2p-9f));
+  p = fma(p, s, set(0x1.120434p-3f));
+  p = fma(p, s, set(1.0f));
+  VecF q = set(0x1.a0b6dep-21f);
+  q = fma(q, s, set(0x1.584154p-12f));
+  q = fma(q, s, set(0x1.a7def4p-6f));
+  q = fma(q, s, set(0x1.de5764p-2f));
+  q = fma(q, s, set(1.0f));
+  // Rounding can lead one step beyond 1, and a soft-cap must not be exceeded.
+  return max(set(-1.0f), min(set(1.0f), a * p / q));
+}
+
+// sin(x) and cos(x), absolute error below 1.5e-7 for every finite x; NaN of inf and NaN.
+// x = n pi/2 + r, |r| <= pi/4, in double; sine and cosine of r by polynomials; n's last two bits
+// say which is which and their signs.
+GEMMA2_INLINE void sincos(VecF x, VecF* sine, VecF* cosine) {
+  typedef double VecD __attribute__((vector_size(kLanes * 8)));
+  const VecD wide = __builtin_convertvector(x, VecD);
+  const VecD shifted = wide * 0x1.45f306dc9c883p-1 + 0x1.8p52;  // 2 / pi
+  const VecD n = shifted - 0x1.8p52;
+  // pi/2 in two parts, the first of 33 bits: exact times n for |x| < 2^20.
+  const VecF r =
+      __builtin_convertvector(wide - n * 0x1.921fb544p0 - n * 0x1.0b4611a626331p-34, VecF);
+  const VecI quadrant = __builtin_convertvector(n, VecI);
+  const VecF s = r * r;
+  VecF p = set(-0x1.98dc1cp-13f);  // sin r = r + r^3 p(r^2)
+  p = fma(p, s, set(0x1.1105bcp-7f));
+  p = fma(p, s, set(-0x1.555554p-3f));
+  const VecF sin_r = fma(p * s, r, r);
+  VecF q = set(0x1.99e0ecp-16f);  // cos r = 1 - r^2/2 + r^4 q(r^2)
+  q = fma(q, s, set(-0x1.6c0c1ap-10f));
+  q = fma(q, s, set(0x1.55554ap-5f));
+  q = fma(q, s, set(-0.5f));
+  const VecF cos_r = fma(q, s, set(1.0f));
+  const VecI odd = (quadrant & 1) != 0;
+  const VecU sign = (VecU)quadrant << 30 & 0x80000000u;
+  const VecU cos_sign = (VecU)(quadrant + 1) << 30 & 0x80000000u;
+  *sine = (VecF)((VecU)(odd ? cos_r : sin_r) ^ sign);
+  *cosine = (VecF)((VecU)(odd ? sin_r : cos_r) ^ cos_sign);
+  const VecI far = abs(x) >= set(0x1p20f);  // rare, so one by one and in full precision
+  int32_t any = 0;
+  for (int i = 0; i < kLanes; ++i) any |= far[i];
+  for (int i = 0; any && i < kLanes; ++i) {
+    if (!far[i]) continue;
+    (*sine)[i] = float(__builtin_sin(double(x[i])));
+    (*cosine)[i] = float(__builtin_cos(double(x[i])));
+  }
 }
 
 // ---- dispatch
