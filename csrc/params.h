@@ -37,7 +37,8 @@ struct AddRmsNormParams {
   DType weight_dtype;
 };
 
-// out = gelu_tanh(gate) * up
+// out = gelu_tanh(gate) * up; the work is shared out in runs of kGegluColumns columns of a row.
+constexpr int64_t kGegluColumns = 1024;
 struct GegluParams {
   const void* gate;  // (rows, columns), last dimension contiguous
   int64_t gate_stride;
@@ -66,8 +67,8 @@ struct RopeParams {
   HeadsView v;                 // with a cache only
   HeadsView k_cache, v_cache;  // (batch, capacity, num_kv_heads, head_dim), seqlen_stride a slot
   int64_t capacity;            // 0: no cache
-  const int64_t* positions;    // (batch, seqlen); below 0: padding, which is neither rotated nor
-                               // written to a cache
+  const int64_t* positions;  // (batch, seqlen), seqlen contiguous. With a cache, below 0: padding,
+                             // which is neither rotated nor written to the cache
   int64_t positions_batch_stride;  // 0: the same positions for every row of the batch
   const float* inv_freq;           // (head_dim / 2,)
   int64_t batch, seqlen, num_heads, num_kv_heads, head_dim;

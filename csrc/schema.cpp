@@ -11,4 +11,22 @@ STABLE_TORCH_LIBRARY(gemma2_ext, m) {
   m.def("linear_out(Tensor x, Tensor weight, Tensor(a!) out) -> ()");
   m.def("logits(Tensor hidden, Tensor weight, float? softcap=None) -> Tensor");
   m.def("logits_out(Tensor hidden, Tensor weight, float? softcap, Tensor(a!) out) -> ()");
+  m.def(
+      "add_rms_norm(Tensor x, Tensor residual, Tensor post_weight, Tensor pre_weight, "
+      "float eps=1e-6) -> (Tensor, Tensor)");
+  m.def(
+      "add_rms_norm_out(Tensor x, Tensor residual, Tensor post_weight, Tensor pre_weight, "
+      "float eps, Tensor(a!) residual_out, Tensor(b!) out) -> ()");
+  m.def("geglu(Tensor gate, Tensor up) -> Tensor");
+  m.def("geglu_out(Tensor gate, Tensor up, Tensor(a!) out) -> ()");
+  m.def("rope(Tensor q, Tensor k, Tensor positions, float theta=10000.0) -> (Tensor, Tensor)");
+  m.def(
+      "rope_out(Tensor q, Tensor k, Tensor positions, float theta, Tensor(a!) q_out, "
+      "Tensor(b!) k_out) -> ()");
+  m.def(
+      "rope_append_cache(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor(a!) k_cache, "
+      "Tensor(b!) v_cache, float theta=10000.0) -> Tensor");
+  m.def(
+      "rope_append_cache_out(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor(a!) k_cache, "
+      "Tensor(b!) v_cache, float theta, Tensor(c!) q_out) -> ()");
 }

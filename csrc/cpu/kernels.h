@@ -10,12 +10,15 @@
 
 namespace gemma2 {
 
-#define GEMMA2_CPU_KERNELS(X)         \
-  X(rms_norm_rows, RmsNormParams)     \
-  X(linear_pack_rows, LinearParams)   \
-  X(linear_few_rows, LinearParams)    \
-  X(linear_pack_panels, LinearParams) \
-  X(linear_many_rows, LinearParams)
+#define GEMMA2_CPU_KERNELS(X)            \
+  X(rms_norm_rows, RmsNormParams)        \
+  X(linear_pack_rows, LinearParams)      \
+  X(linear_few_rows, LinearParams)       \
+  X(linear_pack_panels, LinearParams)    \
+  X(linear_many_rows, LinearParams)      \
+  X(add_rms_norm_rows, AddRmsNormParams) \
+  X(geglu_runs, GegluParams)             \
+  X(rope_tokens, RopeParams)
 
 struct CpuKernels {
 #define GEMMA2_MEMBER(name, Params) void (*name)(const Params&, int64_t begin, int64_t end);

@@ -4,8 +4,12 @@ Layout is (batch, seqlen, heads, head_dim). Each function is also `torch.ops.gem
 `reference.py` states in plain torch what each computes.
 """
 
+from .add_rms_norm import add_rms_norm
+from .geglu import geglu
 from .linear import linear
 from .logits import logits
 from .rms_norm import rms_norm
+from .rope import rope
+from .rope_append_cache import rope_append_cache
 
-__all__ = ["linear", "logits", "rms_norm"]
+__all__ = ["add_rms_norm", "geglu", "linear", "logits", "rms_norm", "rope", "rope_append_cache"]

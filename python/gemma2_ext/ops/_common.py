@@ -22,6 +22,18 @@ def check_tensor(op: str, name: str, value: object) -> None:
         )
 
 
+def check_positions(op: str, positions: object) -> None:
+    """Raises TypeError unless `positions` is a tensor of int64 or int32."""
+    if not isinstance(positions, Tensor):
+        raise TypeError(
+            f"gemma2_ext::{op}: positions must be a torch.Tensor, got {type(positions).__name__}"
+        )
+    if positions.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            f"gemma2_ext::{op}: positions must be int64 or int32, got {positions.dtype}"
+        )
+
+
 def through_dispatcher(*tensors: Tensor) -> bool:
     """Whether a call has to go through the functional op: being traced, or asked for a gradient.
 
@@ -42,3 +54,25 @@ def refuse_backward(op: str) -> None:
         )
 
     torch.library.register_autograd(f"gemma2_ext::{op}", backward)
+
+
+# Kept for the life of the process, as its registrations are.
+_library = torch.library.Library("gemma2_ext", "FRAGMENT")
+
+
+def refuse_gradient(op: str) -> None:
+    """As refuse_backward, for an op that writes into its arguments: the call itself raises.
+
+    torch.library.register_autograd takes no such op.
+    """
+    overload = getattr(torch.ops.gemma2_ext, op).default
+
+    def autograd(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            raise NotImplementedError(
+                f"gemma2_ext::{op} has no backward; run it under torch.no_grad()"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    _library.impl(op, autograd, "Autograd", with_keyset=True)

@@ -1,0 +1,90 @@
+// Half-split rotation: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), angle = position * inv_freq,
+// of q and k (batch, seqlen, heads, head_dim); with a cache, k and v go into slot
+// position % capacity of it.
+//
+// A unit is a token: unit u is token u % seqlen of row u / seqlen. Its cosines and sines are
+// computed once, kColumns at a time, for all of its heads. Angle, cosine and sine in float32, one
+// rounding at the end. Memory bounds it. Source: transformers, apply_rotary_pos_emb.
+#include "kernels.h"
+#include "simd.h"
+
+namespace gemma2 {
+namespace GEMMA2_ISA {
+namespace {
+
+constexpr int64_t kColumns = 128;  // of a half; one chunk for head_dim up to 256
+
+GEMMA2_INLINE int64_t offset(const HeadsView& t, int64_t batch, int64_t token, int64_t head) {
+  return batch * t.batch_stride + token * t.seqlen_stride + head * t.head_stride;
+}
+
+// n columns of both halves of one head.
+template <class T>
+GEMMA2_INLINE void rotate(const T* x, T* out, const float* cosines, const float* sines,
+                          int64_t half, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const VecF x1 = load(x + i), x2 = load(x + half + i);
+    const VecF c = load(cosines + i), s = load(sines + i);
+    store(out + i, x1 * c - x2 * s);
+    store(out + half + i, x2 * c + x1 * s);
+  }
+  if (i < n) {
+    const VecF x1 = load_n(x + i, n - i), x2 = load_n(x + half + i, n - i);
+    const VecF c = load_n(cosines + i, n - i), s = load_n(sines + i, n - i);
+    store_n(out + i, x1 * c - x2 * s, n - i);
+    store_n(out + half + i, x2 * c + x1 * s, n - i);
+  }
+}
+
+template <class T>
+void rope_token(const RopeParams& p, int64_t b, int64_t token) {
+  const int64_t position = p.positions[b * p.positions_batch_stride + token];
+  const bool cached = p.capacity > 0, padding = cached && position < 0;
+  const int64_t head_bytes = p.head_dim * int64_t(sizeof(T)), half = p.head_dim / 2;
+  if (padding) {
+    for (int64_t h = 0; h < p.num_heads; ++h) {
+      memcpy((T*)p.q_out.data + offset(p.q_out, b, token, h),
+             (const T*)p.q.data + offset(p.q, b, token, h), head_bytes);
+    }
+    return;
+  }
+  const HeadsView& k_out = cached ? p.k_cache : p.k_out;
+  const int64_t slot = cached ? position % p.capacity : token;
+  for (int64_t begin = 0; begin < half; begin += kColumns) {
+    const int64_t n = half - begin < kColumns ? half - begin : kColumns;
+    float cosines[kColumns], sines[kColumns];
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const float* inv_freq = p.inv_freq + begin + i;
+      const VecF f = i + kLanes <= n ? load(inv_freq) : load_n(inv_freq, n - i);
+      VecF s, c;
+      sincos(set(float(position)) * f, &s, &c);
+      store(cosines + i, c);
+      store(sines + i, s);
+    }
+    for (int64_t h = 0; h < p.num_heads; ++h) {
+      rotate((const T*)p.q.data + offset(p.q, b, token, h) + begin,
+             (T*)p.q_out.data + offset(p.q_out, b, token, h) + begin, cosines, sines, half, n);
+    }
+    for (int64_t h = 0; h < p.num_kv_heads; ++h) {
+      rotate((const T*)p.k.data + offset(p.k, b, token, h) + begin,
+             (T*)k_out.data + offset(k_out, b, slot, h) + begin, cosines, sines, half, n);
+    }
+  }
+  if (!cached) return;
+  for (int64_t h = 0; h < p.num_kv_heads; ++h) {
+    memcpy((T*)p.v_cache.data + offset(p.v_cache, b, slot, h),
+           (const T*)p.v.data + offset(p.v, b, token, h), head_bytes);
+  }
+}
+
+}  // namespace
+
+void rope_tokens(const RopeParams& p, int64_t begin, int64_t end) {
+  dispatch_dtype(p.dtype, [&](auto t) {
+    for (int64_t u = begin; u < end; ++u) rope_token<decltype(t)>(p, u / p.seqlen, u % p.seqlen);
+  });
+}
+
+}  // namespace GEMMA2_ISA
+}  // namespace gemma2

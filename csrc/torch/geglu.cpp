@@ -1,0 +1,48 @@
+// Binding of geglu.
+#include "../cpu/isa.h"
+#include "common.h"
+
+namespace gemma2 {
+namespace {
+
+void geglu_out(const Tensor& gate, const Tensor& up, Tensor out) {
+  const char* op = "geglu";
+  const DType dtype = dtype_of(op, "gate", gate);
+  check_cpu(op, "gate", gate);
+  check_cpu(op, "up", up);
+  if (gate.dim() < 1) fail(op, "gate must have shape (..., intermediate_size), got a scalar");
+  check_same_shape(op, "up", up, "gate", gate);
+  check_same_dtype(op, "up", up, "gate", gate);
+  check_out(op, "out", out, "gate", gate);
+  if (gate.numel() == 0) return;
+
+  const Rows gate_rows = as_rows(gate), up_rows = as_rows(up);
+  const GegluParams p{gate_rows.tensor.data_ptr(),
+                      gate_rows.stride,
+                      up_rows.tensor.data_ptr(),
+                      up_rows.stride,
+                      out.data_ptr(),
+                      gate_rows.rows,
+                      gate_rows.columns,
+                      dtype};
+  const int64_t runs = (p.columns + kGegluColumns - 1) / kGegluColumns;
+  const int64_t columns = p.columns < kGegluColumns ? p.columns : kGegluColumns;
+  const CpuKernels& kernels = cpu_kernels();
+  // An element costs an exponential and a division: as much time as 16 bytes of memory.
+  parallel_units(p.rows * runs, columns * 16,
+                 [&](int64_t begin, int64_t end) { kernels.geglu_runs(p, begin, end); });
+}
+
+Tensor geglu(const Tensor& gate, const Tensor& up) {
+  Tensor out = torch::stable::new_empty(gate, gate.sizes());
+  geglu_out(gate, up, out);
+  return out;
+}
+
+}  // namespace
+}  // namespace gemma2
+
+STABLE_TORCH_LIBRARY_IMPL(gemma2_ext, CPU, m) {
+  m.impl("geglu", TORCH_BOX(&gemma2::geglu));
+  m.impl("geglu_out", TORCH_BOX(&gemma2::geglu_out));
+}

@@ -1,0 +1,214 @@
+// Bindings of rope and rope_append_cache.
+#include <array>
+#include <map>
+#include <mutex>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "../cpu/isa.h"
+#include "common.h"
+
+namespace gemma2 {
+namespace {
+
+// 1 / theta ** (arange(0, head_dim, 2) / head_dim), each step in float32. The power is torch's own:
+// its last bit differs from the C library's now and then, and at position 8000 that shows.
+std::vector<float> compute_inv_freq(int64_t head_dim, double theta) {
+  const int64_t half = head_dim / 2;
+  const Tensor base = torch::stable::full({half}, theta, ScalarType::Float, std::nullopt,
+                                          torch::headeronly::DeviceType::CPU);
+  const Tensor exponent = torch::stable::new_empty(base, {half});
+  float* e = exponent.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < half; ++i) e[i] = float(2 * i) / float(head_dim);
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(base),
+                                    torch::stable::detail::from(exponent)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::pow", "Tensor_Tensor", stack.data(), TORCH_ABI_VERSION));
+  const Tensor power = torch::stable::detail::to<Tensor>(stack[0]);
+  const float* values = power.const_data_ptr<float>();
+  std::vector<float> inv_freq(half);
+  for (int64_t i = 0; i < half; ++i) inv_freq[i] = 1.0f / values[i];
+  return inv_freq;
+}
+
+// The table lives as long as the process: a map's elements never move.
+const float* inv_freq(int64_t head_dim, double theta) {
+  static std::mutex mutex;
+  static std::map<std::pair<int64_t, double>, std::vector<float>> tables;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto key = std::make_pair(head_dim, theta);
+  auto found = tables.find(key);
+  if (found == tables.end()) found = tables.emplace(key, compute_inv_freq(head_dim, theta)).first;
+  return found->second.data();
+}
+
+std::string shape(std::initializer_list<int64_t> sizes) {
+  std::string s = "(";
+  for (int64_t size : sizes) s += (s.size() > 1 ? ", " : "") + std::to_string(size);
+  return s + ")";
+}
+
+// What both ops check: q, k, positions, theta. Returns int64 positions, contiguous along seqlen.
+Tensor check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& positions,
+                    double theta) {
+  dtype_of(op, "q", q);
+  check_cpu(op, "q", q);
+  check_cpu(op, "k", k);
+  check_cpu(op, "positions", positions);
+  check_same_dtype(op, "k", k, "q", q);
+  if (q.dim() != 4) {
+    fail(op, "q must have shape (batch, seqlen, num_heads, head_dim), got " + to_string(q));
+  }
+  const int64_t batch = q.size(0), seqlen = q.size(1), head_dim = q.size(3);
+  if (k.dim() != 4 || k.size(0) != batch || k.size(1) != seqlen || k.size(3) != head_dim) {
+    fail(op, "k must have shape (batch, seqlen, num_kv_heads, head_dim) = (" +
+                 std::to_string(batch) + ", " + std::to_string(seqlen) + ", *, " +
+                 std::to_string(head_dim) + "), got " + to_string(k));
+  }
+  if (head_dim % 2) fail(op, "head_dim must be even, got " + std::to_string(head_dim));
+  if (positions.scalar_type() != ScalarType::Long && positions.scalar_type() != ScalarType::Int) {
+    fail(op, std::string("positions must be int64 or int32, got ") +
+                 torch::headeronly::toString(positions.scalar_type()));
+  }
+  const bool shared = positions.dim() == 1 && positions.size(0) == seqlen;
+  if (!shared &&
+      (positions.dim() != 2 || positions.size(0) != batch || positions.size(1) != seqlen)) {
+    fail(op, "positions must have shape (seqlen,) = (" + std::to_string(seqlen) +
+                 ",) or (batch, seqlen) = " + shape({batch, seqlen}) + ", got " +
+                 to_string(positions));
+  }
+  if (!(theta > 0) || theta > 1e38) {
+    fail(op, "theta must be positive and finite, got " + std::to_string(theta));
+  }
+  const Tensor wide = positions.scalar_type() == ScalarType::Long
+                          ? positions
+                          : torch::stable::to(positions, ScalarType::Long);
+  return last_dim_contiguous(wide);
+}
+
+// The part of the parameters that both ops share.
+RopeParams make_params(const Tensor& q, const Tensor& k, const Tensor& positions, double theta,
+                       const Tensor& q_out) {
+  RopeParams p{};
+  p.q = heads_view(q);
+  p.k = heads_view(k);
+  p.q_out = heads_view(q_out);
+  p.positions = positions.const_data_ptr<int64_t>();
+  p.positions_batch_stride = positions.dim() == 2 ? positions.stride(0) : 0;
+  p.inv_freq = inv_freq(q.size(3), theta);
+  p.batch = q.size(0);
+  p.seqlen = q.size(1);
+  p.num_heads = q.size(2);
+  p.num_kv_heads = k.size(2);
+  p.head_dim = q.size(3);
+  p.dtype = dtype_of("rope", "q", q);
+  return p;
+}
+
+void run(const RopeParams& p) {
+  const int64_t elements = (p.num_heads + p.num_kv_heads) * p.head_dim;
+  const CpuKernels& kernels = cpu_kernels();
+  parallel_units(p.batch * p.seqlen, elements * 8,
+                 [&](int64_t begin, int64_t end) { kernels.rope_tokens(p, begin, end); });
+}
+
+void rope_out(const Tensor& q, const Tensor& k, const Tensor& positions, double theta, Tensor q_out,
+              Tensor k_out) {
+  const char* op = "rope";
+  const Tensor wide_positions = check_inputs(op, q, k, positions, theta);
+  check_out(op, "q_out", q_out, "q", q);
+  check_out(op, "k_out", k_out, "k", k);
+  if (q.numel() + k.numel() == 0) return;
+
+  const Tensor q_rows = last_dim_contiguous(q), k_rows = last_dim_contiguous(k);
+  RopeParams p = make_params(q_rows, k_rows, wide_positions, theta, q_out);
+  p.k_out = heads_view(k_out);
+  run(p);
+}
+
+std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& positions,
+                                double theta) {
+  Tensor q_out = torch::stable::new_empty(q, q.sizes());
+  Tensor k_out = torch::stable::new_empty(k, k.sizes());
+  rope_out(q, k, positions, theta, q_out, k_out);
+  return {q_out, k_out};
+}
+
+void check_cache(const char* op, const char* name, const Tensor& cache, const Tensor& k) {
+  check_cpu(op, name, cache);
+  check_same_dtype(op, name, cache, "k", k);
+  if (cache.dim() != 4 || cache.size(0) != k.size(0) || cache.size(2) != k.size(2) ||
+      cache.size(3) != k.size(3)) {
+    fail(op, std::string(name) + " must have shape (batch, capacity, num_kv_heads, head_dim) = (" +
+                 std::to_string(k.size(0)) + ", *, " + std::to_string(k.size(2)) + ", " +
+                 std::to_string(k.size(3)) + "), got " + to_string(cache));
+  }
+  if (cache.size(3) > 1 && cache.stride(3) != 1) {
+    fail(op, std::string(name) + " must be contiguous in its last dimension, got stride " +
+                 std::to_string(cache.stride(3)));
+  }
+}
+
+// Every token of a row needs a slot of its own: positions rise and span at most capacity.
+void check_slots(const char* op, const RopeParams& p) {
+  const int64_t rows = p.positions_batch_stride ? p.batch : 1;
+  for (int64_t b = 0; b < rows; ++b) {
+    const int64_t* positions = p.positions + b * p.positions_batch_stride;
+    int64_t first = -1, last = -1;
+    for (int64_t i = 0; i < p.seqlen; ++i) {
+      if (positions[i] < 0) continue;
+      if (first < 0) first = positions[i];
+      if (positions[i] <= last || positions[i] - first >= p.capacity) {
+        fail(op, "positions of row " + std::to_string(b) +
+                     " must increase and span at most capacity = " + std::to_string(p.capacity) +
+                     " slots, got " + std::to_string(positions[i]) + " after " +
+                     std::to_string(positions[i] <= last ? last : first));
+      }
+      last = positions[i];
+    }
+  }
+}
+
+void rope_append_cache_out(const Tensor& q, const Tensor& k, const Tensor& v,
+                           const Tensor& positions, Tensor k_cache, Tensor v_cache, double theta,
+                           Tensor q_out) {
+  const char* op = "rope_append_cache";
+  const Tensor wide_positions = check_inputs(op, q, k, positions, theta);
+  check_cpu(op, "v", v);
+  check_same_dtype(op, "v", v, "k", k);
+  check_same_shape(op, "v", v, "k", k);
+  check_cache(op, "k_cache", k_cache, k);
+  check_cache(op, "v_cache", v_cache, k);
+  check_same_shape(op, "v_cache", v_cache, "k_cache", k_cache);
+  check_out(op, "q_out", q_out, "q", q);
+  if (q.numel() + k.numel() == 0) return;
+
+  const Tensor q_rows = last_dim_contiguous(q), k_rows = last_dim_contiguous(k);
+  const Tensor v_rows = last_dim_contiguous(v);
+  RopeParams p = make_params(q_rows, k_rows, wide_positions, theta, q_out);
+  p.v = heads_view(v_rows);
+  p.k_cache = heads_view(k_cache);
+  p.v_cache = heads_view(v_cache);
+  p.capacity = k_cache.size(1);
+  if (p.capacity == 0) fail(op, "k_cache must have at least one slot, got " + to_string(k_cache));
+  check_slots(op, p);
+  run(p);
+}
+
+Tensor rope_append_cache(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& positions,
+                         Tensor k_cache, Tensor v_cache, double theta) {
+  Tensor q_out = torch::stable::new_empty(q, q.sizes());
+  rope_append_cache_out(q, k, v, positions, k_cache, v_cache, theta, q_out);
+  return q_out;
+}
+
+}  // namespace
+}  // namespace gemma2
+
+STABLE_TORCH_LIBRARY_IMPL(gemma2_ext, CPU, m) {
+  m.impl("rope", TORCH_BOX(&gemma2::rope));
+  m.impl("rope_out", TORCH_BOX(&gemma2::rope_out));
+  m.impl("rope_append_cache", TORCH_BOX(&gemma2::rope_append_cache));
+  m.impl("rope_append_cache_out", TORCH_BOX(&gemma2::rope_append_cache_out));
+}

@@ -1,0 +1,56 @@
+"""rope: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), angle = position * inv_freq."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._common import check_positions, check_tensor, refuse_backward, through_dispatcher
+
+_op = torch.ops.gemma2_ext.rope.default
+_out_op = torch.ops.gemma2_ext.rope_out.default
+
+
+def rope(q: Tensor, k: Tensor, positions: Tensor, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """Rotates halves: `(x1 cos - x2 sin, x2 cos + x1 sin)`, angle = position * inv_freq.
+
+    `inv_freq = 1 / theta ** (arange(0, head_dim, 2) / head_dim)`. Frequencies and angles are
+    rounded to float32 as in transformers; the rest is in float32 and rounded once.
+
+    Args:
+        q: (batch, seqlen, num_heads, head_dim), float32, bfloat16 or float16, any strides;
+            head_dim even.
+        k: (batch, seqlen, num_kv_heads, head_dim), q's dtype, any strides.
+        positions: (seqlen,) or (batch, seqlen), int64 or int32, any sign.
+        theta: base of the frequencies.
+
+    Returns:
+        (q, k) rotated, new contiguous tensors of the same shapes and dtype.
+
+    Raises:
+        TypeError: q or k is not a floating tensor of those dtypes, or positions not an integer one.
+        ValueError: shapes, dtypes or devices do not fit, head_dim is odd, or theta not positive.
+
+    Source: Su et al. (arXiv 2104.09864), half-split form; transformers, apply_rotary_pos_emb.
+    """
+    check_tensor("rope", "q", q)
+    check_tensor("rope", "k", k)
+    check_positions("rope", positions)
+    if through_dispatcher(q, k):
+        return _op(q, k, positions, theta)
+    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    _out_op(q, k, positions, theta, q_out, k_out)
+    return q_out, k_out
+
+
+@torch.library.register_fake("gemma2_ext::rope")
+def _(q: Tensor, k: Tensor, positions: Tensor, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@torch.library.register_fake("gemma2_ext::rope_out")
+def _(q: Tensor, k: Tensor, positions: Tensor, theta: float, q_out: Tensor, k_out: Tensor) -> None:
+    return None
+
+
+refuse_backward("rope")
