@@ -55,8 +55,11 @@ def main(capsys: pytest.CaptureFixture[str]):
     return run_here
 
 
-def model_folder(folder: Path, **changes: object) -> Path:
-    """A random model with the shipped tokenizer that writes letters and never stops."""
+END_OF_TURN = 107
+
+
+def model_folder(folder: Path, stops: bool = False, **changes: object) -> Path:
+    """A random model with the shipped tokenizer that writes letters, and `stops` or not."""
     torch.manual_seed(0)
     shipped = shipped_model()
     tokenizer = Tokenizer.from_pretrained(shipped)
@@ -74,9 +77,8 @@ def model_folder(folder: Path, **changes: object) -> Path:
     model = Gemma2(replace(config, **changes))
     with torch.no_grad():
         # Only letters have logits far from 0, and so the largest.
-        embedding = model.embed_tokens.weight
         letters = tokenizer.encode("a b c d e f g h i j k l m n o p", add_bos=False)
-        embedding[letters] *= 100
+        model.embed_tokens.weight[letters + [END_OF_TURN] * stops] *= 100
     model.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(shipped / file, folder)
@@ -163,15 +165,14 @@ def test_generate_stops_where_the_context_ends(main, short: Path):
 def test_generate_takes_dtype_threads_and_window(main):
     threads = torch.get_num_threads()
     try:
-        code, out, _ = main(
-            "generate", PROMPT, "--dtype", "float32", "--threads", 1, "--sliding-window", 4
-        )
+        args = ("--dtype", "float32", "--threads", 1, "--sliding-window", 4)
+        code, out, _ = main("generate", PROMPT, "--max-new-tokens", 40, *args)
         assert (code, torch.get_num_threads()) == (0, 1)
     finally:
         torch.set_num_threads(threads)
     model = Gemma2.from_pretrained(shipped_model(), dtype=torch.float32, sliding_window=4)
     tokenizer = Tokenizer.from_pretrained(shipped_model())
-    assert out == greedy_text(model, tokenizer, tokenizer.encode(PROMPT), 256) + "\n"
+    assert out == greedy_text(model, tokenizer, tokenizer.encode(PROMPT), 40) + "\n"
 
 
 def test_a_reader_that_leaves_is_no_error(endless: Path):
@@ -389,15 +390,25 @@ def test_conversation_seeds_answers_apart(shakespeare):
     assert answers[0][0] != answers[0][1]
 
 
-def test_text_stream_hides_the_stop_token(shakespeare):
-    model, tokenizer = shakespeare
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Who art thou?"}])
-    stream = TextStream(model, tokenizer, ids, max_new_tokens=400, temperature=0.8, seed=1)
+def test_the_stop_token_is_no_text(tmp_path: Path):
+    folder = model_folder(tmp_path, stops=True)
+    model, tokenizer = Gemma2.from_pretrained(folder), Tokenizer.from_pretrained(folder)
+    ids = tokenizer.encode("a b c")
+    # Hot enough that each of the 17 tokens is drawn within a few dozen.
+    stream = TextStream(model, tokenizer, ids, max_new_tokens=1000, temperature=20.0, top_k=17)
     text = "".join(stream)
     assert stream.stop_reason == "stop"
-    assert stream.new_ids[-1] in tokenizer.eos_ids
+    assert stream.new_ids[-1] == END_OF_TURN
+    assert END_OF_TURN not in stream.new_ids[:-1]
     assert text == tokenizer.decode(stream.new_ids[:-1])
     assert "<" not in text
+
+    conversation = Conversation(model, tokenizer, temperature=20.0, top_k=17)
+    for _ in range(2):
+        "".join(conversation.answer("a b c"))
+    # Each stop token stands once, whether drawn or put there by the format.
+    assert conversation.ids.count(END_OF_TURN) == 4
+    assert conversation.ids[-1] == END_OF_TURN
 
 
 # ---- perplexity ----------------------------------------------------------------------------------
@@ -509,14 +520,14 @@ BAD_ARGUMENTS = [
     (["generate", "word " * 2000], r"the prompt's \d+ tokens exceed the context"),
     (["generate", "--file", "/nowhere/prompt.txt"], "/nowhere/prompt.txt: No such file"),
     (["generate", "--file", "/"], "/: Is a directory"),
-    (["chat", "--max-length", "1000000000"], "max_length must be between 1 and"),
+    (["chat", "--max-length", "10000"], "--max-length must be at most max_position.* = 512, got"),
     (["chat", "--model", "/nowhere"], "/nowhere"),
     (["perplexity"], "FILE"),
     (["perplexity", "/nowhere.txt"], "/nowhere.txt: No such file"),
     (["perplexity", "/dev/null"], "/dev/null: there is no text in it"),
     (["perplexity", __file__, "--context", "1000000"], "context must be between 1 and"),
     (["perplexity", __file__, "--context", "8", "--stride", "9"], "between 1 and context = 8"),
-    (["info", "--max-length", "1000000000"], "max_length must be between 1 and"),
+    (["info", "--max-length", "10000"], "--max-length must be at most max_position.* = 512, got"),
     (["info", "--model", "/nowhere"], "/nowhere"),
 ]
 

@@ -259,6 +259,17 @@ def load_config(args: argparse.Namespace) -> Gemma2Config:
     return config
 
 
+def sequence_length(args: argparse.Namespace, config: Gemma2Config) -> int:
+    """--max-length, or the context; refused here where a model need not be loaded for it."""
+    context = config.max_position_embeddings
+    if args.max_length is not None and args.max_length > context:
+        raise ValueError(
+            f"--max-length must be at most max_position_embeddings = {context}, "
+            f"got {args.max_length}"
+        )
+    return args.max_length or context
+
+
 def load_model(args: argparse.Namespace) -> Gemma2:
     """The model, with a progress bar on a terminal."""
     return Gemma2.from_pretrained(
@@ -313,8 +324,8 @@ def run_chat(args: argparse.Namespace) -> None:
     """`gemma2-ext chat`."""
     sampling = sampling_options(args)
     tokenizer = Tokenizer.from_pretrained(args.model)
-    model = load_model(args)
-    conversation = Conversation(model, tokenizer, max_length=args.max_length, **sampling)
+    max_length = sequence_length(args, load_config(args))
+    conversation = Conversation(load_model(args), tokenizer, max_length=max_length, **sampling)
     prompt = ""
     if sys.stdin is not None and sys.stdin.isatty():
         prompt = "> "
@@ -395,12 +406,7 @@ def run_info(args: argparse.Namespace) -> None:
     """`gemma2-ext info`."""
     config = load_config(args)
     dtype = DTYPES[args.dtype] if args.dtype else stored_dtype(args.model, config)
-    max_length = args.max_length or config.max_position_embeddings
-    if max_length > config.max_position_embeddings:
-        raise ValueError(
-            "max_length must be between 1 and max_position_embeddings = "
-            f"{config.max_position_embeddings}, got {max_length}"
-        )
+    max_length = sequence_length(args, config)
     full = replace(config, layer_types=(GLOBAL,) * config.num_hidden_layers)
     weights, cache = (
         memory_needed(config, dtype),
@@ -442,8 +448,8 @@ def describe_info(info: dict[str, Any]) -> str:
             f"gemma2_ext {build['version']}, torch {build['torch']} (built with "
             f"{build['built_with_torch']}), compiler {build['compiler']}, "
             f"CUDA kernels: {'yes' if build['cuda'] else 'no'}",
-            f"CPU kernels: {build['cpu_isa']} of {', '.join(build['supported_cpu_isas'])}; "
-            f"{info['threads']} threads",
+            f"CPU kernels: {build['cpu_isa']} (this machine can run "
+            f"{', '.join(build['supported_cpu_isas'])}), threads: {info['threads']}",
             f"model: {model['folder']}",
             f"  {model['parameters']:,} parameters, {model['dtype']}, vocabulary of "
             f"{model['vocab_size']}, context of {model['max_position_embeddings']} tokens",
