@@ -80,11 +80,13 @@ struct RopeParams {
 struct AttentionParams {
   HeadsView q, out;  // (batch, seqlen_q, num_heads, head_dim)
   HeadsView k, v;    // (batch, seqlen_k or capacity, num_kv_heads, head_dim)
-  float* lse;        // (batch, num_heads, seqlen_q), contiguous, natural logarithm; may be null
+  float* lse;  // (batch, num_heads, seqlen_q), seqlen_q contiguous, natural logarithm; may be null
+  int64_t lse_batch_stride, lse_head_stride;
   const int64_t* key_lengths;  // (batch,): valid keys end here; null: seqlen_k
   const int64_t* key_starts;   // (batch,): valid keys begin here; null: 0
   // Variable length: sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1] of q, or of k and v
-  // (batch_stride 0, and lse is (num_heads, total_q)). Null otherwise.
+  // (batch_stride 0, and lse is (num_heads, total_q)). Null otherwise; seqlen_q and seqlen_k are
+  // the longest sequences'.
   const int32_t* cu_seqlens_q;
   const int32_t* cu_seqlens_k;
   int64_t batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim;

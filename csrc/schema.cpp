@@ -5,6 +5,30 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(gemma2_ext, m) {
+  // Tensors stand before the `*`: autograd can be registered for no others.
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor? key_lengths=None, Tensor? key_starts=None, "
+      "*, "
+      "float scale, float? softcap=None, int? window=None, bool causal=True, "
+      "bool return_lse=False) -> (Tensor, Tensor)");
+  m.def(
+      "attention_out(Tensor q, Tensor k, Tensor v, Tensor? key_lengths, Tensor? key_starts, *, "
+      "float scale, float? softcap, int? window, bool causal, Tensor(a!) out, Tensor(b!)? lse) "
+      "-> ()");
+  m.def(
+      "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+      "int max_seqlen_q, int max_seqlen_k, *, float scale, float? softcap=None, int? window=None, "
+      "bool causal=True, bool return_lse=False) -> (Tensor, Tensor)");
+  m.def(
+      "attention_varlen_out(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, "
+      "Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, *, float scale, float? softcap, "
+      "int? window, bool causal, Tensor(a!) out, Tensor(b!)? lse) -> ()");
+  m.def(
+      "attention_cache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor key_lengths, *, "
+      "float scale, float? softcap=None, int? window=None) -> Tensor");
+  m.def(
+      "attention_cache_out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor key_lengths, *, "
+      "float scale, float? softcap, int? window, Tensor(a!) out) -> ()");
   m.def("rms_norm(Tensor x, Tensor weight, float eps=1e-6) -> Tensor");
   m.def("rms_norm_out(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()");
   m.def("linear(Tensor x, Tensor weight) -> Tensor");

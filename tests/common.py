@@ -21,14 +21,19 @@ TOLERANCE = {
 
 
 def assert_accurate(
-    actual: Tensor, reference: Callable[..., Tensor], *tensors: Tensor, loosen: float = 1.0
+    actual: Tensor,
+    reference: Callable[..., Tensor],
+    *tensors: Tensor,
+    loosen: float = 1.0,
+    roundings: int = 1,
 ) -> None:
     """Asserts that `actual` is as near the truth as `reference` run in its dtype.
 
     The truth is `reference(*tensors)` in float64, on inputs already rounded to the tested dtype.
-    The largest error may be twice that of the reference run in the dtype, plus one rounding of the
-    largest value; and every element is within TOLERANCE (times `loosen`, which needs its
-    derivation where it is used).
+    The largest error may be twice that of the reference run in the dtype, plus `roundings` of the
+    largest value (more than one where few elements make the reference's own error a matter of
+    luck); and every element is within TOLERANCE (times `loosen`, which needs its derivation where
+    it is used).
     """
     exact = reference(*(t.double() if t.is_floating_point() else t for t in tensors))
     plain = reference(*tensors)
@@ -39,7 +44,7 @@ def assert_accurate(
     assert torch.isfinite(actual).all()
     error = (actual.double() - exact).abs().max().item()
     allowed = 2 * (plain.double() - exact).abs().max().item()
-    allowed += torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    allowed += roundings * torch.finfo(actual.dtype).eps * exact.abs().max().item()
     assert error <= allowed, f"error {error:.3e}, the reference's own allows {allowed:.3e}"
     rtol, atol = TOLERANCE[actual.dtype]
     torch.testing.assert_close(

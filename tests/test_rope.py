@@ -186,7 +186,7 @@ def test_errors() -> None:
         ops.rope(q, None, positions)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="rope: q must be float32, .*, got torch.int64"):
         ops.rope(q.long(), k, positions)
-    with pytest.raises(TypeError, match="positions must be int64 or int32, got torch.float32"):
+    with pytest.raises(TypeError, match="positions must be int32 or int64, got torch.float32"):
         ops.rope(q, k, positions.float())
     with pytest.raises(TypeError, match=r"positions must be a torch\.Tensor, got list"):
         ops.rope(q, k, [0, 1, 2])  # type: ignore[arg-type]

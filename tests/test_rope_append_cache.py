@@ -230,7 +230,7 @@ def test_errors() -> None:
         call(q, k, 0, positions, k_cache, v_cache)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="k_cache must be float32, .*, got torch.int8"):
         call(q, k, v, positions, k_cache.to(torch.int8), v_cache)
-    with pytest.raises(TypeError, match="positions must be int64 or int32, got torch.bool"):
+    with pytest.raises(TypeError, match="positions must be int32 or int64, got torch.bool"):
         call(q, k, v, positions > 0, k_cache, v_cache)
     with pytest.raises(ValueError, match="v_cache must have k's dtype Float, got BFloat16"):
         call(q, k, v, positions, k_cache, v_cache.bfloat16())

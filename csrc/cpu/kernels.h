@@ -7,10 +7,13 @@
 #include <cstdint>
 
 #include "../params.h"
+#include "attention.h"
 
 namespace gemma2 {
 
 #define GEMMA2_CPU_KERNELS(X)            \
+  X(attention_units, AttentionWork)      \
+  X(attention_combine, AttentionWork)    \
   X(rms_norm_rows, RmsNormParams)        \
   X(linear_pack_rows, LinearParams)      \
   X(linear_few_rows, LinearParams)       \

@@ -251,7 +251,7 @@ class Gemma2(nn.Module):
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k = ops.rope(q, k, positions, config.rope_theta)
-            return ops.attention(
+            out = ops.attention(
                 q,
                 k,
                 v,
@@ -260,6 +260,7 @@ class Gemma2(nn.Module):
                 window=config.sliding_window if config.is_local(layer) else None,
                 key_starts=starts if padded else None,
             )
+            return cast("Tensor", out)
 
         return self._logits(self._layers(input_ids, attend), last_only)
 

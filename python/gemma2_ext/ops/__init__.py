@@ -5,6 +5,9 @@ Layout is (batch, seqlen, heads, head_dim). Each function is also `torch.ops.gem
 """
 
 from .add_rms_norm import add_rms_norm
+from .attention import attention
+from .attention_cache import attention_cache
+from .attention_varlen import attention_varlen
 from .geglu import geglu
 from .linear import linear
 from .logits import logits
@@ -12,4 +15,15 @@ from .rms_norm import rms_norm
 from .rope import rope
 from .rope_append_cache import rope_append_cache
 
-__all__ = ["add_rms_norm", "geglu", "linear", "logits", "rms_norm", "rope", "rope_append_cache"]
+__all__ = [
+    "add_rms_norm",
+    "attention",
+    "attention_cache",
+    "attention_varlen",
+    "geglu",
+    "linear",
+    "logits",
+    "rms_norm",
+    "rope",
+    "rope_append_cache",
+]

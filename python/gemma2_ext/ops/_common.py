@@ -22,16 +22,16 @@ def check_tensor(op: str, name: str, value: object) -> None:
         )
 
 
-def check_positions(op: str, positions: object) -> None:
-    """Raises TypeError unless `positions` is a tensor of int64 or int32."""
-    if not isinstance(positions, Tensor):
+def check_integers(op: str, name: str, value: object, *, required: bool = False) -> None:
+    """Raises TypeError unless `value` is a tensor of int32 or int64, or None where not required."""
+    if value is None and not required:
+        return
+    if not isinstance(value, Tensor):
         raise TypeError(
-            f"gemma2_ext::{op}: positions must be a torch.Tensor, got {type(positions).__name__}"
+            f"gemma2_ext::{op}: {name} must be a torch.Tensor, got {type(value).__name__}"
         )
-    if positions.dtype not in (torch.int64, torch.int32):
-        raise TypeError(
-            f"gemma2_ext::{op}: positions must be int64 or int32, got {positions.dtype}"
-        )
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"gemma2_ext::{op}: {name} must be int32 or int64, got {value.dtype}")
 
 
 def through_dispatcher(*tensors: Tensor) -> bool:

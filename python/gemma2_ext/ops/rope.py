@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import check_positions, check_tensor, refuse_backward, through_dispatcher
+from ._common import check_integers, check_tensor, refuse_backward, through_dispatcher
 
 _op = torch.ops.gemma2_ext.rope.default
 _out_op = torch.ops.gemma2_ext.rope_out.default
@@ -35,7 +35,7 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, theta: float = 10000.0) -> tup
     """
     check_tensor("rope", "q", q)
     check_tensor("rope", "k", k)
-    check_positions("rope", positions)
+    check_integers("rope", "positions", positions, required=True)
     if through_dispatcher(q, k):
         return _op(q, k, positions, theta)
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)

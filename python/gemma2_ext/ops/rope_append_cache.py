@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import check_positions, check_tensor, refuse_gradient, through_dispatcher
+from ._common import check_integers, check_tensor, refuse_gradient, through_dispatcher
 
 _op = torch.ops.gemma2_ext.rope_append_cache.default
 _out_op = torch.ops.gemma2_ext.rope_append_cache_out.default
@@ -53,7 +53,7 @@ def rope_append_cache(
     tensors = {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
     for name, tensor in tensors.items():
         check_tensor("rope_append_cache", name, tensor)
-    check_positions("rope_append_cache", positions)
+    check_integers("rope_append_cache", "positions", positions, required=True)
     if through_dispatcher(*tensors.values()):
         return _op(q, k, v, positions, k_cache, v_cache, theta)
     q_out = q.new_empty(q.shape)

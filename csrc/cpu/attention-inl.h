@@ -1,0 +1,423 @@
+// Pieces of attention: the online softmax, packing, and the two inner loops (a register tile of a
+// matrix product for blocks of rows, dot products over unpacked keys for few rows).
+//
+// Packed matrices consist of 32-bit words along the depth of the product: a float, or a pair of
+// bfloat16 where the machine multiplies those directly. So one tile loop serves both.
+#pragma once
+#include <math.h>
+
+#include "attention.h"
+#include "simd.h"
+
+namespace gemma2 {
+namespace GEMMA2_ISA {
+namespace {
+
+constexpr int64_t kRowBlock = kAttentionRowBlock, kKeyBlock = kAttentionKeyBlock;
+// Longest sum of a float product: a matrix product by a good library rounds no worse.
+constexpr int64_t kDepthBlock = 64;
+constexpr int64_t kQueryStride = kAttentionQueryStride, kScoreStride = kAttentionScoreStride;
+
+// Accumulators of a tile: 12 of 16 registers, or 24 of 32.
+constexpr int kTileRows = kLanes >= 16 ? 12 : 6;
+constexpr int kTileVecs = 2;
+constexpr int kTileCols = kTileVecs * kLanes;
+static_assert(kRowBlock % kTileRows == 0 && kKeyBlock % kTileCols == 0 && 32 % kTileCols == 0, "");
+
+GEMMA2_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+GEMMA2_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// ---- words
+
+struct Pair {
+  uint32_t bits;  // two bfloat16, the first in the lower half
+};
+
+template <class T>
+struct Packed {
+  using Word = float;
+};
+#if defined(GEMMA2_ISA_avx512_bf16)
+template <>
+struct Packed<BFloat16> {
+  using Word = Pair;
+};
+#endif
+
+template <class Word>
+constexpr int kPerWord = 1;
+template <>
+constexpr int kPerWord<Pair> = 2;
+
+GEMMA2_INLINE VecF broadcast(float x) { return set(x); }
+GEMMA2_INLINE VecF broadcast(Pair x) { return (VecF)(x.bits + VecU{}); }
+
+// sum + a * b, over both halves of pairs.
+GEMMA2_INLINE VecF multiply_add(float, VecF a, VecF b, VecF sum) { return fma(a, b, sum); }
+GEMMA2_INLINE VecF multiply_add(Pair, VecF a, VecF b, VecF sum) {
+#if defined(__AVX512BF16__)
+  return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+  const VecU upper = VecU{} + 0xffff0000u;
+  sum = fma((VecF)((VecU)a << 16), (VecF)((VecU)b << 16), sum);
+  return fma((VecF)((VecU)a & upper), (VecF)((VecU)b & upper), sum);
+#endif
+}
+
+// kLanes words of a row of `depth` words from word k on; zero past the end.
+template <class T>
+GEMMA2_INLINE VecF load_words(float, const T* row, int64_t k, int64_t depth) {
+  return k + kLanes <= depth ? load(row + k) : load_n(row + k, depth - k);
+}
+GEMMA2_INLINE VecF load_words(Pair, const BFloat16* row, int64_t k, int64_t depth) {
+  VecF words = zero();
+  memcpy(&words, row + 2 * k, k + kLanes <= depth ? sizeof words : 4 * (depth - k));
+  return words;
+}
+
+// ---- softmax
+
+// Scores are kept in units of ln 2, so that weights are 2^(score - maximum).
+struct ScoreScale {
+  float inner;  // score = outer * tanh(inner * dot), or inner * dot
+  float outer;
+  bool capped;
+};
+
+GEMMA2_INLINE ScoreScale score_scale(const AttentionParams& p) {
+  const float log2_e = 0x1.715476p+0f;
+  if (p.softcap > 0) return {p.scale / p.softcap, p.softcap * log2_e, true};
+  return {p.scale * log2_e, 1.0f, false};
+}
+
+// x P(x^2) / Q(x^2), relative error below 2e-8 before rounding; |x| clamped to 9, where tanh is 1.
+// Coefficients: minimax fit of the relative error on [0, 9].
+GEMMA2_INLINE VecF tanh_rational(VecF x) {
+  x = x < set(-9.0f) ? set(-9.0f) : x;  // comparisons that keep a NaN
+  x = x > set(9.0f) ? set(9.0f) : x;
+  const VecF u = x * x;
+  VecF p = set(1.3354728737734647e-08f);
+  p = fma(p, u, set(2.0609136598809834e-05f));
+  p = fma(p, u, set(0.0034955916805588685f));
+  p = fma(p, u, set(0.1338102871810496f));
+  p = fma(p, u, set(0.9999999794800648f));
+  VecF q = set(7.776587513589528e-07f);
+  q = fma(q, u, set(0.000328564044932534f));
+  q = fma(q, u, set(0.02587699598366567f));
+  q = fma(q, u, set(0.4671434431715617f));
+  q = fma(q, u, set(1.0f));
+  return x * p / q;
+}
+
+// 2^x for x <= 0, relative error below 1.5e-7; 0 below -126, -inf included. 2^n 2^r with n the
+// nearest integer; 2^r by a polynomial of degree 5, minimax in the relative error on [-0.5, 0.5].
+GEMMA2_INLINE VecF exp2_negative(VecF x) {
+  const VecF floor = set(-126.0f), magic = set(0x1.8p23f);
+  const VecF clamped = x < floor ? floor : x;
+  const VecF shifted = clamped + magic;  // its lowest bits are n
+  const VecF r = clamped - (shifted - magic);
+  VecF y = set(0.0013276472190222668f);
+  y = fma(y, r, set(0.009675541616091507f));
+  y = fma(y, r, set(0.05550713275336897f));
+  y = fma(y, r, set(0.24022119718655643f));
+  y = fma(y, r, set(0.6931469670621024f));
+  y = fma(y, r, set(1.0000000716557247f));
+  y = y * (VecF)(((VecU)shifted + 127) << 23);
+  return x < floor ? zero() : y;
+}
+
+GEMMA2_INLINE VecF score(VecF dot, const ScoreScale& c) {
+  const VecF x = dot * set(c.inner);
+  return c.capped ? set(c.outer) * tanh_rational(x) : x;
+}
+
+GEMMA2_INLINE void store_weights(float* s, int64_t j, VecF w, float) { store(s + j, w); }
+// In place: pairs need half the room, so they never overtake the scores still to be read.
+GEMMA2_INLINE void store_weights(float* s, int64_t j, VecF w, Pair) {
+#if defined(__AVX512BF16__)
+  const __m256bh packed = _mm512_cvtneps_pbh((__m512)w);
+  memcpy((BFloat16*)s + j, &packed, sizeof packed);
+#else
+  store((BFloat16*)s + j, w);
+#endif
+}
+
+// Turns a row's dot products s[0, n), n a multiple of kLanes, into softmax weights relative to the
+// row's largest score so far, as Words; columns outside [first, last), first < last, get 0 whatever
+// they hold. Returns the factor that the row's earlier output has to be multiplied with.
+template <class Word>
+GEMMA2_INLINE float softmax_row(float* s, int64_t n, int64_t first, int64_t last,
+                                const ScoreScale& c, float& row_max, float& row_sum) {
+  const VecF minus_infinity = set(-INFINITY);
+  VecI lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  const int64_t begin = first / kLanes * kLanes, end = (last + kLanes - 1) / kLanes * kLanes;
+
+  VecF largest = minus_infinity;
+  for (int64_t j = begin; j < end; j += kLanes) {
+    VecF x = score(load(s + j), c);
+    if (j < first || j + kLanes > last) {
+      const VecI column = lane + int32_t(j);
+      x = (column >= int32_t(first)) & (column < int32_t(last)) ? x : minus_infinity;
+    }
+    store(s + j, x);
+    largest = max(largest, x);
+  }
+  const float block_max = reduce_max(largest);
+  float factor = 1.0f;
+  if (!(block_max <= row_max)) {  // NaN goes on to the output
+    float lanes[kLanes];
+    store(lanes, exp2_negative(set(row_max - block_max)));
+    factor = lanes[0];
+    row_max = block_max;
+  }
+
+  const VecF reference = set(row_max);
+  VecF sum = zero();
+  for (int64_t j = 0; j < begin; j += kLanes) store_weights(s, j, zero(), Word{});
+  for (int64_t j = begin; j < end; j += kLanes) {
+    const VecF w = exp2_negative(load(s + j) - reference);
+    sum += w;
+    store_weights(s, j, w, Word{});
+  }
+  for (int64_t j = end; j < n; j += kLanes) store_weights(s, j, zero(), Word{});
+  row_sum = row_sum * factor + reduce_sum(sum);
+  return factor;
+}
+
+GEMMA2_INLINE void scale_row(float* o, int64_t n, float factor) {
+  const VecF f = set(factor);
+  for (int64_t d = 0; d < n; d += kLanes) store(o + d, load(o + d) * f);
+}
+
+// ---- packing
+
+// Rows of K or V for consecutive keys, which in a ring continue at slot 0.
+template <class T>
+struct KeyRows {
+  const T* base;
+  int64_t stride;
+  int64_t slot;      // of the first key
+  int64_t capacity;  // slots of the ring
+
+  GEMMA2_INLINE const T* row(int64_t j) const {
+    const int64_t s = slot + j;
+    return base + (s < capacity ? s : s - capacity) * stride;
+  }
+};
+
+// The lower and the upper halves of a and b, element by element in turn.
+#if GEMMA2_LANES == 4
+#define GEMMA2_LOWER 0, 4, 1, 5
+#define GEMMA2_UPPER 2, 6, 3, 7
+#elif GEMMA2_LANES == 8
+#define GEMMA2_LOWER 0, 8, 1, 9, 2, 10, 3, 11
+#define GEMMA2_UPPER 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define GEMMA2_LOWER 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define GEMMA2_UPPER 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#endif
+#if defined(__clang__)
+GEMMA2_INLINE VecF interleave_lower(VecF a, VecF b) {
+  return __builtin_shufflevector(a, b, GEMMA2_LOWER);
+}
+GEMMA2_INLINE VecF interleave_upper(VecF a, VecF b) {
+  return __builtin_shufflevector(a, b, GEMMA2_UPPER);
+}
+#else
+GEMMA2_INLINE VecF interleave_lower(VecF a, VecF b) {
+  return __builtin_shuffle(a, b, VecI{GEMMA2_LOWER});
+}
+GEMMA2_INLINE VecF interleave_upper(VecF a, VecF b) {
+  return __builtin_shuffle(a, b, VecI{GEMMA2_UPPER});
+}
+#endif
+#undef GEMMA2_LOWER
+#undef GEMMA2_UPPER
+
+// A perfect shuffle of the rows' elements, log2(kLanes) times, is the transpose.
+GEMMA2_INLINE void transpose(VecF (&v)[kLanes]) {
+  GEMMA2_UNROLL
+  for (int round = 1; round < kLanes; round *= 2) {
+    VecF w[kLanes];
+    GEMMA2_UNROLL
+    for (int i = 0; i < kLanes / 2; ++i) {
+      w[2 * i] = interleave_lower(v[i], v[i + kLanes / 2]);
+      w[2 * i + 1] = interleave_upper(v[i], v[i + kLanes / 2]);
+    }
+    GEMMA2_UNROLL
+    for (int i = 0; i < kLanes; ++i) v[i] = w[i];
+  }
+}
+
+// n keys as panels of kTileCols keys, in each the words of all keys side by side: (panel, depth,
+// kTileCols). Keys past n are zero, up to the end of their panel.
+template <class Word, class T>
+void pack_keys(const KeyRows<T>& k, int64_t n, int64_t depth, float* out) {
+  for (int64_t j0 = 0; j0 < n; j0 += kTileCols) {
+    for (int64_t j = j0; j < j0 + kTileCols; j += kLanes) {
+      float* column = out + j0 * depth + (j - j0);
+      const T* rows[kLanes];
+      for (int i = 0; i < kLanes; ++i) rows[i] = j + i < n ? k.row(j + i) : nullptr;
+      for (int64_t d = 0; d < depth; d += kLanes) {
+        VecF v[kLanes];
+        GEMMA2_UNROLL
+        for (int i = 0; i < kLanes; ++i)
+          v[i] = rows[i] ? load_words(Word{}, rows[i], d, depth) : zero();
+        transpose(v);
+        if (d + kLanes <= depth) {
+          GEMMA2_UNROLL
+          for (int i = 0; i < kLanes; ++i) store(column + (d + i) * kTileCols, v[i]);
+        } else {
+          for (int i = 0; i < depth - d; ++i) store(column + (d + i) * kTileCols, v[i]);
+        }
+      }
+    }
+  }
+}
+
+GEMMA2_INLINE VecF value_words(float, VecF even, VecF) { return even; }
+GEMMA2_INLINE VecF value_words(Pair, VecF even, VecF odd) {  // both are bfloat16 widened to float
+  return (VecF)((VecU)even >> 16 | (VecU)odd);
+}
+
+// n keys' values as panels of kTileCols dimensions: (panel, kKeyBlock / kPerWord, kTileCols). Keys
+// in `skip` (bit j) and dimensions past head_dim are zero.
+template <class Word, class T>
+void pack_values(const KeyRows<T>& v, int64_t n, int64_t head_dim, uint64_t skip, float* out) {
+  constexpr int kStep = kPerWord<Word>;
+  for (int64_t j = 0; j < n; j += kStep) {
+    const T* even = skip >> j & 1 ? nullptr : v.row(j);
+    const T* odd = kStep == 1 || j + 1 >= n || skip >> (j + 1) & 1 ? nullptr : v.row(j + 1);
+    for (int64_t d0 = 0; d0 < head_dim; d0 += kTileCols) {
+      float* to = out + d0 * (kKeyBlock / kStep) + j / kStep * kTileCols;
+      GEMMA2_UNROLL
+      for (int64_t i = 0; i < kTileCols; i += kLanes) {
+        const int64_t d = d0 + i;
+        const bool inside = d < head_dim;
+        const VecF a = even && inside ? load_words(0.0f, even, d, head_dim) : zero();
+        const VecF b = odd && inside ? load_words(0.0f, odd, d, head_dim) : zero();
+        store(to + i, value_words(Word{}, a, b));
+      }
+    }
+  }
+}
+
+// Whether any of a row's elements is infinite or NaN.
+template <class T>
+GEMMA2_INLINE bool not_finite(const T* row, int64_t n) {
+  VecF sum = zero();
+  for (int64_t d = 0; d < n; d += kLanes) {
+    const VecF x = load_words(0.0f, row, d, n);
+    sum += x - x;
+  }
+  return reduce_sum(sum) != 0;  // true for NaN
+}
+
+// ---- inner loops
+
+// c (kTileRows, kTileCols) = a (kTileRows, depth) b (depth, kTileCols), plus c with kAdd. The sum
+// over depth starts at zero, so that its rounding errors stay those of a short sum.
+template <int64_t kAStride, bool kAdd, class Word>
+__attribute__((noinline)) void multiply_tile(const Word* a, const float* b, int64_t depth, float* c,
+                                             int64_t c_stride) {
+  VecF sum[kTileRows][kTileVecs];
+  GEMMA2_UNROLL
+  for (int r = 0; r < kTileRows; ++r) {
+    GEMMA2_UNROLL
+    for (int v = 0; v < kTileVecs; ++v) sum[r][v] = zero();
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    VecF column[kTileVecs];
+    GEMMA2_UNROLL
+    for (int v = 0; v < kTileVecs; ++v) column[v] = load(b + k * kTileCols + v * kLanes);
+    GEMMA2_UNROLL
+    for (int r = 0; r < kTileRows; ++r) {
+      const VecF row = broadcast(a[r * kAStride + k]);
+      GEMMA2_UNROLL
+      for (int v = 0; v < kTileVecs; ++v)
+        sum[r][v] = multiply_add(Word{}, row, column[v], sum[r][v]);
+    }
+  }
+  GEMMA2_UNROLL
+  for (int r = 0; r < kTileRows; ++r) {
+    GEMMA2_UNROLL
+    for (int v = 0; v < kTileVecs; ++v) {
+      float* to = c + r * c_stride + v * kLanes;
+      store(to, kAdd ? load(to) + sum[r][v] : sum[r][v]);
+    }
+  }
+}
+
+// s[r, j] = q[r] . k[j] for kRows rows and the n keys. kKeys keys at a time: eight sums hide the
+// latency of an addition.
+template <int kRows, class T>
+void dot_keys(const float* q, const KeyRows<T>& k, int64_t n, int64_t head_dim, float* s) {
+  constexpr int kKeys = 8 / kRows;
+  for (int64_t j = 0; j < n; j += kKeys) {
+    const T* rows[kKeys];
+    VecF sum[kKeys][kRows];
+    GEMMA2_UNROLL
+    for (int i = 0; i < kKeys; ++i) {
+      rows[i] = k.row(min64(j + i, n - 1));
+      GEMMA2_UNROLL
+      for (int r = 0; r < kRows; ++r) sum[i][r] = zero();
+    }
+    for (int64_t d = 0; d < head_dim; d += kLanes) {
+      VecF query[kRows];
+      GEMMA2_UNROLL
+      for (int r = 0; r < kRows; ++r) query[r] = load(q + r * kQueryStride + d);
+      GEMMA2_UNROLL
+      for (int i = 0; i < kKeys; ++i) {
+        const VecF key = load_words(0.0f, rows[i], d, head_dim);
+        GEMMA2_UNROLL
+        for (int r = 0; r < kRows; ++r) sum[i][r] = fma(query[r], key, sum[i][r]);
+      }
+    }
+    GEMMA2_UNROLL
+    for (int i = 0; i < kKeys; ++i) {
+      GEMMA2_UNROLL
+      for (int r = 0; r < kRows; ++r)
+        if (j + i < n) s[r * kScoreStride + j + i] = reduce_sum(sum[i][r]);
+    }
+  }
+}
+
+template <int kRows, int kKeys, class T>
+GEMMA2_INLINE void add_some_values(const float* w, const KeyRows<T>& v, int64_t j, int64_t head_dim,
+                                   float* o, int64_t o_stride) {
+  const T* rows[kKeys];
+  VecF weight[kRows][kKeys];
+  GEMMA2_UNROLL
+  for (int i = 0; i < kKeys; ++i) {
+    rows[i] = v.row(j + i);
+    GEMMA2_UNROLL
+    for (int r = 0; r < kRows; ++r) weight[r][i] = set(w[r * kScoreStride + j + i]);
+  }
+  for (int64_t d = 0; d < head_dim; d += kLanes) {
+    VecF value[kKeys];
+    GEMMA2_UNROLL
+    for (int i = 0; i < kKeys; ++i) value[i] = load_words(0.0f, rows[i], d, head_dim);
+    GEMMA2_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      VecF sum = load(o + r * o_stride + d);
+      GEMMA2_UNROLL
+      for (int i = 0; i < kKeys; ++i) sum = fma(weight[r][i], value[i], sum);
+      store(o + r * o_stride + d, sum);
+    }
+  }
+}
+
+// o[r] += sum over the n keys of w[r, j] v[j], for kRows rows.
+template <int kRows, class T>
+void add_values(const float* w, const KeyRows<T>& v, int64_t n, int64_t head_dim, float* o,
+                int64_t o_stride) {
+  constexpr int kKeys = kRows == 4 ? 2 : 4;
+  int64_t j = 0;
+  for (; j + kKeys <= n; j += kKeys) add_some_values<kRows, kKeys>(w, v, j, head_dim, o, o_stride);
+  for (; j < n; ++j) add_some_values<kRows, 1>(w, v, j, head_dim, o, o_stride);
+}
+
+}  // namespace
+}  // namespace GEMMA2_ISA
+}  // namespace gemma2

@@ -1,0 +1,351 @@
+// out = softmax(softcap * tanh(scale * q k^T / softcap) + mask) v, with grouped query heads, causal
+// and sliding-window masks, padding, variable lengths and ring caches; q (batch, seqlen_q,
+// num_heads, head_dim), k and v (batch, seqlen_k, num_kv_heads, head_dim).
+//
+// A unit is (block of query rows of a group, sequence, key head, split of the keys). It walks over
+// the keys that its rows see, a block at a time, with the online softmax; no row is longer than a
+// block in memory. Many rows: K and V blocks are packed and meet the rows in register tiles
+// (arithmetic bounds it). Few rows, as in decoding: keys are read once where they lie (memory
+// bounds it), and the keys are split over units. Source: FlashAttention-2 (arXiv 2307.08691),
+// Flash-Decoding.
+#include "attention-inl.h"
+#include "kernels.h"
+
+namespace gemma2 {
+namespace GEMMA2_ISA {
+namespace {
+
+// One unit's share of the problem.
+template <class T>
+struct Unit {
+  int64_t batch, kv_head, split;
+  int64_t row_begin, rows;                 // rows of the group, position * group + head
+  int64_t group, seqlen_q, length, start;  // of this sequence; keys [start, length)
+  int64_t key_begin, key_end;              // keys that some row sees, of this split
+  int64_t q_offset;                        // of the sequence in q's rows
+  const T *k, *v;                          // of the sequence and head
+
+  GEMMA2_INLINE int64_t query(int64_t r) const { return (row_begin + r) / group; }
+  GEMMA2_INLINE int64_t head(int64_t r) const { return kv_head * group + (row_begin + r) % group; }
+};
+
+// The first key that query i sees, and the end of those; both rise with i.
+template <class T>
+GEMMA2_INLINE int64_t first_key(const AttentionParams& p, const Unit<T>& u, int64_t i) {
+  int64_t first = u.start;
+  if (p.window) first = max64(first, u.length - u.seqlen_q + i - p.window + 1);
+  return p.capacity ? max64(first, u.length - p.capacity) : first;
+}
+template <class T>
+GEMMA2_INLINE int64_t end_key(const AttentionParams& p, const Unit<T>& u, int64_t i) {
+  const int64_t end = p.causal ? min64(u.length, u.length - u.seqlen_q + i + 1) : u.length;
+  return max64(end, first_key(p, u, i));
+}
+
+// Returns false where the unit has no rows, as the blocks past the end of a short sequence.
+template <class T>
+bool make_unit(const AttentionWork& w, int64_t index, Unit<T>& u) {
+  const AttentionParams& p = w.p;
+  u.split = index % w.splits, index /= w.splits;
+  u.kv_head = index % p.num_kv_heads, index /= p.num_kv_heads;
+  u.batch = index % p.batch, index /= p.batch;
+  const int64_t block = w.row_blocks - 1 - index;  // those that see most keys come first
+
+  int64_t k_offset = 0;
+  u.q_offset = 0, u.seqlen_q = p.seqlen_q, u.length = p.seqlen_k, u.start = 0;
+  if (p.cu_seqlens_q) {
+    u.q_offset = p.cu_seqlens_q[u.batch], u.seqlen_q = p.cu_seqlens_q[u.batch + 1] - u.q_offset;
+    k_offset = p.cu_seqlens_k[u.batch], u.length = p.cu_seqlens_k[u.batch + 1] - k_offset;
+  }
+  if (p.key_lengths) u.length = p.key_lengths[u.batch];
+  if (p.key_starts) u.start = p.key_starts[u.batch];
+  u.group = p.num_heads / p.num_kv_heads;
+  u.row_begin = block * w.block_rows;
+  u.rows = min64(w.block_rows, u.seqlen_q * u.group - u.row_begin);
+  if (u.rows <= 0) return false;
+
+  u.k = (const T*)p.k.data + u.batch * p.k.batch_stride + k_offset * p.k.seqlen_stride +
+        u.kv_head * p.k.head_stride;
+  u.v = (const T*)p.v.data + u.batch * p.v.batch_stride + k_offset * p.v.seqlen_stride +
+        u.kv_head * p.v.head_stride;
+  u.key_begin = first_key(p, u, u.query(0));
+  u.key_end = end_key(p, u, u.query(u.rows - 1));
+  if (w.splits > 1) {
+    u.key_begin = min64(u.key_end, u.key_begin + u.split * w.split_keys);
+    u.key_end = min64(u.key_end, u.key_begin + w.split_keys);
+  }
+  return true;
+}
+
+template <class T>
+GEMMA2_INLINE KeyRows<T> key_rows(const AttentionParams& p, const T* base, int64_t stride,
+                                  int64_t key) {
+  if (!p.capacity) return {base, stride, key, INT64_MAX};
+  return {base, stride, key % p.capacity, p.capacity};
+}
+
+template <class T>
+GEMMA2_INLINE const T* query_row(const AttentionParams& p, const Unit<T>& u, int64_t r) {
+  return (const T*)p.q.data + u.batch * p.q.batch_stride +
+         (u.q_offset + u.query(r)) * p.q.seqlen_stride + u.head(r) * p.q.head_stride;
+}
+
+// Divides a row of output by its sum and stores it, with the logarithm of the sum: largest is in
+// units of ln 2. A row without keys has sum 0: it gives 0 and -inf.
+template <class T>
+void finish_row(const AttentionParams& p, const Unit<T>& u, int64_t r, const float* o,
+                float largest, float sum) {
+  const int64_t i = u.q_offset + u.query(r);
+  T* out = (T*)p.out.data + u.batch * p.out.batch_stride + i * p.out.seqlen_stride +
+           u.head(r) * p.out.head_stride;
+  const VecF factor = set(sum == 0 ? 0.0f : 1.0f / sum);
+  for (int64_t d = 0; d < p.head_dim; d += kLanes) {
+    const VecF y = load(o + d) * factor;
+    if (d + kLanes <= p.head_dim)
+      store(out + d, y);
+    else
+      store_n(out + d, y, p.head_dim - d);
+  }
+  if (p.lse) {
+    const float ln_2 = 0x1.62e43p-1f;
+    p.lse[u.batch * p.lse_batch_stride + u.head(r) * p.lse_head_stride + i] =
+        sum == 0 ? -INFINITY : largest * ln_2 + logf(sum);
+  }
+}
+
+// The unit's result: to out, or to its split's part.
+template <class T>
+void finish_unit(const AttentionWork& w, const Unit<T>& u, const float* o, int64_t o_stride,
+                 const float* largest, const float* sum) {
+  const int64_t head_dim = w.p.head_dim;
+  const int64_t part = (u.batch * w.p.num_kv_heads + u.kv_head) * w.splits + u.split;
+  for (int64_t r = 0; r < u.rows; ++r) {
+    if (w.splits == 1) {
+      finish_row(w.p, u, r, o + r * o_stride, largest[r], sum[r]);
+    } else {
+      float* to = w.partial + (part * w.block_rows + r) * (head_dim + 2);
+      memcpy(to, o + r * o_stride, head_dim * 4);
+      to[head_dim] = largest[r];
+      to[head_dim + 1] = sum[r];
+    }
+  }
+}
+
+// ---- few rows
+
+template <class T>
+struct Stream {
+  const AttentionParams& p;
+  const Unit<T>& u;
+  ScoreScale scale;
+  float *q, *s, *o;
+  int64_t o_stride;
+  float largest[kAttentionStreamRows], sum[kAttentionStreamRows];
+
+  template <int kRows>
+  void block(int64_t r, int64_t n, const KeyRows<T>& k, const KeyRows<T>& v) {
+    dot_keys<kRows>(q + r * kQueryStride, k, n, p.head_dim, s);
+    for (int i = 0; i < kRows; ++i) {
+      const float factor = softmax_row<float>(s + i * kScoreStride, kKeyBlock, 0, n, scale,
+                                              largest[r + i], sum[r + i]);
+      if (factor != 1.0f) scale_row(o + (r + i) * o_stride, p.head_dim, factor);
+    }
+    add_values<kRows>(s, v, n, p.head_dim, o + r * o_stride, o_stride);
+  }
+
+  // Rows [row_begin, row_end) meet keys [begin, end), all of which they see.
+  void keys(int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
+    begin = max64(begin, u.key_begin), end = min64(end, u.key_end);
+    for (int64_t j = begin; j < end; j += kKeyBlock) {
+      const int64_t n = min64(kKeyBlock, end - j);
+      const KeyRows<T> k = key_rows(p, u.k, p.k.seqlen_stride, j);
+      const KeyRows<T> v = key_rows(p, u.v, p.v.seqlen_stride, j);
+      int64_t r = row_begin;
+      for (; r + 4 <= row_end; r += 4) block<4>(r, n, k, v);
+      for (; r + 2 <= row_end; r += 2) block<2>(r, n, k, v);
+      for (; r < row_end; ++r) block<1>(r, n, k, v);
+    }
+  }
+};
+
+template <class T>
+void stream_unit(const AttentionWork& w, const Unit<T>& u) {
+  const AttentionParams& p = w.p;
+  float* q = w.scratch;
+  float* s = q + w.block_rows * kQueryStride;
+  float* o = s + w.block_rows * kScoreStride;
+  const int64_t o_stride = attention_padded_dim(p.head_dim);
+  Stream<T> stream{p, u, score_scale(p), q, s, o, o_stride, {}, {}};
+  for (int64_t r = 0; r < u.rows; ++r) {
+    stream.largest[r] = -INFINITY;
+    const T* row = query_row(p, u, r);
+    for (int64_t d = 0; d < p.head_dim; d += kLanes) {
+      store(q + r * kQueryStride + d, load_words(0.0f, row, d, p.head_dim));
+      store(o + r * o_stride + d, zero());
+    }
+  }
+
+  // Keys that all rows see serve all rows at once; the rest, at most seqlen_q - 1 at either end,
+  // position by position.
+  const int64_t last = u.query(u.rows - 1);
+  const int64_t common_begin = first_key(p, u, last);
+  const int64_t common_end = max64(common_begin, end_key(p, u, u.query(0)));
+  stream.keys(0, u.rows, common_begin, common_end);
+  for (int64_t r = 0; r < u.rows; r += u.group) {
+    const int64_t i = u.query(r), end = end_key(p, u, i);
+    stream.keys(r, r + u.group, first_key(p, u, i), min64(common_begin, end));
+    stream.keys(r, r + u.group, common_end, end);
+  }
+  finish_unit(w, u, o, o_stride, stream.largest, stream.sum);
+}
+
+// ---- many rows
+
+template <class T>
+void tile_unit(const AttentionWork& w, const Unit<T>& u) {
+  using Word = typename Packed<T>::Word;
+  constexpr int kStep = kPerWord<Word>;
+  const AttentionParams& p = w.p;
+  const int64_t head_dim = p.head_dim, depth = head_dim / kStep;
+  const int64_t o_stride = attention_padded_dim(head_dim);
+  float* q = w.scratch;
+  float* s = q + w.block_rows * kQueryStride;
+  float* o = s + w.block_rows * kScoreStride;
+  float* k_packed = o + w.block_rows * o_stride;
+  float* v_packed = k_packed + kKeyBlock * head_dim;
+
+  const ScoreScale scale = score_scale(p);
+  const int64_t rows = (u.rows + kTileRows - 1) / kTileRows * kTileRows;
+  float largest[kRowBlock], sum[kRowBlock];
+  int64_t first[kRowBlock], end[kRowBlock];  // keys that a row sees
+  for (int64_t r = 0; r < rows; ++r) {
+    const bool inside = r < u.rows;
+    const T* row = inside ? query_row(p, u, r) : nullptr;
+    for (int64_t d = 0; d < depth; d += kLanes)
+      store(q + r * kQueryStride + d, inside ? load_words(Word{}, row, d, depth) : zero());
+    for (int64_t d = 0; d < o_stride; d += kLanes) store(o + r * o_stride + d, zero());
+    largest[r] = -INFINITY;
+    sum[r] = 0.0f;
+    // Rows that fill up the last tile see what its last row sees.
+    first[r] = inside ? first_key(p, u, u.query(r)) : first[r - 1];
+    end[r] = inside ? end_key(p, u, u.query(r)) : end[r - 1];
+  }
+
+  for (int64_t j = u.key_begin; j < u.key_end; j += kKeyBlock) {
+    const int64_t n = min64(kKeyBlock, u.key_end - j);
+    const KeyRows<T> k = key_rows(p, u.k, p.k.seqlen_stride, j);
+    const KeyRows<T> v = key_rows(p, u.v, p.v.seqlen_stride, j);
+    // Some row does not see all of the block. Then a value that is not finite must not pass through
+    // the product, where a weight of 0 does not hide it.
+    const bool edge = first[rows - 1] > j || end[0] < j + n;
+    uint64_t apart = 0;
+    if (edge) {
+      for (int64_t i = 0; i < n; ++i) apart |= uint64_t(not_finite(v.row(i), head_dim)) << i;
+    }
+    pack_keys<Word>(k, n, depth, k_packed);
+    pack_values<Word>(v, n, head_dim, apart, v_packed);
+
+    // Keys of the block that row r sees begin at from(r) and end at to(r).
+    const auto from = [&](int64_t r) { return min64(n, max64(0, first[r] - j)); };
+    const auto to = [&](int64_t r) { return min64(n, max64(0, end[r] - j)); };
+    for (int64_t c = 0; c < n; c += kTileCols) {
+      for (int64_t r = 0; r < rows; r += kTileRows) {
+        if (from(r) >= c + kTileCols || to(r + kTileRows - 1) <= c) continue;
+        const Word* a = (const Word*)q + r * kQueryStride;
+        const float* b = k_packed + c * depth;
+        float* to_s = s + r * kScoreStride + c;
+        multiply_tile<kQueryStride, false>(a, b, min64(depth, kDepthBlock), to_s, kScoreStride);
+        for (int64_t d = kDepthBlock; d < depth; d += kDepthBlock)
+          multiply_tile<kQueryStride, true>(a + d, b + d * kTileCols, min64(depth - d, kDepthBlock),
+                                            to_s, kScoreStride);
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      float* row = s + r * kScoreStride;
+      if (from(r) >= to(r)) {
+        memset(row, 0, kKeyBlock * 4);
+        continue;
+      }
+      const float factor =
+          softmax_row<Word>(row, kKeyBlock, from(r), to(r), scale, largest[r], sum[r]);
+      if (factor != 1.0f) scale_row(o + r * o_stride, o_stride, factor);
+    }
+    for (int64_t d = 0; d < head_dim; d += kTileCols) {
+      for (int64_t r = 0; r < rows; r += kTileRows) {
+        const int64_t begin = from(r) / kStep, stop = (to(r + kTileRows - 1) + kStep - 1) / kStep;
+        if (begin >= stop) continue;
+        multiply_tile<kScoreStride, true>((const Word*)s + r * kScoreStride + begin,
+                                          v_packed + d * (kKeyBlock / kStep) + begin * kTileCols,
+                                          stop - begin, o + r * o_stride + d, o_stride);
+      }
+    }
+    for (int64_t i = 0; apart >> i; ++i) {
+      if (!(apart >> i & 1)) continue;
+      for (int64_t r = 0; r < u.rows; ++r) {
+        if (i < from(r) || i >= to(r)) continue;
+        const float* row = s + r * kScoreStride;
+        const float weight = kStep == 1 ? row[i] : to_float(((const BFloat16*)row)[i]);
+        const VecF factor = set(weight);
+        for (int64_t d = 0; d < head_dim; d += kLanes) {
+          float* to_add = o + r * o_stride + d;
+          store(to_add, fma(factor, load_words(0.0f, v.row(i), d, head_dim), load(to_add)));
+        }
+      }
+    }
+  }
+  finish_unit(w, u, o, o_stride, largest, sum);
+}
+
+}  // namespace
+
+void attention_units(const AttentionWork& w, int64_t begin, int64_t end) {
+  dispatch_dtype(w.p.dtype, [&](auto t) {
+    using T = decltype(t);
+    for (int64_t index = begin; index < end; ++index) {
+      Unit<T> u;
+      if (!make_unit(w, index, u)) continue;
+      if (w.block_rows <= kAttentionStreamRows)
+        stream_unit(w, u);
+      else
+        tile_unit(w, u);
+    }
+  });
+}
+
+// A unit is a (sequence, key head): the splits of its rows, in their order.
+void attention_combine(const AttentionWork& w, int64_t begin, int64_t end) {
+  dispatch_dtype(w.p.dtype, [&](auto t) {
+    using T = decltype(t);
+    const int64_t stride = w.p.head_dim + 2;
+    for (int64_t index = begin; index < end; ++index) {
+      Unit<T> u;
+      if (!make_unit(w, index * w.splits, u)) continue;
+      for (int64_t r = 0; r < u.rows; ++r) {
+        // The first split takes the sum.
+        float* total = w.partial + (index * w.splits * w.block_rows + r) * stride;
+        float* parts_end = total + w.splits * w.block_rows * stride;
+        float& largest = total[w.p.head_dim];
+        float& sum = total[w.p.head_dim + 1];
+        for (float* part = total + w.block_rows * stride; part < parts_end;
+             part += w.block_rows * stride) {
+          const float part_max = part[w.p.head_dim], part_sum = part[w.p.head_dim + 1];
+          if (part_sum == 0) continue;
+          const bool rises = !(part_max <= largest);
+          float factors[kLanes];
+          store(factors, exp2_negative(set(rises ? largest - part_max : part_max - largest)));
+          const float old_factor = rises ? factors[0] : 1.0f, factor = rises ? 1.0f : factors[0];
+          for (int64_t d = 0; d < w.p.head_dim; ++d)
+            total[d] = total[d] * old_factor + part[d] * factor;
+          sum = sum * old_factor + part_sum * factor;
+          if (rises) largest = part_max;
+        }
+        float row[256];
+        memcpy(row, total, w.p.head_dim * 4);
+        finish_row(w.p, u, r, row, largest, sum);
+      }
+    }
+  });
+}
+
+}  // namespace GEMMA2_ISA
+}  // namespace gemma2

@@ -1,0 +1,37 @@
+// How attention is divided into units of work on the CPU; shared by the binding, which plans and
+// allocates, and the kernels. Nothing here depends on the number of threads or the instruction set.
+#pragma once
+#include <cstdint>
+
+#include "../params.h"
+
+namespace gemma2 {
+
+// A block of query rows meets one block of keys at a time. Q, O and the packed blocks of K and V
+// (192 * 256 * 8 + 64 * 256 * 8 bytes at most) stay in a second-level cache of 512 KiB to 1 MiB.
+constexpr int64_t kAttentionRowBlock = 192;  // a multiple of every kTileRows
+constexpr int64_t kAttentionKeyBlock = 64;
+// Up to here keys are read where they lie, once for all rows: packing would cost more than it
+// saves.
+constexpr int64_t kAttentionStreamRows = 8;
+// Distances between rows in scratch, in floats: constants, so that they fold into addresses, and
+// off the powers of two, so that rows do not compete for the same cache sets.
+constexpr int64_t kAttentionQueryStride = 256 + 16;
+constexpr int64_t kAttentionScoreStride = kAttentionKeyBlock + 16;
+
+constexpr int64_t attention_padded_dim(int64_t head_dim) { return (head_dim + 31) / 32 * 32; }
+
+// A row is one position of one query head; the rows of a group (the query heads of one key head)
+// are numbered position * group + head, so that a block of rows shares every key it reads.
+struct AttentionWork {
+  AttentionParams p;
+  int64_t block_rows;  // rows a block
+  int64_t row_blocks;  // blocks for each key head (of the longest sequence)
+  int64_t splits;      // > 1 only with one row block: its keys are divided, results combined
+  int64_t split_keys;
+  float* scratch;  // this worker's
+  float* partial;  // splits > 1: (batch, num_kv_heads, splits, rows, head_dim + 2): output before
+                   // normalization, maximum, sum
+};
+
+}  // namespace gemma2

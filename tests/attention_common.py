@@ -1,0 +1,46 @@
+"""What the tests of the three attention ops share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma2_ext import reference
+
+
+def random_qkv(
+    batch: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    heads: tuple[int, int] = (4, 2),
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    q_scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of standard normal elements, q times `q_scale`, rounded to `dtype`."""
+    q = torch.randn(batch, seqlen_q, heads[0], head_dim) * q_scale
+    k = torch.randn(batch, seqlen_k, heads[1], head_dim)
+    v = torch.randn(batch, seqlen_k, heads[1], head_dim)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def reference_of(**options: Any) -> Callable[..., Tensor]:
+    """reference.attention with these options; the truth for `assert_accurate`."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = reference.attention(q, k, v, **options)
+        assert isinstance(out, Tensor)
+        return out
+
+    return attend
+
+
+def assert_lse_accurate(actual: Tensor, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:
+    """Against the reference in float64: -inf in the same places, elsewhere within 1e-5 or 2e-6
+    relative, which is float32's rounding of a score made of 256 products."""
+    exact = reference.attention(q.double(), k.double(), v.double(), return_lse=True, **options)[1]
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), exact, rtol=2e-6, atol=1e-5)

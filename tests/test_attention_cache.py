@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from attention_common import random_qkv, reference_of
+from common import DTYPES, LAYOUTS, assert_accurate, with_strides
+from gemma2_ext import ops
+
+OP = torch.ops.gemma2_ext.attention_cache.default
+OUT_OP = torch.ops.gemma2_ext.attention_cache_out.default
+NAN = float("nan")
+
+
+def ring(linear: Tensor, lengths: list[int], capacity: int) -> Tensor:
+    """A cache after row b's first lengths[b] positions of `linear` (batch, seqlen, heads, dim) were
+    written; NaN in slots without one."""
+    cache = torch.full((linear.shape[0], capacity, *linear.shape[2:]), NAN, dtype=linear.dtype)
+    for b, length in enumerate(lengths):
+        positions = torch.arange(max(0, length - capacity), length)
+        cache[b, positions % capacity] = linear[b, positions]
+    return cache
+
+
+def check(
+    seqlen_q: int,
+    lengths: list[int],
+    capacity: int,
+    heads: tuple[int, int] = (4, 2),
+    head_dim: int = 32,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> None:
+    """attention_cache over a ring against attention over the positions in their order."""
+    q, k, v = random_qkv(len(lengths), seqlen_q, max(lengths), heads, head_dim, dtype)
+    key_lengths = torch.tensor(lengths)
+    caches = ring(k, lengths, capacity), ring(v, lengths, capacity)
+    actual = ops.attention_cache(q, *caches, key_lengths, scale=0.2, **options)
+    assert_accurate(actual, reference_of(scale=0.2, key_lengths=key_lengths, **options), q, k, v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [8, 40, 256])
+@pytest.mark.parametrize("seqlen_q", [1, 3, 30])
+def test_full_cache(isa: str, dtype: torch.dtype, head_dim: int, seqlen_q: int) -> None:
+    check(seqlen_q, [30, 299, 300], 300, head_dim=head_dim, dtype=dtype, softcap=50.0)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (2, 1), (8, 1), (6, 2), (16, 1)])
+@pytest.mark.parametrize("seqlen_q", [1, 2, 5, 20])
+def test_groups(isa: str, heads: tuple[int, int], seqlen_q: int) -> None:
+    check(seqlen_q, [97, 20], 100, heads)
+    check(seqlen_q, [197, 20], 50, heads, window=30)
+
+
+@pytest.mark.parametrize("window", [1, 16, 17])
+@pytest.mark.parametrize("seqlen_q", [1, 4, 40])
+def test_ring_at_every_length(isa: str, window: int, seqlen_q: int) -> None:
+    # From an empty ring through several wraps, window - 1, window and window + 1 keys included.
+    capacity = window + seqlen_q - 1
+    lengths = [*range(1, 3 * capacity + 2), 1000 * capacity + 3]
+    lengths = [
+        *lengths[:: max(1, len(lengths) // 40)],
+        capacity - 1,
+        capacity,
+        capacity + 1,
+        window + 1,
+    ]
+    lengths = [n for n in lengths if n < 500]
+    check(seqlen_q, lengths, capacity, (2, 1), 16, window=window)
+    check(seqlen_q, lengths, capacity + 7, (2, 1), 16, window=window, softcap=2.0)
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 40])
+def test_ring_longer_than_a_split(isa: str, seqlen_q: int) -> None:
+    check(seqlen_q, [2500, 3001, 1200], 1300, (2, 1), 16, window=1261)
+
+
+def test_random_writes_past_several_wraps(isa: str) -> None:
+    # As the model uses it: chunks of random size are written, then read at once.
+    generator = torch.Generator().manual_seed(1)
+    window, slack, total = 24, 12, 400
+    capacity = window + slack
+    q, k, v = random_qkv(2, total, total, (4, 2), 16)
+    k_cache, v_cache = (torch.full((2, capacity, 2, 16), NAN) for _ in range(2))
+    expected = ops.attention(q, k, v, scale=0.2, softcap=5.0, window=window)
+    assert isinstance(expected, Tensor)
+    begin = 0
+    while begin < total:
+        end = min(total, begin + int(torch.randint(1, slack + 2, (), generator=generator)))
+        slots = torch.arange(begin, end) % capacity
+        k_cache[:, slots], v_cache[:, slots] = k[:, begin:end], v[:, begin:end]
+        lengths = torch.full((2,), end)
+        actual = ops.attention_cache(
+            q[:, begin:end], k_cache, v_cache, lengths, scale=0.2, softcap=5.0, window=window
+        )
+        torch.testing.assert_close(actual, expected[:, begin:end])
+        begin = end
+
+
+@pytest.mark.parametrize("seqlen_q", [2, 12])
+def test_negative_positions_are_zero(isa: str, seqlen_q: int) -> None:
+    # A row of a batch with fewer new tokens than the others, and an empty one.
+    q, k, v = random_qkv(3, seqlen_q, 20)
+    lengths = torch.tensor([20, 1, 0])
+    caches = ring(k, [20, 1, 0], 20), ring(v, [20, 1, 0], 20)
+    out = ops.attention_cache(q, *caches, lengths, scale=0.2)
+    assert torch.isfinite(out).all()
+    assert torch.equal(out[1, :-1], torch.zeros_like(out[1, :-1]))
+    torch.testing.assert_close(out[1, -1], v[1, 0].repeat_interleave(2, dim=0))
+    assert torch.equal(out[2], torch.zeros_like(out[2]))
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 30])
+def test_slots_behind_the_window_are_not_read(isa: str, seqlen_q: int) -> None:
+    q, k, v = random_qkv(1, seqlen_q, 90)
+    lengths = torch.tensor([90])
+    k[:, : 90 - seqlen_q + 1 - 20] = NAN
+    v[:, : 90 - seqlen_q + 1 - 20] = NAN
+    caches = ring(k, [90], 64), ring(v, [90], 64)
+    assert torch.isfinite(ops.attention_cache(q, *caches, lengths, scale=0.2, window=20)).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("seqlen_q", [1, 15])
+def test_strides(isa: str, layout: str, seqlen_q: int) -> None:
+    q, k, v = random_qkv(2, seqlen_q, 70, head_dim=40, dtype=torch.bfloat16)
+    lengths = torch.tensor([100, 69])
+    expected = ops.attention_cache(q, k, v, lengths, scale=0.1, window=50)
+    strided = [with_strides(t, layout) for t in (q, k, v)]
+    assert torch.equal(ops.attention_cache(*strided, lengths, scale=0.1, window=50), expected)
+    heads_first = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    assert torch.equal(ops.attention_cache(*heads_first, lengths, scale=0.1, window=50), expected)
+    every_second = torch.tensor([100, -1, 69, -1], dtype=torch.int32)[::2]
+    assert torch.equal(ops.attention_cache(q, k, v, every_second, scale=0.1, window=50), expected)
+
+
+def test_every_element_is_written(isa: str) -> None:
+    q, k, v = random_qkv(2, 2, 700)
+    lengths = torch.tensor([700, 3])
+    out = torch.full_like(q, NAN)
+    OUT_OP(q, k, v, lengths, scale=0.1, softcap=None, window=None, out=out)
+    assert torch.equal(out, ops.attention_cache(q, k, v, lengths, scale=0.1))
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 4, 50])
+def test_independent_of_threads(isa: str, seqlen_q: int) -> None:
+    q, k, v = random_qkv(2, seqlen_q, 1500, (4, 2), 32)
+    lengths = torch.tensor([2000, 1400])
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(ops.attention_cache(q, k, v, lengths, scale=0.1, window=1300))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 4), (2, 0, 4), (2, 3, 0)])
+def test_empty(isa: str, shape: tuple[int, int, int]) -> None:
+    q, k, v = random_qkv(*shape)
+    out = ops.attention_cache(q, k, v, torch.zeros(shape[0], dtype=torch.int64), scale=0.1)
+    assert torch.equal(out, torch.zeros_like(q))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(dtype: torch.dtype) -> None:
+    q, k, v = random_qkv(2, 5, 30, head_dim=16, dtype=dtype)
+    lengths = torch.tensor([70, 25])
+    options = {"scale": 0.1, "softcap": 5.0, "window": 26}
+    opcheck(OP, (q, k, v, lengths), options)
+    opcheck(OUT_OP, (q, k, v, lengths), {**options, "out": torch.empty_like(q)})
+
+
+def test_compile_without_graph_breaks() -> None:
+    q, k, v = random_qkv(2, 5, 30)
+    lengths = torch.tensor([29, 25])
+
+    def f(q: Tensor) -> Tensor:
+        return ops.attention_cache(q, k, v, lengths, scale=0.1, softcap=5.0, window=4) * 2
+
+    torch.testing.assert_close(torch.compile(f, fullgraph=True)(q), f(q))
+
+
+def test_backward_refuses() -> None:
+    q, k, v = random_qkv(1, 2, 3)
+    with pytest.raises(NotImplementedError, match="attention_cache has no backward"):
+        ops.attention_cache(q.requires_grad_(), k, v, torch.tensor([3]), scale=0.1).sum().backward()
+
+
+def test_errors() -> None:
+    q, k, v = random_qkv(2, 3, 5)
+    lengths = torch.tensor([5, 4])
+
+    def error(match: str, *args: Any, kind: type[Exception] = ValueError, **options: Any) -> None:
+        with pytest.raises(kind, match="gemma2_ext::attention_cache: " + match):
+            ops.attention_cache(*args, **{"scale": 0.1, **options})
+
+    error(r"k_cache must be a torch\.Tensor, got NoneType", q, None, v, lengths, kind=TypeError)
+    error(r"key_lengths must be a torch\.Tensor, got NoneType", q, k, v, None, kind=TypeError)
+    error("key_lengths must be int32 or int64", q, k, v, lengths.float(), kind=TypeError)
+    error(r"q must have shape \(batch, seqlen_q, num_heads, head_dim\)", q[0], k, v, lengths)
+    k_shape = r"k_cache must have shape \(batch, capacity, num_kv_heads, head_dim\) = "
+    error(k_shape + r"\(2, \*, \*, 64\), got \(1, 5, 2, 64\)", q, k[:1], v, lengths)
+    error(r"v_cache must have k_cache's shape \(2, 5, 2, 64\)", q, k, v[:, 1:], lengths)
+    error("v_cache must have q's dtype Float, got Half", q, k, v.half(), lengths)
+    error(
+        "num_heads must be a positive multiple of num_kv_heads = 2, got 3",
+        q[:, :, :3],
+        k,
+        v,
+        lengths,
+    )
+    error(r"key_lengths must have shape \(batch,\) = \(2,\), got \(1,\)", q, k, v, lengths[:1])
+    error(r"key_lengths\[1\] must be at least 0, got -1", q, k, v, torch.tensor([5, -1]))
+    error(
+        r"key_lengths\[0\] must be at most capacity = 5 where there is no window "
+        r"\(older keys are overwritten\), got 6",
+        *(q, k, v, lengths + 1),
+    )
+    error(
+        r"key_lengths\[0\] must be at most capacity = 5 where window \+ seqlen_q - 1 = 4 \+ 3 - 1 "
+        r"exceeds it \(older keys are overwritten\), got 6",
+        *(q, k, v, lengths + 1),
+        window=4,
+    )
+    error("key_lengths.0. must be at most capacity", q, k, v, lengths + 1, window=2**63 - 1)
+    ops.attention_cache(q, k, v, lengths + 1, scale=0.1, window=3)
+    error("scale must be finite, got nan", q, k, v, lengths, scale=NAN)
+    error("softcap must be positive and finite, got nan", q, k, v, lengths, softcap=NAN)
+    error("window must be at least 1, got 0", q, k, v, lengths, window=0)
+    with pytest.raises(ValueError, match="attention_cache: out must have q's shape"):
+        OUT_OP(q, k, v, lengths, scale=0.1, softcap=None, window=None, out=q[:1].clone())
