@@ -6,6 +6,9 @@ from __future__ import annotations
 import torch
 
 from . import _C, ops
+from .cache import KVCache
+from .config import Gemma2Config
+from .model import Gemma2
 
 __version__ = "0.1.0"
 
@@ -21,4 +24,4 @@ def build_info() -> dict[str, object]:
     }
 
 
-__all__ = ["__version__", "build_info", "ops"]
+__all__ = ["Gemma2", "Gemma2Config", "KVCache", "__version__", "build_info", "ops"]

@@ -285,12 +285,12 @@ def run_generate(args: argparse.Namespace) -> None:
     """`gemma2-ext generate`."""
     sampling = sampling_options(args)
     prompt = read_prompt(args)
+    context = load_config(args).max_position_embeddings
     tokenizer = Tokenizer.from_pretrained(args.model)
     if args.chat:
         ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
     else:
         ids = tokenizer.encode(prompt)
-    context = load_config(args).max_position_embeddings
     if len(ids) > context:  # known before gigabytes are read
         raise ValueError(
             f"the prompt's {len(ids)} tokens exceed the context, "
@@ -323,8 +323,8 @@ def run_generate(args: argparse.Namespace) -> None:
 def run_chat(args: argparse.Namespace) -> None:
     """`gemma2-ext chat`."""
     sampling = sampling_options(args)
-    tokenizer = Tokenizer.from_pretrained(args.model)
     max_length = sequence_length(args, load_config(args))
+    tokenizer = Tokenizer.from_pretrained(args.model)
     conversation = Conversation(load_model(args), tokenizer, max_length=max_length, **sampling)
     prompt = ""
     if sys.stdin is not None and sys.stdin.isatty():
@@ -370,6 +370,7 @@ def answer(conversation: Conversation, message: str, max_new_tokens: int | None)
 
 def run_perplexity(args: argparse.Namespace) -> None:
     """`gemma2-ext perplexity`."""
+    context, stride = window_sizes(load_config(args), args.context, args.stride)
     text = read_text(args.file)
     tokenizer = Tokenizer.from_pretrained(args.model)
     ids = tokenizer.encode(text)
@@ -378,7 +379,6 @@ def run_perplexity(args: argparse.Namespace) -> None:
         text = tokenizer.decode(ids)
     if len(ids) < 2:
         raise ValueError(f"{args.file}: there is no text in it")
-    context, stride = window_sizes(load_config(args), args.context, args.stride)
     model = load_model(args)
     start = time.perf_counter()
     result = perplexity(

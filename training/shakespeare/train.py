@@ -18,7 +18,6 @@ import os
 import re
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
-from gemma2_ext import reference
+from gemma2_ext import Gemma2Config, reference
 
 HERE = Path(__file__).resolve().parent
 SHIPPED = HERE.parents[1] / "python" / "gemma2_ext" / "models" / "shakespeare"
@@ -59,38 +58,26 @@ CHAT_TEMPLATE = (
 )
 
 
-def model_config(vocab_size: int, context: int) -> SimpleNamespace:
-    """A Gemma 2 of about 3.6 million parameters, with Hugging Face's field names."""
-    layers = 8
-    return SimpleNamespace(
-        architectures=["Gemma2ForCausalLM"],
-        model_type="gemma2",
+def model_config(vocab_size: int, context: int) -> Gemma2Config:
+    """A Gemma 2 of about 3.6 million parameters."""
+    return Gemma2Config(
         vocab_size=vocab_size,
         hidden_size=192,
         intermediate_size=512,
-        num_hidden_layers=layers,
+        num_hidden_layers=8,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=48,
-        hidden_activation="gelu_pytorch_tanh",
         max_position_embeddings=context,
-        rms_norm_eps=1e-6,
-        rope_theta=10000.0,
         query_pre_attn_scalar=48,
         sliding_window=64,
-        layer_types=["full_attention" if i % 2 else "sliding_attention" for i in range(layers)],
-        attn_logit_softcapping=50.0,
-        final_logit_softcapping=30.0,
-        attention_bias=False,
-        attention_dropout=0.0,
-        tie_word_embeddings=True,
         pad_token_id=PAD,
-        eos_token_id=[EOS, END_OF_TURN],
+        eos_token_id=(EOS, END_OF_TURN),
         bos_token_id=BOS,
     )
 
 
-def initial_weights(config: SimpleNamespace) -> dict[str, Tensor]:
+def initial_weights(config: Gemma2Config) -> dict[str, Tensor]:
     """The fused tensors that reference.forward reads: products keep unit variance, and the norms
     behind the sub-layers start at 1 / sqrt(2 * layers), so that the stream's variance doubles."""
 
@@ -117,7 +104,7 @@ def initial_weights(config: SimpleNamespace) -> dict[str, Tensor]:
     return weights
 
 
-def hugging_face_weights(config: SimpleNamespace, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def hugging_face_weights(config: Gemma2Config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The fused tensors under Hugging Face's names, in bfloat16."""
     q_rows = config.num_attention_heads * config.head_dim
     kv_rows = config.num_key_value_heads * config.head_dim
@@ -211,7 +198,7 @@ class Rows:
 
 @torch.no_grad()
 def bits_per_byte(
-    config: SimpleNamespace, weights: dict[str, Tensor], ids: Tensor, num_bytes: int, stride: int
+    config: Gemma2Config, weights: dict[str, Tensor], ids: Tensor, num_bytes: int, stride: int
 ) -> float:
     """-log2 of the probability of all ids, over the bytes they stand for. Windows of twice the
     stride, each behind a bos, overlap by half: past the first, a token has `stride` before it."""
@@ -226,7 +213,7 @@ def bits_per_byte(
 
 @torch.no_grad()
 def sample(
-    config: SimpleNamespace,
+    config: Gemma2Config,
     weights: dict[str, Tensor],
     tokenizer: Tokenizer,
     prompt: str,
@@ -253,7 +240,7 @@ def write(folder: Path, name: str, content: str | dict[str, Tensor]) -> None:
     os.replace(path, folder / name)
 
 
-def save_tokenizer(folder: Path, tokenizer: Tokenizer, config: SimpleNamespace) -> None:
+def save_tokenizer(folder: Path, tokenizer: Tokenizer, config: Gemma2Config) -> None:
     """tokenizer.json, tokenizer_config.json and the two configs of the model."""
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -276,7 +263,9 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, config: SimpleNamespace) 
     }
     write(folder, "tokenizer.json", tokenizer.to_str(pretty=False))
     write(folder, "tokenizer_config.json", json.dumps(tokenizer_config, indent=2) + "\n")
-    write(folder, "config.json", json.dumps(vars(config) | {"dtype": "bfloat16"}, indent=2) + "\n")
+    write(
+        folder, "config.json", json.dumps(config.to_dict() | {"dtype": "bfloat16"}, indent=2) + "\n"
+    )
     write(folder, "generation_config.json", json.dumps(generation_config, indent=2) + "\n")
 
 
@@ -339,7 +328,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, default=HERE / "tinyshakespeare.txt", help="UTF-8")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="folder, made where missing")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=750)
     parser.add_argument("--tokens", type=int, default=2048, help="a step")
     parser.add_argument("--length", type=int, default=256, help="of a row; every fourth step twice")
     parser.add_argument("--vocab-size", type=int, default=2048)
@@ -348,7 +337,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=100, help="steps")
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--clip", type=float, default=1.0, help="norm of the gradient")
-    parser.add_argument("--evaluate", type=int, default=300, help="steps between")
+    parser.add_argument("--evaluate", type=int, default=150, help="steps between")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=None, help="torch's default where missing")
     args = parser.parse_args()
@@ -384,9 +373,8 @@ def main() -> None:
         {"params": [w for w in weights.values() if w.dim() == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=args.weight_decay)
-    size = sum(w.numel() for w in weights.values())
     print(
-        f"{size:,} parameters; {len(rows.plain[0]):,} tokens to train on, "
+        f"{config.num_parameters:,} parameters; {len(rows.plain[0]):,} tokens to train on, "
         f"{held_out_bytes / len(held_out_ids):.2f} bytes a token held out",
         flush=True,
     )
@@ -426,7 +414,7 @@ def main() -> None:
                 write(args.out, "model.safetensors", hugging_face_weights(config, weights))
     figures = {
         "data": args.data.name,
-        "millions": size / 1e6,
+        "millions": config.num_parameters / 1e6,
         "bits_per_byte": best,
         "best_step": best_step,
         "held_out_bytes": held_out_bytes,
@@ -438,7 +426,7 @@ def main() -> None:
         "answer": sample(config, kept, tokenizer, CHAT_PROMPT, 160),
     }
     print(figures["continuation"], figures["answer"], sep="\n\n")
-    write(args.out, "README.md", CARD.format(**vars(config) | vars(args) | figures))
+    write(args.out, "README.md", CARD.format(**config.to_dict() | vars(args) | figures))
 
 
 if __name__ == "__main__":
