@@ -278,6 +278,8 @@ def test_file_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(kind, match=match):
             Tokenizer.from_pretrained(tmp_path)
 
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        Tokenizer.from_pretrained(tmp_path / "nowhere")
     error(FileNotFoundError, "no tokenizer.json and no tokenizer.model")
     (tmp_path / "tokenizer.model").write_bytes(b"\x00garbage")
     error(ValueError, "tokenizer.model: not a sentencepiece model")
@@ -292,7 +294,7 @@ def test_file_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     error(ValueError, "tokenizer.json: not UTF-8")
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer.json").mkdir()
-    error(OSError, "tokenizer.json: Is a directory")
+    error(ValueError, "tokenizer.json: not a regular file")
     (tmp_path / "tokenizer.json").rmdir()
 
     copied(tmp_path, bos_token="<nowhere>")
@@ -301,7 +303,7 @@ def test_file_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     error(ValueError, "bos_token must be a token's text, got 7")
     copied(tmp_path, chat_template=7)
     error(ValueError, "chat_template must be a text, got int")
-    for text, match in (("[]", "expected a JSON object, got list"), ("{", "not JSON")):
+    for text, match in (("[]", r"must hold a JSON object, got \[\]"), ("{", "not valid JSON")):
         (tmp_path / "tokenizer_config.json").write_text(text)
         error(ValueError, f"tokenizer_config.json: {match}")
 

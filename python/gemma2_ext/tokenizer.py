@@ -8,13 +8,14 @@ Source: arXiv 2408.00118, section 5; transformers `models/gemma`.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+from .config import check_folder, read_bytes, read_json
 
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
 
@@ -74,15 +75,16 @@ class Tokenizer:
         """Reads tokenizer.json, or else tokenizer.model, and tokenizer_config.json where present.
 
         Raises:
-            FileNotFoundError: there is neither.
+            FileNotFoundError: there is no such folder, or neither file in it.
             OSError: a file cannot be read.
-            ValueError: a file is damaged, or the vocabulary lacks `<bos>` or `<eos>`.
+            ValueError: a file is damaged or not a regular one, or the vocabulary lacks `<bos>` or
+                `<eos>`.
             ImportError: tokenizer.model without the extra `sentencepiece`.
         """
-        folder = Path(folder)
+        folder = check_folder(folder)
         settings: dict[str, Any] = {}
         if (path := folder / "tokenizer_config.json").exists():
-            settings = _read_json(path)
+            settings = read_json(path)
         if (path := folder / "chat_template.jinja").exists():
             settings["chat_template"] = _read_text(path)
         backend: Backend
@@ -307,10 +309,7 @@ class _SentencePiece:
             raise ImportError(
                 f"{path}: reading it needs sentencepiece: pip install 'gemma2_ext[sentencepiece]'"
             ) from e
-        try:
-            model = path.read_bytes()
-        except OSError as e:
-            raise OSError(f"{path}: {e.strerror or e}") from e
+        model = read_bytes(path)
         self._pieces = sentencepiece.SentencePieceProcessor()
         try:
             self._pieces.LoadFromSerializedProto(model)
@@ -342,21 +341,9 @@ class _SentencePiece:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as e:
-        raise OSError(f"{path}: {e.strerror or e}") from e
+        return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: not UTF-8: {e.reason} at byte {e.start}") from e
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as e:
-        raise ValueError(f"{path}: not JSON: {e}") from e
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+        raise ValueError(f"{path}: not UTF-8 (byte {e.start})") from None
 
 
 def _token_name(settings: Mapping[str, Any], key: str, default: str, source: str) -> str:
