@@ -40,7 +40,10 @@ def transformers_model(config: Gemma2Config, weights: dict[str, torch.Tensor]):
         hf = transformers.Gemma2ForCausalLM(hf_config)
     hf.load_state_dict(to_hugging_face_names(weights, config), strict=False, assign=True)
     hf.tie_weights()
+    # What is not in a checkpoint is still without a value.
     hf.model.rotary_emb = type(hf.model.rotary_emb)(hf_config)
+    if hasattr(hf.model.embed_tokens, "embed_scale"):
+        hf.model.embed_tokens.embed_scale = torch.tensor(config.hidden_size**0.5)
     return hf.eval().requires_grad_(False)
 
 

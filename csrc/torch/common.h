@@ -6,9 +6,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <atomic>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "../params.h"
 
@@ -117,13 +120,51 @@ inline HeadsView heads_view(const Tensor& t) {
   return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// f(begin, end) over [0, units), shared out in runs that carry at least ~64 KiB of work each.
+// A thread's share of the runs of parallel_units: [front, back), in one word. Its thread takes them
+// from the front, one after another as they lie in memory; others take from the back.
+class alignas(64) Share {
+ public:
+  void set(int64_t front, int64_t back) { range_ = uint64_t(front) << 32 | uint64_t(back); }
+  // The run taken, or -1 where none is left.
+  int64_t take(bool from_front) {
+    uint64_t range = range_.load(std::memory_order_relaxed);
+    for (;;) {
+      const uint64_t front = range >> 32, back = range & 0xffffffff;
+      if (front >= back) return -1;
+      const uint64_t rest = from_front ? (front + 1) << 32 | back : front << 32 | (back - 1);
+      if (range_.compare_exchange_weak(range, rest, std::memory_order_relaxed))
+        return int64_t(from_front ? front : back - 1);
+    }
+  }
+
+ private:
+  std::atomic<uint64_t> range_{0};
+};
+
+// f(begin, end) over [0, units), in runs that carry at least ~64 KiB of work each. A thread that is
+// through with its share helps the others: on a machine that others use too, all would otherwise
+// wait for the slowest.
 template <class F>
 void parallel_units(int64_t units, int64_t bytes_per_unit, const F& f) {
-  constexpr int64_t kGrainBytes = 64 << 10;
-  const int64_t grain =
-      bytes_per_unit >= kGrainBytes ? 1 : kGrainBytes / (bytes_per_unit > 0 ? bytes_per_unit : 1);
-  torch::stable::parallel_for(0, units, grain, f);
+  constexpr int64_t kRunBytes = 64 << 10, kMostRuns = 1 << 20;
+  int64_t run = std::max<int64_t>(1, kRunBytes / std::max<int64_t>(1, bytes_per_unit));
+  run = std::max(run, units / kMostRuns);
+  const int64_t runs = (units + run - 1) / run;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), runs);
+  if (threads <= 1) {
+    if (units > 0) f(0, units);
+    return;
+  }
+  std::vector<Share> shares(threads);
+  for (int64_t t = 0; t < threads; ++t) shares[t].set(runs * t / threads, runs * (t + 1) / threads);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      for (int64_t i = 0; i < threads; ++i) {
+        for (int64_t r; (r = shares[(t + i) % threads].take(i == 0)) >= 0;)
+          f(r * run, std::min(units, (r + 1) * run));
+      }
+    }
+  });
 }
 
 }  // namespace gemma2
