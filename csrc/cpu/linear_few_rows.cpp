@@ -25,9 +25,10 @@ constexpr int group_columns(int rows) {
                              : rows == 2 ? 4
                                          : 3);
 }
-// k is walked in blocks of this many elements, so that a group's part of x stays in the first-level
-// cache; the blocks' sums are added up in memory.
-constexpr int64_t kBlock = 1024;
+// k is walked in blocks of this many elements: few enough for a group's part of x to stay in the
+// first-level cache and for rounding errors of a sum to stay small, many enough for weights to
+// stream. The blocks' sums are added up in memory.
+constexpr int64_t kBlock = 2304;
 
 GEMMA2_INLINE int64_t group_count(const LinearParams& p) { return divide_up(p.rows, kGroupRows); }
 GEMMA2_INLINE int64_t group_begin(const LinearParams& p, int64_t group) {
@@ -61,10 +62,10 @@ void pack_group(const LinearParams& p, int64_t first_row, int64_t rows) {
 }
 
 // sums[r][c] += x[r] . w[c] over n elements of k, for kRows rows of a group and kColumns rows of
-// weight.
+// weight. `next` is where the tile that follows begins.
 template <class T, int kRows, int kColumns>
-void dot_tile(const T* w, int64_t w_stride, const typename Math<T>::Factor* x, int64_t n,
-              VecF (*sums)[kLinearFewColumns]) {
+void dot_tile(const T* w, const T* next, int64_t w_stride, const typename Math<T>::Factor* x,
+              int64_t n, VecF (*sums)[kLinearFewColumns]) {
   using M = Math<T>;
   constexpr int kFactors = kStep / M::kPerFactor;
   VecF sum[kRows][kColumns] = {};
@@ -86,9 +87,9 @@ void dot_tile(const T* w, int64_t w_stride, const typename Math<T>::Factor* x, i
   };
   int64_t k = 0;
   for (; k + kStep <= n; k += kStep) {
-    // The rows that come next: the processor's own prefetcher starts anew at every row.
+    // The processor's own prefetcher starts anew at every row.
     GEMMA2_UNROLL
-    for (int c = 0; c < kColumns; ++c) __builtin_prefetch(w + (kColumns + c) * w_stride + k);
+    for (int c = 0; c < kColumns; ++c) __builtin_prefetch(next + c * w_stride + k);
     step(w + k, w_stride);
   }
   if (k < n) {
@@ -113,13 +114,22 @@ void dot_group(const LinearParams& p, int64_t first_row, int64_t begin, int64_t 
   const auto* x =
       (const typename Math<T>::Factor*)p.packed_x + (first_row * padded + k * kRows) / kPerFactor;
   const T* w = (const T*)p.weight + k;
+  // Behind the last columns of a block of k come the first ones of the next block, or of the next
+  // unit. (Where there is none, a prefetch past the weights does no harm.)
+  const T* following = k + n < p.in_features ? w + begin * p.weight_stride + n
+                                             : (const T*)p.weight + end * p.weight_stride;
   int64_t c = begin;
-  for (; c + kColumns <= end; c += kColumns)
-    dot_tile<T, kRows, kColumns>(w + c * p.weight_stride, p.weight_stride, x, n,
-                                 (VecF(*)[kLinearFewColumns])(sums[0] + c - begin));
-  for (; c < end; ++c)
-    dot_tile<T, kRows, 1>(w + c * p.weight_stride, p.weight_stride, x, n,
-                          (VecF(*)[kLinearFewColumns])(sums[0] + c - begin));
+  for (; c + kColumns <= end; c += kColumns) {
+    const T* row = w + c * p.weight_stride;
+    dot_tile<T, kRows, kColumns>(
+        row, c + kColumns < end ? row + kColumns * p.weight_stride : following, p.weight_stride, x,
+        n, (VecF(*)[kLinearFewColumns])(sums[0] + c - begin));
+  }
+  for (; c < end; ++c) {
+    const T* row = w + c * p.weight_stride;
+    dot_tile<T, kRows, 1>(row, c + 1 < end ? row + p.weight_stride : following, p.weight_stride, x,
+                          n, (VecF(*)[kLinearFewColumns])(sums[0] + c - begin));
+  }
 }
 
 // Calls the instance for `rows` rows, 1 to kGroupRows.
