@@ -17,7 +17,9 @@ BUILD_TOOLS = {
     "setuptools": "setuptools>=77",
     "pybind11": "pybind11>=2.13",
     "ninja": "ninja",
+    "cmake": "cmake>=3.22",
 }
+PROGRAMS = ("ninja", "cmake")  # which serve as well from PATH
 
 _PROBE = """
 import importlib.util, json, os, sys
@@ -95,14 +97,13 @@ def _probe():
 
 def _requires(config_settings=None):
     found = _probe()
-    need = [spec for name, spec in BUILD_TOOLS.items() if not found[name]]
     if found["setuptools"] and int(found["setuptools_version"].split(".")[0]) < 77:
-        need.append(BUILD_TOOLS["setuptools"])
-    if shutil.which("ninja") and BUILD_TOOLS["ninja"] in need:
-        need.remove(BUILD_TOOLS["ninja"])
-    if not found["cmake"] and not shutil.which("cmake"):
-        need.append("cmake>=3.22")
-    return need
+        found["setuptools"] = None
+    return [
+        requirement
+        for name, requirement in BUILD_TOOLS.items()
+        if not found[name] and not (name in PROGRAMS and shutil.which(name))
+    ]
 
 
 def _setuptools():
