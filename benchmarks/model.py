@@ -144,7 +144,8 @@ def main() -> None:
         "decode_limit_token_s": limit,
         "sides": {},
     }
-    print(f"{args.size} {args.dtype}, {config.num_hidden_layers} layers, {result['threads']} threads")
+    layers, threads = config.num_hidden_layers, torch.get_num_threads()
+    print(f"{args.size} {args.dtype}, {layers} layers, {threads} threads")
     print(f"read bandwidth {result['read_bandwidth_gb_s']:.1f} GB/s: at most {limit:.1f} token/s")
     for side in sides:
         row = {
@@ -154,8 +155,9 @@ def main() -> None:
         row["decode_share_of_limit"] = row["decode_token_s"] / limit
         result["sides"][side.name] = row
         print(
-            f"{side.name:20s} prefill {row['prefill_token_s']:8.1f} token/s   decode "
-            f"{row['decode_token_s']:6.2f} token/s ({row['decode_share_of_limit']:.0%} of the limit)"
+            f"{side.name:20s} prefill {row['prefill_token_s']:8.1f} token/s   "
+            f"decode {row['decode_token_s']:6.2f} token/s "
+            f"({row['decode_share_of_limit']:.0%} of the limit)"
         )
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

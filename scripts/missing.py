@@ -1,7 +1,7 @@
 """missing.py GROUP...: prints the requirements of these groups that this Python does not meet.
 
-A group is `build` (what compiling needs), `run` (the package's dependencies) or one of the extras in
-pyproject.toml.
+A group is `build` (what compiling needs), `run` (the package's dependencies) or one of the extras
+in pyproject.toml.
 """
 
 from __future__ import annotations

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# variant.sh NAME -DCMAKE_VARIABLE=VALUE...: builds _C another way under build/NAME and prints the folder that, put on
+# PYTHONPATH, holds the package with it. Python files are links, so the installed package stays as it is.
+set -euo pipefail
+cd -P "$(dirname "$0")/.."
+python=$PWD/.venv/bin/python folder=$PWD/build/$1
+shift
+generator=()
+if command -v ninja >/dev/null || PATH=$PWD/.venv/bin:$PATH command -v ninja >/dev/null; then generator=(-G Ninja); fi
+export PATH=$PWD/.venv/bin:$PATH
+{
+  cmake -S . -B "$folder/cmake" "${generator[@]}" -DPython_EXECUTABLE="$python" -DGEMMA2_EXT_CUDA=OFF \
+    -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" "$@"
+  cmake --build "$folder/cmake" --target _C -j "${MAX_JOBS:-$(nproc)}"
+} >&2
+rm -rf "$folder/python"
+mkdir -p "$folder/python/gemma2_ext"
+ln -s "$PWD"/python/gemma2_ext/* "$folder/python/gemma2_ext/"
+rm -f "$folder"/python/gemma2_ext/{_C*.so,__pycache__}
+ln -s "$folder"/cmake/_C*.so "$folder/python/gemma2_ext/"
+echo "$folder/python"
