@@ -1,0 +1,130 @@
+"""Rings and full caches: sizes, slots, taking back, room."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tiny
+from gemma2_ext import Gemma2Config, KVCache
+from gemma2_ext.cache import cache_bytes, layer_capacity, ring_slack
+
+
+def test_sizes() -> None:
+    config = Gemma2Config.gemma2_2b()
+    cache = KVCache(config, 1, 1024)
+    assert [tuple(t.shape) for t in (cache.keys[0], cache.values[1])] == [(1, 1024, 4, 256)] * 2
+    assert cache.nbytes == cache_bytes(config, 1, 1024) == 2 * 26 * 1024 * 4 * 256 * 2
+    assert cache.lengths.tolist() == [0]
+    assert cache.length == 0
+
+
+def test_a_long_context_costs_little_more_than_half() -> None:
+    config = Gemma2Config(256000, 2304, 9216, 26, 8, 4, 256, max_position_embeddings=1 << 17)
+    full = 2 * 26 * (1 << 17) * 4 * 256 * 2
+    assert 0.5 < cache_bytes(config, 1, 1 << 17) / full < 0.52
+    assert layer_capacity(config, 0, 1 << 17) == 4096 + 512
+    assert layer_capacity(config, 1, 1 << 17) == 1 << 17
+
+
+def test_errors() -> None:
+    config = tiny.small_config()
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        KVCache(config, 0)
+    for wrong in (0, -1, 257):
+        with pytest.raises(
+            ValueError, match=f"between 1 and max_position_embeddings = 256, got {wrong}"
+        ):
+            KVCache(config, 1, wrong)
+
+
+def test_slots_hold_the_last_positions() -> None:
+    """Slot p % capacity holds position p: writing one token at a time and in chunks is the same."""
+    model = tiny.small_model()
+    ids = tiny.random_ids(model.config, 1, 100)
+    one, many = model.new_cache(1, 128), model.new_cache(1, 128)
+    for i in range(100):
+        model(ids[:, i : i + 1], cache=one)
+    model(ids, cache=many)
+    for layer, (a, b) in enumerate(zip(one.keys, many.keys, strict=True)):
+        capacity = a.shape[1]
+        assert capacity == layer_capacity(model.config, layer, 128)
+        slots = [p % capacity for p in range(max(0, 100 - capacity), 100)]
+        torch.testing.assert_close(a[:, slots], b[:, slots], rtol=1e-4, atol=1e-4)
+
+
+def test_rows_have_lengths_of_their_own() -> None:
+    model = tiny.small_model()
+    ids = tiny.random_ids(model.config, 3, 20)
+    mask = torch.arange(20)[None] < torch.tensor([[20], [3], [11]])
+    cache = model.new_cache(3, 64)
+    model(ids, mask, cache=cache)
+    assert cache.lengths.tolist() == [20, 3, 11]
+    assert cache.length == 20
+    model(ids[:, :2], cache=cache)
+    assert cache.lengths.tolist() == [22, 5, 13]
+    step = torch.tensor([[True], [False], [True]])
+    with pytest.raises(ValueError, match="row 1 of attention_mask holds no token"):
+        model(ids[:, :1], step, cache=cache)
+
+
+@pytest.mark.parametrize("back", [0, 1, 5, 16])
+def test_rewind(back: int) -> None:
+    """After taking tokens back, others follow as if the first ones had never been there."""
+    model = tiny.small_model()
+    ids = tiny.random_ids(model.config, 2, 90)
+    other = tiny.random_ids(model.config, 2, 30, seed=1)
+    cache = model.new_cache(2, 128)
+    model(ids, cache=cache)
+    cache.rewind(back)
+    assert cache.lengths.tolist() == [90 - back] * 2
+    actual = model(other, cache=cache)
+    expected = model(torch.cat([ids[:, : 90 - back], other], dim=1))[:, 90 - back :]
+    assert tiny.relative_error(actual, expected) < 2e-5
+
+
+def test_rewind_by_row_and_its_errors() -> None:
+    model = tiny.small_model()
+    cache = model.new_cache(2, 128)
+    model(tiny.random_ids(model.config, 2, 90), cache=cache)
+    cache.rewind(torch.tensor([0, 3]))
+    assert cache.lengths.tolist() == [90, 87]
+    with pytest.raises(ValueError, match="rewind needs n >= 0, got -1"):
+        cache.rewind(-1)
+    with pytest.raises(ValueError, match="cannot take back 91 tokens, the rows hold"):
+        cache.rewind(91)
+    with pytest.raises(ValueError, match="local layers keep 16 positions and 16 more"):
+        cache.rewind(ring_slack(model.config) + 1)
+    assert cache.lengths.tolist() == [90, 87]
+
+
+def test_reset() -> None:
+    model = tiny.small_model()
+    ids = tiny.random_ids(model.config, 1, 70)
+    cache = model.new_cache(1, 128)
+    expected = model(ids, cache=cache)
+    cache.reset()
+    assert cache.lengths.tolist() == [0]
+    assert torch.equal(model(ids, cache=cache), expected)
+
+
+def test_stale_contents_are_never_read() -> None:
+    model = tiny.small_model()
+    ids = tiny.random_ids(model.config, 1, 70)
+    caches = [model.new_cache(1, 128) for _ in range(2)]
+    for tensor in (*caches[1].keys, *caches[1].values):
+        tensor.fill_(float("nan"))
+    for cut in (slice(0, 40), slice(40, 41), slice(41, 70)):
+        a, b = (model(ids[:, cut], cache=cache) for cache in caches)
+        assert torch.equal(a, b)
+
+
+def test_room_is_checked_before_anything_is_written() -> None:
+    model = tiny.small_model()
+    cache = model.new_cache(1, 40)
+    ids = tiny.random_ids(model.config, 1, 41)
+    with pytest.raises(ValueError, match="row 0 holds 0 tokens and is given 41 more"):
+        model(ids, cache=cache)
+    assert cache.lengths.tolist() == [0]
+    model(ids[:, :40], cache=cache)
+    assert cache.length == 40

@@ -1,0 +1,179 @@
+"""The model's own errors, options and presets. Exactness has a file of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from gemma2_ext import Gemma2, Gemma2Config, KVCache
+
+
+def test_presets_have_the_published_sizes() -> None:
+    assert Gemma2Config.gemma2_2b().num_parameters == 2_614_341_888
+    assert Gemma2Config.gemma2_9b().num_parameters == 9_241_705_984
+    assert Gemma2Config.gemma2_27b().num_parameters == 27_227_128_320
+
+
+def test_construction_draws_or_takes_weights() -> None:
+    config = tiny.small_config()
+    drawn = Gemma2(config, dtype=torch.bfloat16)
+    assert drawn.dtype == torch.bfloat16
+    assert drawn.device == torch.device("cpu")
+    assert not any(p.requires_grad for p in drawn.parameters())
+    weights = tiny.random_weights(config)
+    model = Gemma2(config, weights)
+    assert {n for n, _ in model.named_parameters()} == set(weights)
+    for name, parameter in model.named_parameters():
+        assert parameter.data_ptr() == weights[name].data_ptr()  # not copied
+    with pytest.raises(ValueError, match="dtype is for weights that are drawn"):
+        Gemma2(config, weights, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda w: w.pop("norm.weight"), "norm.weight is missing"),
+        (lambda w: w.update(extra=torch.zeros(3)), "extra is not a weight of this model"),
+        (lambda w: w.update({"norm.weight": torch.zeros(3)}), r"must have shape \(44,\)"),
+        (lambda w: w.update({"norm.weight": torch.zeros(44).half()}), "all the same"),
+    ],
+)
+def test_wrong_weights(change: Any, match: str) -> None:
+    config = tiny.small_config()
+    weights = tiny.random_weights(config)
+    change(weights)
+    with pytest.raises(ValueError, match=match):
+        Gemma2(config, weights)
+
+
+def test_input_errors() -> None:
+    model = tiny.small_model(max_position_embeddings=32)
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    for wrong, kind, match in (
+        (ids.float(), TypeError, "input_ids must be an int64 or int32 tensor, got torch.float32"),
+        ([[1, 2]], TypeError, "got list"),
+        (ids[0], ValueError, r"shape \(batch, seqlen\) with at least one token, got \(4,\)"),
+        (ids[:, :0], ValueError, r"at least one token, got \(1, 0\)"),
+        (ids[:0], ValueError, r"at least one token, got \(0, 4\)"),
+        (ids * 151, ValueError, r"token ids must be in \[0, vocab_size = 151\), got 151"),
+        (-ids, ValueError, "got -1"),
+        (ids.expand(1, 4).repeat(1, 9), ValueError, "36 tokens exceed the context"),
+    ):
+        with pytest.raises(kind, match=match):
+            model(wrong)
+    with pytest.raises(ValueError, match=r"attention_mask must have input_ids' shape \(1, 4\)"):
+        model(ids, torch.ones(1, 3))
+    with pytest.raises(ValueError, match="row 0 of attention_mask holds no token"):
+        model(ids, torch.zeros(1, 4))
+
+
+def test_cache_errors() -> None:
+    model = tiny.small_model(max_position_embeddings=32)
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="the cache has 2 rows, input_ids 1"):
+        model(ids, cache=model.new_cache(2, 32))
+    other = KVCache(model.config, 1, 32, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="the cache was made for another model"):
+        model(ids, cache=other)
+    cache = model.new_cache(1, 6)
+    model(ids, cache=cache)
+    before = [t.clone() for t in cache.keys]
+    with pytest.raises(ValueError, match="row 0 holds 4 tokens and is given 4 more"):
+        model(ids, cache=cache)
+    assert cache.lengths.tolist() == [4]
+    assert all(torch.equal(a[:, :4], b[:, :4]) for a, b in zip(cache.keys, before, strict=True))
+
+
+def test_int32_ids_and_noncontiguous_ones() -> None:
+    model = tiny.small_model()
+    ids = tiny.random_ids(model.config, 3, 20)
+    expected = model(ids)
+    assert expected.dtype == torch.float32
+    assert torch.equal(model(ids.int()), expected)
+    assert torch.equal(model(ids.T.contiguous().T), expected)
+
+
+def test_last_only_of_every_row() -> None:
+    model = tiny.small_model()
+    ids = tiny.random_ids(model.config, 2, 20)
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[1, 13:] = False
+    everything = model(ids, mask)
+    last = model(ids, mask, last_only=True)
+    assert last.shape == (2, 1, model.config.vocab_size)
+    torch.testing.assert_close(last[0, 0], everything[0, 19], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(last[1, 0], everything[1, 12], rtol=1e-5, atol=1e-5)
+
+
+def test_round_trip_and_sliding_window(tmp_path: Path) -> None:
+    model = tiny.small_model(dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    again = Gemma2.from_pretrained(tmp_path)
+    assert again.config == model.config
+    ids = tiny.random_ids(model.config, 1, 40)
+    assert torch.equal(again(ids), model(ids))
+    narrow = Gemma2.from_pretrained(tmp_path, sliding_window=4, dtype=torch.float32)
+    assert narrow.config.sliding_window == 4
+    assert narrow.dtype == torch.float32
+    assert not torch.equal(narrow(ids), model(ids))
+    assert torch.equal(
+        narrow(ids[:, :1]), Gemma2.from_pretrained(tmp_path, torch.float32)(ids[:, :1])
+    )
+
+
+def test_what_is_not_supported_is_said(tmp_path: Path) -> None:
+    tiny.small_model().save_pretrained(tmp_path)
+    with pytest.raises(NotImplementedError, match="quantized weights are not supported yet"):
+        Gemma2.from_pretrained(tmp_path, quantize="int8")
+    with pytest.raises(NotImplementedError, match="only the CPU is supported yet, got cuda"):
+        Gemma2.from_pretrained(tmp_path, device="cuda")
+    for wrong in (0, -3):
+        with pytest.raises(ValueError, match=f"sliding_window must be .* got {wrong}"):
+            Gemma2.from_pretrained(tmp_path, sliding_window=wrong)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_activation": "gelu"}))
+    with pytest.raises(NotImplementedError, match=r"config\.json: hidden_activation must be"):
+        Gemma2.from_pretrained(tmp_path)
+
+
+def test_a_gradient_is_refused() -> None:
+    model = tiny.small_model().requires_grad_(True)
+    ids = tiny.random_ids(model.config, 1, 5)
+    with pytest.raises(NotImplementedError, match=r"no backward|torch\.no_grad"):
+        model(ids).sum().backward()
+    with torch.no_grad():
+        assert torch.isfinite(model(ids)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_independent_of_threads(dtype: torch.dtype) -> None:
+    """To the bit: every product here is this project's own."""
+    model = tiny.small_model(dtype=dtype)
+    ids = tiny.random_ids(model.config, 2, 70)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        cache = model.new_cache(2, 100)
+        results.append((model(ids), model(ids, cache=cache), model(ids[:, :1], cache=cache)))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_half_precision_runs_in_every_mode() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        model = tiny.small_model(dtype=dtype)
+        ids = tiny.random_ids(model.config, 1, 60)
+        with torch.inference_mode():
+            cache = model.new_cache(1, 80)
+            first = model(ids, cache=cache, last_only=True)
+        second = model(ids[:, :1], cache=cache, last_only=True)  # a cache outlives the mode
+        assert torch.isfinite(first).all()
+        assert torch.isfinite(second).all()
