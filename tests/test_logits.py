@@ -47,7 +47,8 @@ def test_value(
 def test_production_shape(isa: str, dtype: torch.dtype, rows: int) -> None:
     hidden, weight = operands(rows, 2304, 5000, dtype)
     actual = ops.logits(hidden, weight, 30.0)
-    assert_accurate(actual, lambda h, w: reference_logits(h, w, 30.0), hidden, weight)
+    # Float32 on both sides: one order of summing 2304 products is as good as another.
+    assert_accurate(actual, lambda h, w: reference_logits(h, w, 30.0), hidden, weight, roundings=4)
 
 
 def test_softcap_bites(isa: str) -> None:
