@@ -21,7 +21,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from gemma2_ext.tokenizer import Tokenizer
 
 import gemma2_ext
 from gemma2_ext import Gemma2, Gemma2Config, cli
@@ -29,6 +28,7 @@ from gemma2_ext.cache import cache_bytes
 from gemma2_ext.chat import Conversation, TextStream
 from gemma2_ext.evaluate import perplexity
 from gemma2_ext.models import shipped_model
+from gemma2_ext.tokenizer import Tokenizer
 
 PROMPT = "ROMEO:\nBut soft, what light"
 RATES = r"\[prefill (\d+) tokens, [\d.]+ token/s; decode (\d+) tokens, [\d.]+ token/s"
