@@ -12,7 +12,7 @@ if [[ ${1:-} == --fix ]]; then
   clang-format -i "${cpp_files[@]}"
 fi
 ruff check --no-cache "${python_files[@]}"
-ruff format --check "${python_files[@]}"
+ruff format --no-cache --check "${python_files[@]}"
 clang-format --dry-run -Werror "${cpp_files[@]}"
 mypy
 for script in .ci/run scripts/*.sh; do bash -n "$script"; done

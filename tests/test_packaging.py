@@ -1,0 +1,84 @@
+"""What a user installs: versions, metadata, the message where torch is missing."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import entry_points, version
+from pathlib import Path
+
+import pytest
+
+import gemma2_ext
+from gemma2_ext.models import shipped_model
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_one_version() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    stated = re.search(r'^version = "(.+)"$', text, re.M)
+    assert stated
+    assert stated[1] == gemma2_ext.__version__ == version("gemma2_ext")
+
+
+def test_the_command_is_installed() -> None:
+    (script,) = entry_points(group="console_scripts", name="gemma2-ext")
+    assert script.value == "gemma2_ext.cli:main"
+
+
+def test_the_package_is_typed_and_has_its_model() -> None:
+    package = Path(gemma2_ext.__file__).parent
+    assert (package / "py.typed").exists()
+    assert (package / "_C.pyi").exists()
+    size = sum(file.stat().st_size for file in shipped_model().iterdir())
+    assert 1e6 < size < 8e6
+    card = (shipped_model() / "README.md").read_text()
+    assert re.search(r"\d\.\d+ bits per byte", card)
+
+
+def backend(code: str, python: Path | str) -> subprocess.CompletedProcess[str]:
+    """Runs the build backend as pip does, in an interpreter without site packages."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "GEMMA2"))}
+    environment["PATH"] = "/usr/bin:/bin"
+    program = f"import sys; sys.path.insert(0, {str(ROOT / 'build_backend')!r})\n{code}"
+    return subprocess.run(
+        [str(python), "-S", "-c", program],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The python of an environment without any package."""
+    folder = tmp_path_factory.mktemp("bare") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    return folder / "bin" / "python"
+
+
+def test_no_torch_is_said_before_anything_is_built(bare_python: Path) -> None:
+    result = backend("import gemma2_build; gemma2_build.build_wheel('/nowhere')", bare_python)
+    assert result.returncode == 1
+    assert "compiles against the PyTorch that you already have, and none was found" in result.stderr
+    assert str(bare_python) in result.stderr
+    assert "Install PyTorch >= 2.11 first" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_installed_torch_is_found() -> None:
+    code = "import gemma2_build; print(gemma2_build.get_requires_for_build_wheel())"
+    result = backend(code, sys.executable)
+    assert result.returncode == 0, result.stderr
+    assert "torch" not in result.stdout
+
+
+def test_sources_are_in_the_sdist() -> None:
+    """Every folder that CMake and setup.py read is named in MANIFEST.in."""
+    manifest = (ROOT / "MANIFEST.in").read_text()
+    for folder in ("csrc", "cmake", "build_backend", "python/gemma2_ext", "tests"):
+        assert f"graft {folder}" in manifest

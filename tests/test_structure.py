@@ -1,0 +1,136 @@
+"""Rules that hold the project together: each op is whole, includes and imports run one way."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gemma2_ext import ops, reference
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "python" / "gemma2_ext"
+OPS = sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if not p.stem.startswith("_"))
+# What an op is made of that the reference does not have by that name: reference.linear and a cap,
+# and rope and attention over tensors in place of caches.
+WITHOUT_REFERENCE = {"logits", "rope_append_cache", "attention_cache"}
+
+
+def test_the_public_functions_are_the_files() -> None:
+    assert sorted(ops.__all__) == OPS
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_is_whole(op: str) -> None:
+    """Schema, out form, fake, binding, docstring, reference, tests: under one name everywhere."""
+    function = getattr(ops, op)
+    for name in (op, f"{op}_out"):
+        overload = getattr(torch.ops.gemma2_ext, name).default
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "CPU")
+        assert torch._library.simple_registry.singleton.find(
+            f"gemma2_ext::{name}"
+        ).fake_impl.kernel, f"{name} has no fake"
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"gemma2_ext::{op}", "Autograd")
+    parameters = inspect.signature(function).parameters
+    names = [a.name for a in getattr(torch.ops.gemma2_ext, op).default._schema.arguments]
+    assert sorted(parameters) == sorted(names)
+    doc = inspect.getdoc(function) or ""
+    for section in ("Args:", "Returns:", "Raises:", "Source:"):
+        assert section in doc, f"the docstring of {op} has no {section}"
+    for name in parameters:
+        assert re.search(rf"\b{name}\b", doc), f"the docstring of {op} does not name {name}"
+    if op not in WITHOUT_REFERENCE:
+        plain = inspect.signature(getattr(reference, op)).parameters.keys()
+        assert plain | {"return_lse"} == parameters.keys() | {"return_lse"}
+    test = (ROOT / "tests" / f"test_{op}.py").read_text()
+    for word in ("opcheck(", "fullgraph=True", "isa"):
+        assert word in test, f"tests/test_{op}.py has no {word}"
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r'#include\s+["<]([^">]+)[">]', path.read_text())
+
+
+def test_only_bindings_know_torch() -> None:
+    for path in (ROOT / "csrc").rglob("*.[ch]*"):
+        of_torch = [i for i in includes(path) if i.startswith(("torch/", "ATen/", "c10/"))]
+        allowed = "torch" in path.relative_to(ROOT / "csrc").parts or path.stem in (
+            *("schema", "module"),
+        )
+        assert allowed or not of_torch, f"{path}: {of_torch}"
+        if "cpu" in path.parts:
+            assert not [i for i in includes(path) if i.startswith("../torch")], path
+        stable = all(i.startswith(("torch/csrc/stable/", "torch/headeronly/")) for i in of_torch)
+        assert stable, f"{path} includes what is not of the stable ABI: {of_torch}"
+
+
+def test_kernels_use_no_templates_of_the_standard_library() -> None:
+    """The linker could pick their wide copy for code that runs before the check."""
+    free = {"table.cpp", "isa.cpp", "isa.h"}
+    for path in (ROOT / "csrc" / "cpu").iterdir():
+        if path.name in free:
+            continue
+        for include in includes(path):
+            assert include.endswith(".h") or include == "cstdint", (path, include)
+
+
+def test_imports_run_one_way() -> None:
+    """A module imports only from those before it."""
+    order = [
+        *("_C", "ops", "reference", "config", "weights", "cache", "generate", "model"),
+        *("models", "tokenizer", "evaluate", "chat", "cli", "__main__"),
+    ]
+    found = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__"}
+    assert found <= set(order)
+    for name in found:
+        tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+        typing_only = {
+            node
+            for branch in ast.walk(tree)
+            if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.dump(branch.test)
+            for node in ast.walk(branch)
+        }
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or node.level != 1 or node in typing_only:
+                continue
+            modules = [node.module] if node.module else [a.name for a in node.names]
+            for module in modules:
+                if module in order:
+                    assert order.index(module) < order.index(name), f"{name} imports {module}"
+
+
+def test_importing_the_package_imports_no_extra() -> None:
+    code = """
+import sys, gemma2_ext, gemma2_ext.cli
+for name in ("transformers", "sentencepiece", "tokenizers", "safetensors"):
+    assert name not in sys.modules, name
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_objects_of_an_instruction_set_share_nothing() -> None:
+    """No weak symbol: the linker keeps one of several copies, and might keep the widest."""
+    objects = [
+        p
+        for p in (ROOT / "build").glob("*/CMakeFiles/_C_*.dir/**/*.o")
+        if not p.parts[-4].startswith(("sanitize", "debug"))
+    ]
+    for path in objects:
+        isa = re.search(r"_C_(\w+)\.dir", str(path))
+        assert isa
+        table = subprocess.run(
+            ["nm", "-C", "--defined-only", path], capture_output=True, text=True, check=True
+        ).stdout
+        for line in table.splitlines():
+            kind, name = line.split(maxsplit=2)[1:]
+            assert kind not in "WVu", f"{path}: weak {name}"
+            if kind.isupper():
+                assert f"gemma2::{isa[1]}::" in name, f"{path}: {name}"
