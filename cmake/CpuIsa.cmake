@@ -31,6 +31,10 @@ function(gemma2_cpu_kernels target)
     endforeach()
   endif()
   message(STATUS "gemma2_ext CPU kernels: ${isas}")
+  set(optimization -O3)
+  if(GEMMA2_EXT_SANITIZE)
+    set(optimization -O1)  # the checks make the kernels so large that -O3 takes six times as long to compile
+  endif()
   foreach(isa ${isas})
     set(flags ${gemma2_flags_${isa}})
     if(GEMMA2_EXT_EMULATE_ISA AND isa MATCHES "avx512")
@@ -39,7 +43,7 @@ function(gemma2_cpu_kernels target)
     set(library ${target}_${isa})
     add_library(${library} OBJECT ${ARGN})
     # -fno-trapping-math lets a select become a blend; -Wno-psabi: vectors never cross a translation unit.
-    target_compile_options(${library} PRIVATE ${flags} -O3 -Wall -Wextra -Wno-psabi
+    target_compile_options(${library} PRIVATE ${flags} ${optimization} -Wall -Wextra -Wno-psabi
       -ffp-contract=fast -fno-math-errno -fno-trapping-math)
     target_compile_definitions(${library} PRIVATE GEMMA2_ISA=${isa} GEMMA2_LANES=${gemma2_lanes_${isa}}
       GEMMA2_ISA_${isa})
