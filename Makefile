@@ -12,7 +12,7 @@ demo:
 
 test:
 	@scripts/setup.sh test
-	.venv/bin/python -m pytest -q $(PYTEST_ARGS)
+	.venv/bin/python -m pytest $(PYTEST_ARGS)
 
 build:
 	@scripts/setup.sh

@@ -32,4 +32,4 @@ if [[ $variant == sanitize ]]; then
 fi
 env "${environment[@]}" .venv/bin/python -c "import gemma2_ext
 print('gemma2_ext of', gemma2_ext.__file__, gemma2_ext.build_info())"
-env "${environment[@]}" .venv/bin/python -m pytest -q -p no:cacheprovider "${select[@]}" "$@" "${tests[@]}"
+env "${environment[@]}" .venv/bin/python -m pytest -p no:cacheprovider "${select[@]}" "$@" "${tests[@]}"
