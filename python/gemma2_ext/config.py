@@ -370,6 +370,8 @@ def shown(value: object) -> str:
         text = ascii(value)
     except ValueError:  # Python refuses to print integers of thousands of digits
         text = f"{type(value).__name__} of thousands of digits"
+    except RecursionError:  # as deep as the JSON parser just bears
+        text = f"{type(value).__name__} nested too deeply"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
