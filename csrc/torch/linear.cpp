@@ -31,8 +31,7 @@ void torch_mm_out(const Tensor& x, const Tensor& weight, Tensor out, int64_t row
   std::array<StableIValue, 3> stack{from(torch::stable::reshape(x, {x_shape.data(), 2})),
                                     from(torch::stable::transpose(weight, 0, 1)),
                                     from(torch::stable::view(out, {out_shape.data(), 2}))};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned handle, to release it
 }
 
