@@ -60,8 +60,6 @@ def ninja_arguments() -> list[str]:
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
         torch_dir, torch_version, torch_cuda = torch_facts()
         tag = re.sub("[^0-9A-Za-z.]", "_", torch_version)
         build = (
@@ -75,13 +73,12 @@ class CMakeBuild(build_ext):
                 cache.unlink()
         arguments = [
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DTORCH_DIR={torch_dir}",
             f"-DTORCH_VERSION={torch_version}",
             f"-DTORCH_CUDA={torch_cuda}",
             f"-DCMAKE_BUILD_TYPE={os.environ.get('GEMMA2_EXT_BUILD_TYPE', 'Release')}",
             *(f"-D{name}={os.environ[name]}" for name in CMAKE_VARIABLES if os.environ.get(name)),
-            *ninja_arguments(),
+            *([] if cache.exists() else ninja_arguments()),  # a generator is chosen once
         ]
         cmake = cmake_program()
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
@@ -98,4 +95,8 @@ class CMakeBuild(build_ext):
         os.replace(fresh, target)
 
 
-setup(ext_modules=[Extension("gemma2_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    license="Apache-2.0",  # not in pyproject.toml: before setuptools 77 it takes no SPDX expression
+    ext_modules=[Extension("gemma2_ext._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -14,24 +14,24 @@ import subprocess
 import sys
 
 BUILD_TOOLS = {
-    "setuptools": "setuptools>=77",
-    "pybind11": "pybind11>=2.13",
+    "setuptools": "setuptools>=70.1",  # the first that makes wheels by itself
     "ninja": "ninja",
     "cmake": "cmake>=3.22",
 }
-PROGRAMS = ("ninja", "cmake")  # which serve as well from PATH
+# What serves in place of a package where it is on PATH.
+PROGRAMS = {"ninja": ("ninja", "make"), "cmake": ("cmake",)}
 
 _PROBE = """
 import importlib.util, json, os, sys
 found = {"path": [p for p in sys.path[1:] if p], "tag": sys.implementation.cache_tag}
-for name in ("torch", "setuptools", "pybind11", "ninja", "cmake"):
+for name in ("torch", "setuptools", "ninja", "cmake"):
     spec = importlib.util.find_spec(name)
     found[name] = os.path.dirname(spec.origin) if spec and spec.origin else None
 from importlib.metadata import version
 try:
     found["setuptools_version"] = version("setuptools")
 except Exception:
-    found["setuptools_version"] = "0"
+    found["setuptools_version"] = "0.0"
 print(json.dumps(found))
 """
 
@@ -95,14 +95,19 @@ def _probe():
     raise SystemExit(_NO_TORCH.format(tried="\n  ".join(tried)))
 
 
+def on_path(name):
+    """Whether a program on PATH serves in place of this package."""
+    return any(shutil.which(program) for program in PROGRAMS.get(name, ()))
+
+
 def _requires(config_settings=None):
     found = _probe()
-    if found["setuptools"] and int(found["setuptools_version"].split(".")[0]) < 77:
+    if [int(part) for part in found["setuptools_version"].split(".")[:2]] < [70, 1]:
         found["setuptools"] = None
     return [
         requirement
         for name, requirement in BUILD_TOOLS.items()
-        if not found[name] and not (name in PROGRAMS and shutil.which(name))
+        if not found[name] and not on_path(name)
     ]
 
 

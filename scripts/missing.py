@@ -6,7 +6,6 @@ in pyproject.toml.
 
 from __future__ import annotations
 
-import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,13 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def build_requirements() -> list[str]:
     sys.path.insert(0, str(ROOT / "build_backend"))
-    from gemma2_build import BUILD_TOOLS, PROGRAMS
+    from gemma2_build import BUILD_TOOLS, on_path
 
-    return [
-        requirement
-        for name, requirement in BUILD_TOOLS.items()
-        if not (name in PROGRAMS and shutil.which(name))
-    ]
+    # Building in place makes no wheel, so an older setuptools serves as well.
+    tools = {**BUILD_TOOLS, "setuptools": "setuptools>=64"}
+    return [requirement for name, requirement in tools.items() if not on_path(name)]
 
 
 def is_met(requirement: Requirement) -> bool:

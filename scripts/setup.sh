@@ -130,7 +130,7 @@ install() {
 }
 
 build() {
-  local stamp=$VENV/gemma2_ext.built settings
+  local stamp=$VENV/gemma2_ext.built settings site
   local inputs=(CMakeLists.txt setup.py pyproject.toml build_backend cmake csrc "$VENV/pyvenv.cfg")
   settings="$PWD CXX=${CXX:-} $(env | grep '^GEMMA2_EXT_' | grep -v '^GEMMA2_EXT_CPU_ISA=' | sort || true)"
   if [[ -e $stamp && $(<"$stamp") == "$settings" && -z $(find "${inputs[@]}" -newer "$stamp") ]] &&
@@ -141,8 +141,13 @@ build() {
   say "building"
   rm -f "$stamp"
   echo "$settings" >"$stamp.new" # from before the build: what changes during it is built next time
-  "$VENV/bin/python" setup.py -q build_ext --inplace
-  "$VENV/bin/python" -m pip install -q --no-deps --no-build-isolation --editable .
+  "$VENV/bin/python" setup.py -q egg_info build_ext --inplace
+  # As `pip install --editable .` does, without what an older setuptools lacks for it.
+  site=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  echo "$PWD/python" >"$site/gemma2_ext.pth"
+  printf '%s\n' "#!$VENV/bin/python" "import sys" "from gemma2_ext.cli import main" "sys.exit(main())" \
+    >"$VENV/bin/gemma2-ext"
+  chmod +x "$VENV/bin/gemma2-ext"
   mv "$stamp.new" "$stamp"
 }
 

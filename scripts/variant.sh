@@ -9,8 +9,7 @@ generator=()
 if command -v ninja >/dev/null || PATH=$PWD/.venv/bin:$PATH command -v ninja >/dev/null; then generator=(-G Ninja); fi
 export PATH=$PWD/.venv/bin:$PATH
 {
-  cmake -S . -B "$folder/cmake" "${generator[@]}" -DPython_EXECUTABLE="$python" -DGEMMA2_EXT_CUDA=OFF \
-    -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" "$@"
+  cmake -S . -B "$folder/cmake" "${generator[@]}" -DPython_EXECUTABLE="$python" -DGEMMA2_EXT_CUDA=OFF "$@"
   cmake --build "$folder/cmake" --target _C -j "${MAX_JOBS:-$(nproc)}"
 } >&2
 rm -rf "$folder/python"
