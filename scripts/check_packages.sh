@@ -11,8 +11,9 @@ sys.path.insert(0, 'build_backend')
 import gemma2_build
 gemma2_build.build_sdist('$folder')
 " >"$folder/log" 2>&1 || { cat "$folder/log" >&2; exit 1; }
-"$python" -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w "$folder" "$folder"/*.tar.gz
+"$python" -m pip wheel -q --disable-pip-version-check --no-deps -w "$folder" "$folder"/*.tar.gz
 "$python" - "$folder" <<'EOP'
+import subprocess
 import sys
 import tarfile
 import zipfile
@@ -21,16 +22,17 @@ from pathlib import Path
 folder = Path(sys.argv[1])
 (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
 with tarfile.open(sdist) as file:
-    in_sdist = {name.split("/", 1)[-1] for name in file.getnames()}
+    in_sdist = {member.name.split("/", 1)[1] for member in file if member.isfile()}
 with zipfile.ZipFile(wheel) as file:
     in_wheel = set(file.namelist())
 package = {
     *("gemma2_ext/py.typed", "gemma2_ext/_C.pyi", "gemma2_ext/ops/attention.py"),
     *(f"gemma2_ext/models/shakespeare/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json")),
 }
-wanted = {f"python/{name}" for name in package}
-wanted |= {"setup.py", "CMakeLists.txt", "build_backend/gemma2_build.py", "csrc/schema.cpp", "cmake/CpuIsa.cmake"}
-assert not wanted - in_sdist, f"the sdist lacks {wanted - in_sdist}"
+tracked = set(subprocess.check_output(["git", "ls-files"], text=True).split()) - {".gitignore"}
+generated = {n for n in in_sdist if n in ("PKG-INFO", "setup.cfg") or n.startswith("python/gemma2_ext.egg-info/")}
+assert not tracked - in_sdist, f"the sdist lacks {tracked - in_sdist}"
+assert in_sdist == tracked | generated, f"the sdist has {in_sdist - tracked - generated}"
 assert not package - in_wheel, f"the wheel lacks {package - in_wheel}"
 stray = {n for n in in_wheel if not n.startswith(("gemma2_ext/", "gemma2_ext-")) or n.endswith((".cpp", ".h", ".pyc"))}
 assert not stray, f"the wheel has {stray}"
