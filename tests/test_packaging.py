@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points, version
@@ -78,7 +79,35 @@ def test_the_installed_torch_is_found() -> None:
 
 
 def test_sources_are_in_the_sdist() -> None:
-    """Every folder that CMake and setup.py read is named in MANIFEST.in."""
+    """Every folder that CMake, setup.py and make read is named in MANIFEST.in."""
     manifest = (ROOT / "MANIFEST.in").read_text()
-    for folder in ("csrc", "cmake", "build_backend", "python/gemma2_ext", "tests"):
+    for folder in ("csrc", "cmake", "build_backend", "python/gemma2_ext", "tests", "scripts"):
         assert f"graft {folder}" in manifest
+
+
+def setup(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs setup.sh as make does, in a copy of the repository that holds nothing else."""
+    (folder / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "setup.sh", folder / "scripts")
+    return subprocess.run(
+        ["bash", folder / "scripts" / "setup.sh"],
+        env={**os.environ, "PYTHON": sys.executable, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_setup_names_all_that_the_machine_lacks(tmp_path: Path) -> None:
+    result = setup(tmp_path, PYTHON="no-such-python", CXX="no-such-compiler")
+    assert result.returncode == 1
+    assert "Python >= 3.10: 'no-such-python' was not found" in result.stderr
+    assert "a C++17 compiler: 'no-such-compiler' is none" in result.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_setup_says_when_torch_can_be_had_from_nowhere(tmp_path: Path, bare_python: Path) -> None:
+    nowhere = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
+    result = setup(tmp_path, PYTHON=str(bare_python), **nowhere)
+    assert result.returncode == 1
+    assert f"'{bare_python}' has no torch >= 2.11, and pip could not install" in result.stderr
+    assert not (tmp_path / ".venv").exists()

@@ -118,11 +118,9 @@ for name in ("transformers", "sentencepiece", "tokenizers", "safetensors"):
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
 def test_objects_of_an_instruction_set_share_nothing() -> None:
     """No weak symbol: the linker keeps one of several copies, and might keep the widest."""
-    objects = [
-        p
-        for p in (ROOT / "build").glob("*/CMakeFiles/_C_*.dir/**/*.o")
-        if not p.parts[-4].startswith(("sanitize", "debug"))
-    ]
+    objects = list((ROOT / "build").glob("*/CMakeFiles/_C_*.dir/**/*.o"))
+    if not objects:
+        pytest.skip("the package was built elsewhere")
     for path in objects:
         isa = re.search(r"_C_(\w+)\.dir", str(path))
         assert isa
