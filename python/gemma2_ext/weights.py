@@ -12,6 +12,7 @@ Source: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import mmap
@@ -392,10 +393,13 @@ class Source(NamedTuple):
 
 
 @contextmanager
-def open_checkpoint(folder: str | os.PathLike[str], config: Gemma2Config) -> Iterator[list[Source]]:
+def open_checkpoint(
+    folder: str | os.PathLike[str], config: Gemma2Config
+) -> Iterator[dict[str, Source]]:
     """Opens a folder's safetensors files and checks all their tensors against config.
 
-    Reads headers only, except for an lm_head.weight, which is compared with the embedding.
+    Reads headers only. Yields the tensors by their names without "model.", all of
+    `hugging_face_parts(config)` and perhaps OUTPUT.
 
     Raises:
         FileNotFoundError, OSError, ValueError, TypeError: see `load_weights`.
@@ -436,12 +440,16 @@ def _no_safetensors(folder: Path) -> Exception:
     return FileNotFoundError(f"{folder}: has neither {SINGLE} nor {INDEX}")
 
 
+# A file's name, not a path; no half of a character, which no file's name can hold.
+_SHARD = r"[^/\\\x00-\x1f\ud800-\udfff]+\.safetensors"
+
+
 def _open_shards(index: Path, opened: Callable[[str], SafetensorsFile]) -> list[SafetensorsFile]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: weight_map must map tensors to files, got {shown(weight_map)}")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
+        if not isinstance(shard, str) or not re.fullmatch(_SHARD, shard):
             raise ValueError(
                 f"{index}: weight_map[{shown(name)}] must name a .safetensors file in the folder, "
                 f"got {shown(shard)}"
@@ -460,7 +468,7 @@ def _open_shards(index: Path, opened: Callable[[str], SafetensorsFile]) -> list[
     return list(files.values())
 
 
-def _matched(files: list[SafetensorsFile], config: Gemma2Config) -> list[Source]:
+def _matched(files: list[SafetensorsFile], config: Gemma2Config) -> dict[str, Source]:
     """Every tensor with its place, all checked by name, shape and dtype."""
     parts = hugging_face_parts(config)
     sources: dict[str, Source] = {}
@@ -492,9 +500,7 @@ def _matched(files: list[SafetensorsFile], config: Gemma2Config) -> list[Source]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{_place(files)}: lacks tensor model.{missing[0]}{more}")
-    if OUTPUT in sources:
-        _check_tied(sources.pop(OUTPUT), sources["embed_tokens.weight"])
-    return list(sources.values())
+    return sources
 
 
 def _place(files: list[SafetensorsFile]) -> Path:
@@ -519,9 +525,10 @@ def _check_tied(output: Source, embedding: Source) -> None:
 
 
 def stored_dtype(folder: str | os.PathLike[str], config: Gemma2Config) -> torch.dtype:
-    """The dtype of a checkpoint's weights, after the checks of `load_weights`, without loading."""
+    """The dtype of a checkpoint's weights; `load_weights`' checks of all headers come first."""
     with open_checkpoint(folder, config) as sources:
-        return _common_dtype(sources)
+        sources.pop(OUTPUT, None)
+        return _common_dtype(list(sources.values()))
 
 
 def _common_dtype(sources: list[Source]) -> torch.dtype:
@@ -565,8 +572,12 @@ def load_weights(
     """
     if dtype is not None and dtype not in DTYPES.values():
         raise TypeError(f"load_weights: dtype must be float32, bfloat16 or float16, got {dtype}")
-    with open_checkpoint(folder, config) as sources:
+    with open_checkpoint(folder, config) as checkpoint:
+        output = checkpoint.pop(OUTPUT, None)
+        sources = list(checkpoint.values())
         arena = Arena(config, dtype or _common_dtype(sources))
+        if output is not None:
+            _check_tied(output, checkpoint["embed_tokens.weight"])
         _read_all(sources, arena, progress)
         for file in {source.file for source in sources}:
             file.check_unchanged()
@@ -686,7 +697,7 @@ def save_weights(
     """Writes fused tensors as model.safetensors by Hugging Face's names, in shards where large.
 
     A checkpoint in the folder is replaced. Whenever the process ends, the folder loads as the old
-    checkpoint or the new one, or not at all; never as a mixture.
+    checkpoint or the new one.
 
     Args:
         folder: made where it is not there.
@@ -709,6 +720,8 @@ def save_weights(
 
     os.makedirs(folder, exist_ok=True)
     folder = check_folder(folder)
+    for path in folder.glob(".saving-*"):  # of a process that was killed
+        shutil.rmtree(path, ignore_errors=True)
     free = shutil.disk_usage(folder).free
     if total > free:
         raise OSError(
@@ -716,36 +729,25 @@ def save_weights(
             f"{folder}: the weights need {total / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free",
         )
     stale = [path for path in folder.iterdir() if re.fullmatch(_SAVED_NAMES, path.name)]
+    names = [SINGLE] if len(shards) == 1 else _shard_names(len(shards), {p.name for p in stale})
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
         partial = Path(temporary)
-        if len(shards) == 1:
-            names = [SINGLE]
-        else:
-            names = [
-                f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)
-            ]
         for name, shard in zip(names, shards, strict=True):
             _write_file(partial / name, shard)
-        if len(shards) == 1:
-            # model.safetensors comes before any index, so that this one step replaces all.
-            os.replace(partial / SINGLE, folder / SINGLE)
-        else:
+        if len(shards) > 1:
             files = {n: f for f, shard in zip(names, shards, strict=True) for n in shard}
             index = {"metadata": {"total_size": total}, "weight_map": files}
             with open(partial / INDEX, "w", encoding="utf-8") as file:
                 file.write(json.dumps(index, indent=2) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-            # Shards of an old index must not be replaced under it: without an index, and without
-            # model.safetensors, nothing loads until the new index is there.
-            for name in (INDEX, SINGLE):
-                (folder / name).unlink(missing_ok=True)
-            _sync_folder(folder)
-            for name in names:
-                os.replace(partial / name, folder / name)
-            _sync_folder(folder)
-            os.replace(partial / INDEX, folder / INDEX)
             names.append(INDEX)
+        # The last of them replaces the old checkpoint, or, where that is model.safetensors, which
+        # comes before an index, its removal does.
+        for name in names[:-1]:
+            os.replace(partial / name, folder / name)
+        _sync_folder(folder)
+        os.replace(partial / names[-1], folder / names[-1])
         _sync_folder(folder)
         for path in stale:
             if path.name not in names:
@@ -753,7 +755,16 @@ def save_weights(
 
 
 # Whatever an earlier save_weights, or transformers, may have left.
-_SAVED_NAMES = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+_SAVED_NAMES = r"model((-\d+)?-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+
+
+def _shard_names(count: int, taken: set[str]) -> list[str]:
+    """Shards' names, other than those of a checkpoint that has to last until all are there."""
+    for stem in itertools.chain(["model"], (f"model-{i}" for i in itertools.count(2))):
+        names = [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+        if taken.isdisjoint(names):
+            break
+    return names
 
 
 def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
