@@ -1,0 +1,16 @@
+// The CUDA kernels' entry points: launch_<op>(parameters, stream) starts the work on the current
+// device and returns at once. A launch that CUDA refuses is a std::runtime_error.
+#pragma once
+#include "../params.h"
+
+typedef struct CUstream_st* cudaStream_t;  // as in CUDA's own headers
+
+namespace gemma2 {
+
+#define GEMMA2_CUDA_KERNELS(X) X(rms_norm, RmsNormParams)
+
+#define GEMMA2_DECLARE(op, Params) void launch_##op(const Params& p, cudaStream_t stream);
+GEMMA2_CUDA_KERNELS(GEMMA2_DECLARE)
+#undef GEMMA2_DECLARE
+
+}  // namespace gemma2
