@@ -33,6 +33,8 @@ STABLE_TORCH_LIBRARY(gemma2_ext, m) {
   m.def("rms_norm_out(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()");
   m.def("linear(Tensor x, Tensor weight) -> Tensor");
   m.def("linear_out(Tensor x, Tensor weight, Tensor(a!) out) -> ()");
+  m.def("linear_geglu(Tensor x, Tensor weight) -> Tensor");
+  m.def("linear_geglu_out(Tensor x, Tensor weight, Tensor(a!) out) -> ()");
   m.def("logits(Tensor hidden, Tensor weight, float? softcap=None) -> Tensor");
   m.def("logits_out(Tensor hidden, Tensor weight, float? softcap, Tensor(a!) out) -> ()");
   m.def(

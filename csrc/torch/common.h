@@ -53,6 +53,19 @@ inline void check_same_dtype(const char* op, const char* name, const Tensor& t,
   }
 }
 
+inline std::string device_name(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  return (t.is_cuda() ? "cuda:" : "another device, index ") + std::to_string(t.get_device_index());
+}
+
+inline void check_device(const char* op, const char* name, const Tensor& t, const char* other_name,
+                         const Tensor& other) {
+  if (t.is_cpu() != other.is_cpu() || t.get_device_index() != other.get_device_index()) {
+    fail(op, std::string(name) + " must be on " + other_name + "'s device " + device_name(other) +
+                 ", got " + device_name(t));
+  }
+}
+
 inline void check_cpu(const char* op, const char* name, const Tensor& t) {
   if (!t.is_cpu()) fail(op, std::string(name) + " must be on the CPU like the other tensors");
 }
@@ -73,10 +86,10 @@ inline void check_same_shape(const char* op, const char* name, const Tensor& t,
   }
 }
 
-// An `_out` op's result: right shape and dtype, contiguous.
+// An `_out` op's result: right shape, dtype and device, contiguous.
 inline void check_out(const char* op, const char* name, const Tensor& out, const char* like_name,
                       const Tensor& like) {
-  check_cpu(op, name, out);
+  check_device(op, name, out, like_name, like);
   check_same_shape(op, name, out, like_name, like);
   check_same_dtype(op, name, out, like_name, like);
   if (!out.is_contiguous()) fail(op, std::string(name) + " must be contiguous");

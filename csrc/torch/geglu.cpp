@@ -1,6 +1,6 @@
 // Binding of geglu.
 #include "../cpu/isa.h"
-#include "common.h"
+#include "cuda.h"
 
 namespace gemma2 {
 namespace {
@@ -8,8 +8,7 @@ namespace {
 void geglu_out(const Tensor& gate, const Tensor& up, Tensor out) {
   const char* op = "geglu";
   const DType dtype = dtype_of(op, "gate", gate);
-  check_cpu(op, "gate", gate);
-  check_cpu(op, "up", up);
+  check_device(op, "up", up, "gate", gate);
   if (gate.dim() < 1) fail(op, "gate must have shape (..., intermediate_size), got a scalar");
   check_same_shape(op, "up", up, "gate", gate);
   check_same_dtype(op, "up", up, "gate", gate);
@@ -25,6 +24,9 @@ void geglu_out(const Tensor& gate, const Tensor& up, Tensor out) {
                       gate_rows.rows,
                       gate_rows.columns,
                       dtype};
+#ifdef GEMMA2_WITH_CUDA
+  if (!gate.is_cpu()) return run_on_cuda(gate, launch_geglu, p);
+#endif
   const int64_t runs = (p.columns + kGegluColumns - 1) / kGegluColumns;
   const int64_t columns = p.columns < kGegluColumns ? p.columns : kGegluColumns;
   const CpuKernels& kernels = cpu_kernels();
@@ -39,10 +41,13 @@ Tensor geglu(const Tensor& gate, const Tensor& up) {
   return out;
 }
 
+template <class Library>
+void implement(Library& m) {
+  m.impl("geglu", TORCH_BOX(&geglu));
+  m.impl("geglu_out", TORCH_BOX(&geglu_out));
+}
+
 }  // namespace
 }  // namespace gemma2
 
-STABLE_TORCH_LIBRARY_IMPL(gemma2_ext, CPU, m) {
-  m.impl("geglu", TORCH_BOX(&gemma2::geglu));
-  m.impl("geglu_out", TORCH_BOX(&gemma2::geglu_out));
-}
+GEMMA2_REGISTER(gemma2::implement)

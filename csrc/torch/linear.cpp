@@ -7,7 +7,7 @@
 #include <cmath>
 
 #include "../cpu/isa.h"
-#include "common.h"
+#include "cuda.h"
 
 namespace gemma2 {
 namespace {
@@ -28,12 +28,35 @@ int64_t torch_rows(DType dtype) {
 void torch_mm_out(const Tensor& x, const Tensor& weight, Tensor out, int64_t rows) {
   const std::array<int64_t, 2> x_shape{rows, weight.size(1)}, out_shape{rows, weight.size(0)};
   using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(torch::stable::reshape(x, {x_shape.data(), 2})),
-                                    from(torch::stable::transpose(weight, 0, 1)),
-                                    from(torch::stable::view(out, {out_shape.data(), 2}))};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned handle, to release it
+  const Tensor a = torch::stable::reshape(x, {x_shape.data(), 2});
+  const Tensor b = torch::stable::transpose(weight, 0, 1);
+  const Tensor c = torch::stable::view(out, {out_shape.data(), 2});
+  const auto call = [](const char* overload, auto stack) {
+    TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::mm", overload, stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned handle, to release it
+  };
+  if (out.scalar_type() == x.scalar_type()) {
+    call("out", std::array<StableIValue, 3>{from(a), from(b), from(c)});
+  } else {  // float32 sums of 16-bit factors: torch has this on CUDA only
+    call("dtype_out",
+         std::array<StableIValue, 4>{from(a), from(b), from(out.scalar_type()), from(c)});
+  }
 }
+
+#ifdef GEMMA2_WITH_CUDA
+// Up to this many rows the weights' way from memory is all that counts; above, cuBLAS serves, and
+// float32 at any number of rows.
+constexpr int64_t kCudaRows = 16;
+
+void run_on_cuda(const Tensor& x, const Tensor& weight, Tensor out, LinearParams p) {
+  if (p.dtype != DType::kFloat32 && p.rows <= kCudaRows) return run_on_cuda(x, launch_linear, p);
+  torch_mm_out(x, weight, out, p.rows);
+  if (p.softcap == 0) return;
+  const SoftCapParams cap{static_cast<float*>(out.data_ptr()), out.numel(), p.softcap};
+  run_on_cuda(x, launch_soft_cap, cap);
+}
+#endif
 
 Tensor scratch_floats(const Tensor& x, int64_t count) {
   return torch::stable::new_empty(x, {&count, 1}, ScalarType::Float);
@@ -79,9 +102,12 @@ void many_rows(LinearParams p, const Tensor& x, int64_t element_size) {
   }
 }
 
-// softcap 0: none. `name` is the input's name in the op's schema.
+void linear_then_geglu(const Tensor& x, const Tensor& weight, Tensor out);
+
+// softcap 0: none; geglu: `out` is of the two halves of weight. `name` is the input's name in the
+// op's schema.
 void run(const char* op, const char* name, const Tensor& x, const Tensor& weight, double softcap,
-         Tensor out, ScalarType out_type) {
+         Tensor out, ScalarType out_type, bool geglu = false) {
   const DType dtype = dtype_of(op, name, x);
   if (x.dim() < 1)
     fail(op, std::string(name) + " must have shape (..., in_features), got a scalar");
@@ -91,9 +117,11 @@ void run(const char* op, const char* name, const Tensor& x, const Tensor& weight
                  std::to_string(in_features) + "), got " + to_string(weight));
   }
   check_same_dtype(op, "weight", weight, name, x);
-  check_cpu(op, "weight", weight);
-  check_cpu(op, "out", out);
-  const int64_t out_features = weight.size(0);
+  check_device(op, "weight", weight, name, x);
+  check_device(op, "out", out, name, x);
+  if (geglu && weight.size(0) % 2)
+    fail(op, "weight must have an even number of rows, got " + to_string(weight));
+  const int64_t out_features = weight.size(0) / (geglu ? 2 : 1);
   bool right = out.dim() == x.dim() && out.size(x.dim() - 1) == out_features;
   for (int64_t i = 0; right && i + 1 < x.dim(); ++i) right = out.size(i) == x.size(i);
   if (!right) {
@@ -113,8 +141,14 @@ void run(const char* op, const char* name, const Tensor& x, const Tensor& weight
   }
 
   const int64_t rows = out.numel() / out_features;
+#ifdef GEMMA2_WITH_CUDA
+  const bool fused = !x.is_cpu() && dtype != DType::kFloat32 && rows <= kCudaRows;
+#else
+  const bool fused = false;
+#endif
+  if (geglu && !fused) return linear_then_geglu(x, weight, out);
   const int64_t element_size = dtype == DType::kFloat32 ? 4 : 2;
-  if (softcap == 0 && out_type == x.scalar_type() && rows >= torch_rows(dtype))
+  if (x.is_cpu() && softcap == 0 && out_type == x.scalar_type() && rows >= torch_rows(dtype))
     return torch_mm_out(x, weight, out, rows);
   const Rows x_rows = as_rows(x), weight_rows = as_rows(weight);
   LinearParams p{};
@@ -130,6 +164,10 @@ void run(const char* op, const char* name, const Tensor& x, const Tensor& weight
   p.softcap = float(softcap);
   p.dtype = dtype;
   p.out_dtype = dtype_of(op, "out", out);
+  p.geglu = geglu;
+#ifdef GEMMA2_WITH_CUDA
+  if (!x.is_cpu()) return run_on_cuda(x, weight, out, p);
+#endif
   if (rows <= kLinearFewRows) {
     few_rows(p, x, element_size);
   } else {
@@ -153,6 +191,29 @@ Tensor linear(const Tensor& x, const Tensor& weight) {
   return out;
 }
 
+void linear_then_geglu(const Tensor& x, const Tensor& weight, Tensor out) {
+  Tensor both = linear(x, weight);
+  const int64_t columns = weight.size(0) / 2, last = both.dim() - 1;
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(torch::stable::narrow(both, last, 0, columns)),
+                                    from(torch::stable::narrow(both, last, columns, columns)),
+                                    from(out)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("gemma2_ext::geglu_out", "", stack.data(), TORCH_ABI_VERSION));
+}
+
+void linear_geglu_out(const Tensor& x, const Tensor& weight, Tensor out) {
+  run("linear_geglu", "x", x, weight, 0, out, x.scalar_type(), true);
+}
+
+Tensor linear_geglu(const Tensor& x, const Tensor& weight) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  if (!shape.empty() && weight.dim() > 0) shape.back() = weight.size(0) / 2;
+  Tensor out = torch::stable::new_empty(x, {shape.data(), shape.size()});
+  linear_geglu_out(x, weight, out);
+  return out;
+}
+
 void logits_out(const Tensor& hidden, const Tensor& weight, std::optional<double> softcap,
                 Tensor out) {
   if (softcap && !(*softcap > 0 && std::isfinite(*softcap))) {
@@ -167,12 +228,17 @@ Tensor logits(const Tensor& hidden, const Tensor& weight, std::optional<double> 
   return out;
 }
 
+template <class Library>
+void implement(Library& m) {
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_out", TORCH_BOX(&linear_out));
+  m.impl("linear_geglu", TORCH_BOX(&linear_geglu));
+  m.impl("linear_geglu_out", TORCH_BOX(&linear_geglu_out));
+  m.impl("logits", TORCH_BOX(&logits));
+  m.impl("logits_out", TORCH_BOX(&logits_out));
+}
+
 }  // namespace
 }  // namespace gemma2
 
-STABLE_TORCH_LIBRARY_IMPL(gemma2_ext, CPU, m) {
-  m.impl("linear", TORCH_BOX(&gemma2::linear));
-  m.impl("linear_out", TORCH_BOX(&gemma2::linear_out));
-  m.impl("logits", TORCH_BOX(&gemma2::logits));
-  m.impl("logits_out", TORCH_BOX(&gemma2::logits_out));
-}
+GEMMA2_REGISTER(gemma2::implement)

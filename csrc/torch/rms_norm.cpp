@@ -1,6 +1,6 @@
 // Binding of rms_norm.
 #include "../cpu/isa.h"
-#include "common.h"
+#include "cuda.h"
 
 namespace gemma2 {
 namespace {
@@ -15,7 +15,7 @@ void rms_norm_out(const Tensor& x, const Tensor& weight, double eps, Tensor out)
                  ",), got " + to_string(weight));
   }
   if (!(eps >= 0)) fail(op, "eps must be at least 0, got " + std::to_string(eps));
-  check_cpu(op, "weight", weight);
+  check_device(op, "weight", weight, "x", x);
   check_out(op, "out", out, "x", x);
   if (x.numel() == 0) return;
 
@@ -30,6 +30,9 @@ void rms_norm_out(const Tensor& x, const Tensor& weight, double eps, Tensor out)
                         float(eps),
                         dtype,
                         weight_dtype};
+#ifdef GEMMA2_WITH_CUDA
+  if (!x.is_cpu()) return run_on_cuda(x, launch_rms_norm, p);
+#endif
   const CpuKernels& kernels = cpu_kernels();
   parallel_units(p.rows, p.hidden_size * 4,
                  [&](int64_t begin, int64_t end) { kernels.rms_norm_rows(p, begin, end); });
@@ -41,10 +44,13 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   return out;
 }
 
+template <class Library>
+void implement(Library& m) {
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("rms_norm_out", TORCH_BOX(&rms_norm_out));
+}
+
 }  // namespace
 }  // namespace gemma2
 
-STABLE_TORCH_LIBRARY_IMPL(gemma2_ext, CPU, m) {
-  m.impl("rms_norm", TORCH_BOX(&gemma2::rms_norm));
-  m.impl("rms_norm_out", TORCH_BOX(&gemma2::rms_norm_out));
-}
+GEMMA2_REGISTER(gemma2::implement)

@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--model", type=Path, metavar="DIR", help="Hugging Face folder; default: the one that ships"
     )
     group.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as stored")
-    group.add_argument("--device", default="cpu", help="cpu (default)")
+    group.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     group.add_argument(
         "--threads", type=whole_number(1, os.cpu_count() or 1), metavar="N", help="default: torch's"
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
+from .decode_graph import DecodeGraph, decode
 
 if TYPE_CHECKING:
     from .model import Gemma2
@@ -73,7 +74,10 @@ class Sampler:
             values, ids = logits.topk(min(NUCLEUS_CANDIDATES, vocab_size), dim=-1)
             log_total = logits.logsumexp(-1, keepdim=True)
             probabilities = (values - log_total).exp()
-            if self.top_p is not None and bool((probabilities.sum(-1) < self.top_p).any()):
+            # On a GPU the whole vocabulary is sorted rather than asked: asking would wait for it.
+            if self.top_p is not None and (
+                logits.is_cuda or bool((probabilities.sum(-1) < self.top_p).any())
+            ):
                 values, ids = logits.sort(dim=-1, descending=True)
                 probabilities = (values - log_total).exp()
         if self.top_p is not None:
@@ -122,7 +126,7 @@ def generate(
         TypeError, ValueError: see `Gemma2.forward` and `Sampler`; a prompt that does not fit the
             context or the cache.
     """
-    sampler = _sampler(temperature, top_k, top_p, min_p, seed)
+    sampler = _sampler(temperature, top_k, top_p, min_p, seed, model.device)
     new = list(_steps(model, input_ids, max_new_tokens, sampler, attention_mask, cache, stop_ids))
     if not new:
         return input_ids.clone()
@@ -153,7 +157,7 @@ def stream(
     """
     if isinstance(input_ids, Tensor) and input_ids.dim() == 2 and input_ids.shape[0] != 1:
         raise ValueError(f"stream: one prompt at a time, got {input_ids.shape[0]} rows")
-    sampler = _sampler(temperature, top_k, top_p, min_p, seed)
+    sampler = _sampler(temperature, top_k, top_p, min_p, seed, model.device)
     steps = _steps(model, input_ids, max_new_tokens, sampler, attention_mask, cache, stop_ids)
     return (int(tokens) for tokens in steps)
 
@@ -164,8 +168,9 @@ def _sampler(
     top_p: float | None,
     min_p: float | None,
     seed: int | None,
+    device: torch.device,
 ) -> Sampler:
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     return Sampler(temperature, top_k, top_p, min_p, generator)
 
 
@@ -185,7 +190,7 @@ def _steps(
     batch = input_ids.shape[0]
     counts = torch.full((batch,), input_ids.shape[1])
     if attention_mask is not None:
-        counts = (attention_mask != 0).sum(-1)
+        counts = (attention_mask != 0).sum(-1).cpu()
     if cache is None:
         longest, context = int(counts.max()), model.config.max_position_embeddings
         if longest > context:
@@ -209,6 +214,11 @@ def _run(
     cache: KVCache,
     stops: Tensor,
 ) -> Iterator[Tensor]:
+    if model.device.type == "cuda":
+        yield from _run_on_cuda(
+            model, input_ids, max_new_tokens, sampler, attention_mask, cache, stops
+        )
+        return
     running = torch.ones(input_ids.shape[0], dtype=torch.bool)
     step_ids, step_mask = input_ids, attention_mask
     for _ in range(max_new_tokens):
@@ -222,3 +232,21 @@ def _run(
         if not bool(running.any()) or cache.length >= cache.max_length:
             return
         step_ids, step_mask = tokens[:, None], None
+
+
+def _run_on_cuda(
+    model: Gemma2,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    sampler: Sampler,
+    attention_mask: Tensor | None,
+    cache: KVCache,
+    stops: Tensor,
+) -> Iterator[Tensor]:
+    """As `_run`: the prompts once, then steps that the device feeds to itself."""
+    if max_new_tokens == 0:
+        return
+    with torch.inference_mode():
+        tokens = sampler(model(input_ids, attention_mask, cache=cache, last_only=True)[:, 0])
+        graph = DecodeGraph(model, cache, sampler, tokens, stops)
+    yield from decode(graph, max_new_tokens)

@@ -299,6 +299,22 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
+def linear_geglu(x: Tensor, weight: Tensor) -> Tensor:
+    """`gelu_tanh(x @ gate.T) * (x @ up.T)`, weight being gate above up.
+
+    Args:
+        x: (..., in_features), any float dtype.
+        weight: (2 * out_features, in_features), x's dtype.
+
+    Returns:
+        (..., out_features) in x's dtype.
+
+    Source: transformers, Gemma2MLP without its last product.
+    """
+    gate, up = linear(x, weight).chunk(2, dim=-1)
+    return geglu(gate, up)
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

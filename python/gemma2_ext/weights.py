@@ -245,6 +245,34 @@ class Arena:
         return torch.frombuffer(self.memory, dtype=self.dtype, count=count, offset=offset)
 
 
+class DeviceArena:
+    """As `Arena`, in one allocation on a GPU.
+
+    Args:
+        config: gives the tensors' shapes.
+        dtype: of every tensor.
+        device: where the room is.
+
+    Raises:
+        torch.OutOfMemoryError: torch's own.
+    """
+
+    def __init__(self, config: Gemma2Config, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.memory = torch.empty(memory_needed(config, dtype), dtype=torch.uint8, device=device)
+        self.offsets: dict[str, int] = {}
+        self.tensors: dict[str, Tensor] = {}
+        offset = 0
+        for name, shape in parameter_shapes(config).items():
+            self.offsets[name] = offset
+            self.tensors[name] = self.flat(offset, math.prod(shape)).view(shape)
+            offset += _aligned(math.prod(shape) * dtype.itemsize)
+
+    def flat(self, offset: int, count: int) -> Tensor:
+        """(count,) elements that begin at a byte of the allocation."""
+        return self.memory[offset : offset + count * self.dtype.itemsize].view(self.dtype)
+
+
 # Reading
 
 
@@ -547,6 +575,7 @@ def load_weights(
     config: Gemma2Config,
     *,
     dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> dict[str, Tensor]:
     """Loads model.safetensors, or the shards that model.safetensors.index.json names.
@@ -556,11 +585,12 @@ def load_weights(
             "model." in front.
         config: what they must fit.
         dtype: float32, bfloat16 or float16, in memory; None: that of the file.
+        device: where they are to be. On a GPU they are never whole in the host's memory.
         progress: whether to show a progress bar on stderr.
 
     Returns:
-        The tensors of `parameter_shapes(config)`: views of one mapping of huge pages, each 64-byte
-        aligned.
+        The tensors of `parameter_shapes(config)`: views of one mapping of huge pages, or of one
+        allocation on the device, each 64-byte aligned.
 
     Raises:
         FileNotFoundError: the folder, or a file that it must have, is not there.
@@ -575,7 +605,10 @@ def load_weights(
     with open_checkpoint(folder, config) as checkpoint:
         output = checkpoint.pop(OUTPUT, None)
         sources = list(checkpoint.values())
-        arena = Arena(config, dtype or _common_dtype(sources))
+        dtype = dtype or _common_dtype(sources)
+        device = torch.device(device)
+        arena: Arena | DeviceArena
+        arena = Arena(config, dtype) if device.type == "cpu" else DeviceArena(config, dtype, device)
         if output is not None:
             _check_tied(output, checkpoint["embed_tokens.weight"])
         _read_all(sources, arena, progress)
@@ -593,7 +626,7 @@ class _Piece(NamedTuple):
     target: int
 
 
-def _pieces(sources: list[Source], arena: Arena) -> Iterator[_Piece]:
+def _pieces(sources: list[Source], arena: Arena | DeviceArena) -> Iterator[_Piece]:
     """All tensors in the order of the files."""
     for source in sorted(sources, key=lambda s: (s.file.path, s.stored.begin)):
         stored, part = source.stored, source.part
@@ -611,7 +644,7 @@ def _pieces(sources: list[Source], arena: Arena) -> Iterator[_Piece]:
             )
 
 
-def _read_all(sources: list[Source], arena: Arena, progress: bool) -> None:
+def _read_all(sources: list[Source], arena: Arena | DeviceArena, progress: bool) -> None:
     """Reads every tensor to its place, with READERS threads that end with this call."""
     pieces = _pieces(sources, arena)
     lock, stop = threading.Lock(), threading.Event()
@@ -653,18 +686,19 @@ def _read_all(sources: list[Source], arena: Arena, progress: bool) -> None:
         raise errors[0]
 
 
-def _read_piece(piece: _Piece, arena: Arena, staging: bytearray) -> int:
-    """Reads a piece, straight to its place or through staging where the dtype changes."""
+def _read_piece(piece: _Piece, arena: Arena | DeviceArena, staging: bytearray) -> int:
+    """Reads a piece, straight to its place, or through staging to a GPU or another dtype."""
     source, offset, elements, target = piece
     dtype = DTYPES[source.stored.dtype]
     nbytes = elements * dtype.itemsize
-    if dtype == arena.dtype:
+    if not isinstance(arena, DeviceArena) and dtype == arena.dtype:
         source.file.read_into(memoryview(arena.memory)[target : target + nbytes], offset)
         return nbytes
     source.file.read_into(memoryview(staging)[:nbytes], offset)
     values = torch.frombuffer(staging, dtype=dtype, count=elements)
     converted = arena.flat(target, elements).copy_(values)
-    if arena.dtype == torch.float16 and not torch.equal(converted.isfinite(), values.isfinite()):
+    lossy = arena.dtype == torch.float16 and dtype != torch.float16
+    if lossy and not torch.equal(converted.isfinite().cpu(), values.isfinite()):
         raise ValueError(
             f"{source.file.path}: tensor {source.name} has values past float16's range "
             f"(65504): {values.abs().max().item():.4g}"

@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .. import _C
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -76,3 +78,22 @@ def refuse_gradient(op: str) -> None:
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     _library.impl(op, autograd, "Autograd", with_keyset=True)
+
+
+def refuse_cuda_without_kernels() -> None:
+    """Where the extension has no CUDA kernels, an op on a GPU says so, in place of torch's list."""
+    if _C.build_info()["cuda"]:
+        return
+    for name in torch._C._dispatch_get_all_op_names():
+        if not name.startswith("gemma2_ext::") or torch._C._dispatch_has_kernel_for_dispatch_key(
+            name, "CUDA"
+        ):
+            continue
+
+        def refuse(*args: Any, name: str = name) -> NoReturn:
+            raise NotImplementedError(
+                f"{name}: this build of gemma2_ext has no CUDA kernels; install it again where "
+                "nvcc is on PATH or in CUDA_HOME, beside a PyTorch with CUDA"
+            )
+
+        _library.impl(name.removeprefix("gemma2_ext::"), refuse, "CUDA")
