@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 export PYTHON TORCH
 
-.PHONY: demo test build lint format sanitize emulate scalar check-packages clean
+.PHONY: demo test build lint format sanitize emulate scalar check-packages distillation clean
 
 demo:
 	@scripts/setup.sh
@@ -34,6 +34,11 @@ sanitize emulate scalar:
 check-packages:
 	@scripts/setup.sh test
 	@scripts/check_packages.sh
+
+# The runs of docs/distillation.md, those whose result is missing; ARGS="--data FILE --out DIR" for another text.
+distillation:
+	@scripts/setup.sh test
+	.venv/bin/python training/distillation/run.py $(ARGS)
 
 clean:
 	rm -rf build dist python/gemma2_ext.egg-info python/gemma2_ext/_C*.so .venv/gemma2_ext.built
