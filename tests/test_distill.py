@@ -113,7 +113,7 @@ def test_what_is_stored_is_what_the_teacher_says(tmp_path: Path) -> None:
 def test_a_stored_teacher_teaches_as_one_at_hand(tmp_path: Path) -> None:
     folder = teacher_folder(tmp_path / "teacher")
     taught = teach(tmp_path, folder, "--top-k", 2048, "--sequence-length", 32)
-    options = ("--steps", 4, "--dtype", "float32", "--hard-labels", 0.1, "--fixed-cuts")
+    options = ("--steps", 2, "--dtype", "float32", "--hard-labels", 0.1, "--fixed-cuts")
     run(tmp_path / "stored", "--data", taught, *options, command="distill")
     run(tmp_path / "at_hand", "--teacher", folder, *options, command="distill")
     for stored, at_hand in zip(

@@ -118,6 +118,9 @@ def test_another_run_is_not_resumed(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT + "More.")
     error = run(tmp_path / "out", "--steps", 2, "--resume")["error"]
     assert "belongs to another run: data.tokens was" in error
+    Gemma2(student()).save_pretrained(tmp_path / "model")
+    error = run(tmp_path / "model", "--steps", 2)["error"]
+    assert f"{tmp_path / 'model'}: holds a model; name another folder" in error
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:

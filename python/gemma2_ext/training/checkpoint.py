@@ -31,28 +31,21 @@ STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY = (".saving-", ".deleting-")
 # What torch.distributed.checkpoint's own metadata is made of; anything else is refused.
-_MODULES = (
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.filesystem",
-    "torch.serialization",
-)
-_NAMES = {
-    ("torch", "Size"),
-    ("torch", "float32"),
-    ("torch", "strided"),
-    ("torch._utils", "_get_layout"),
-    ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"),
-    ("collections", "OrderedDict"),
+_METADATA = {
+    "torch": ("Size", "float32"),
+    "torch.serialization": ("_get_layout",),
+    "pathlib": ("PosixPath",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        *("ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
+        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    ),
 }
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        allowed = (module, name) in _NAMES or (
-            module in _MODULES[:2] and re.fullmatch(r"_?[A-Z]\w*", name)
-        )
-        if not allowed:
+        if name not in _METADATA.get(module, ()):
             raise ValueError(f"names {module}.{name}, which has no place in a checkpoint")
         return super().find_class(module, name)
 

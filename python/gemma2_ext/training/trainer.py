@@ -431,6 +431,11 @@ class Trainer:
                 f"{self.options.out}: holds a run of {load_step(found[-1])} steps; resume it, or "
                 "name another folder"
             )
+        if (
+            any(self.options.out.glob("*.safetensors"))
+            and not (self.options.out / METRICS).exists()
+        ):
+            raise ValueError(f"{self.options.out}: holds a model; name another folder")
         checkpoint.barrier()
         if checkpoint.is_first():
             self.options.out.mkdir(parents=True, exist_ok=True)
