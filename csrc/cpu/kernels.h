@@ -11,16 +11,22 @@
 
 namespace gemma2 {
 
-#define GEMMA2_CPU_KERNELS(X)            \
-  X(attention_units, AttentionWork)      \
-  X(attention_combine, AttentionWork)    \
-  X(rms_norm_rows, RmsNormParams)        \
-  X(linear_pack_rows, LinearParams)      \
-  X(linear_few_rows, LinearParams)       \
-  X(linear_pack_panels, LinearParams)    \
-  X(linear_many_rows, LinearParams)      \
-  X(add_rms_norm_rows, AddRmsNormParams) \
-  X(geglu_runs, GegluParams)             \
+#define GEMMA2_CPU_KERNELS(X)               \
+  X(attention_units, AttentionWork)         \
+  X(attention_combine, AttentionWork)       \
+  X(gemm_pack_panels, GemmParams)           \
+  X(gemm_rows, GemmParams)                  \
+  X(gemm_round_rows, GemmParams)            \
+  X(linear_loss_words, LinearLossParams)    \
+  X(linear_loss_merge, LinearLossParams)    \
+  X(linear_loss_gradient, LinearLossParams) \
+  X(rms_norm_rows, RmsNormParams)           \
+  X(linear_pack_rows, LinearParams)         \
+  X(linear_few_rows, LinearParams)          \
+  X(linear_pack_panels, LinearParams)       \
+  X(linear_many_rows, LinearParams)         \
+  X(add_rms_norm_rows, AddRmsNormParams)    \
+  X(geglu_runs, GegluParams)                \
   X(rope_tokens, RopeParams)
 
 struct CpuKernels {
