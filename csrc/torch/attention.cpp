@@ -38,8 +38,8 @@ void check_common(const char* op, AttentionParams& p, double scale, std::optiona
     fail(op, "window must be at least 1, got " + std::to_string(*window));
   }
   if (window && !causal) fail(op, "window needs causal=True, got causal=False");
-  p.scale = float(scale);
-  p.softcap = softcap ? float(*softcap) : 0.0f;
+  p.scale = scale;
+  p.softcap = softcap.value_or(0.0);
   // No window reaches further than any sequence does; below the clamp no position overflows.
   p.window = window ? std::min(*window, int64_t(1) << 48) : 0;
   p.causal = causal;
