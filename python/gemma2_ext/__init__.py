@@ -5,7 +5,7 @@ from __future__ import annotations
 # torch first: it loads the libraries that _C is linked against.
 import torch
 
-from . import _C, ops
+from . import _C, nn, ops
 from .cache import KVCache
 from .config import Gemma2Config
 from .model import Gemma2
@@ -24,4 +24,4 @@ def build_info() -> dict[str, object]:
     }
 
 
-__all__ = ["Gemma2", "Gemma2Config", "KVCache", "__version__", "build_info", "ops"]
+__all__ = ["Gemma2", "Gemma2Config", "KVCache", "__version__", "build_info", "nn", "ops"]
