@@ -35,6 +35,20 @@ STABLE_TORCH_LIBRARY(gemma2_ext, m) {
   m.def("linear_out(Tensor x, Tensor weight, Tensor(a!) out) -> ()");
   m.def("logits(Tensor hidden, Tensor weight, float? softcap=None) -> Tensor");
   m.def("logits_out(Tensor hidden, Tensor weight, float? softcap, Tensor(a!) out) -> ()");
+  m.def("linear_int8(Tensor x, Tensor data, Tensor scales) -> Tensor");
+  m.def("linear_int8_out(Tensor x, Tensor data, Tensor scales, Tensor(a!) out) -> ()");
+  m.def("logits_int8(Tensor hidden, Tensor data, Tensor scales, float? softcap=None) -> Tensor");
+  m.def(
+      "logits_int8_out(Tensor hidden, Tensor data, Tensor scales, float? softcap, "
+      "Tensor(a!) out) -> ()");
+  m.def("quantize_int8_out(Tensor weight, Tensor(a!) data, Tensor(b!) scales) -> ()");
+  m.def("linear_int4(Tensor x, Tensor data, Tensor scales) -> Tensor");
+  m.def("linear_int4_out(Tensor x, Tensor data, Tensor scales, Tensor(a!) out) -> ()");
+  m.def("logits_int4(Tensor hidden, Tensor data, Tensor scales, float? softcap=None) -> Tensor");
+  m.def(
+      "logits_int4_out(Tensor hidden, Tensor data, Tensor scales, float? softcap, "
+      "Tensor(a!) out) -> ()");
+  m.def("quantize_int4_out(Tensor weight, Tensor(a!) data, Tensor(b!) scales) -> ()");
   m.def(
       "add_rms_norm(Tensor x, Tensor residual, Tensor post_weight, Tensor pre_weight, "
       "float eps=1e-6) -> (Tensor, Tensor)");

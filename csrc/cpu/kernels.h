@@ -11,16 +11,22 @@
 
 namespace gemma2 {
 
-#define GEMMA2_CPU_KERNELS(X)            \
-  X(attention_units, AttentionWork)      \
-  X(attention_combine, AttentionWork)    \
-  X(rms_norm_rows, RmsNormParams)        \
-  X(linear_pack_rows, LinearParams)      \
-  X(linear_few_rows, LinearParams)       \
-  X(linear_pack_panels, LinearParams)    \
-  X(linear_many_rows, LinearParams)      \
-  X(add_rms_norm_rows, AddRmsNormParams) \
-  X(geglu_runs, GegluParams)             \
+#define GEMMA2_CPU_KERNELS(X)             \
+  X(attention_units, AttentionWork)       \
+  X(attention_combine, AttentionWork)     \
+  X(rms_norm_rows, RmsNormParams)         \
+  X(linear_pack_rows, LinearParams)       \
+  X(linear_few_rows, LinearParams)        \
+  X(linear_pack_panels, LinearParams)     \
+  X(linear_many_rows, LinearParams)       \
+  X(linear_int8_pack, LinearParams)       \
+  X(linear_int8_blocks, LinearParams)     \
+  X(linear_int4_pack, LinearParams)       \
+  X(linear_int4_blocks, LinearParams)     \
+  X(quantize_int8_blocks, QuantizeParams) \
+  X(quantize_int4_blocks, QuantizeParams) \
+  X(add_rms_norm_rows, AddRmsNormParams)  \
+  X(geglu_runs, GegluParams)              \
   X(rope_tokens, RopeParams)
 
 struct CpuKernels {
