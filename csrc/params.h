@@ -178,13 +178,15 @@ struct AttentionParams {
 struct LinearParams {
   const void* x;  // (rows, in_features), last dimension contiguous
   int64_t x_stride;
-  const void* weight;  // (out_features, in_features), last dimension contiguous
+  const void* weight;  // (out_features, in_features), last dimension contiguous; or packed, as
+                       // cpu/quantized.h says
   int64_t weight_stride;
-  void* out;  // (rows, out_features), last dimension contiguous
+  const void* scales;  // of packed weights
+  void* out;           // (rows, out_features), last dimension contiguous
   int64_t out_stride;
   int64_t rows, in_features, out_features;
   float softcap;  // 0: none
-  DType dtype;    // of x and weight
+  DType dtype;    // of x, and of weight where that is not packed
   DType out_dtype;
   void* packed_x;  // CPU: x in the kernel's own layout, shared by all threads
   float* scratch;  // CPU: of one thread
@@ -243,6 +245,16 @@ struct LinearLossParams {
   GemmParams grad_weight;  // backward: but for a; out null where it is not asked for
   int64_t grad_weight_begin;  // the word that row 0 of its out stands for
   float* scratch;             // of one thread
+};
+
+// weight (out_features, in_features) to packed data and scales, as cpu/quantized.h says.
+struct QuantizeParams {
+  const void* weight;  // last dimension contiguous
+  int64_t weight_stride;
+  void* data;
+  void* scales;
+  int64_t out_features, in_features;
+  DType dtype;  // of weight
 };
 
 }  // namespace gemma2
