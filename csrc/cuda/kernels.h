@@ -7,10 +7,16 @@ typedef struct CUstream_st* cudaStream_t;  // as in CUDA's own headers
 
 namespace gemma2 {
 
-#define GEMMA2_CUDA_KERNELS(X) X(rms_norm, RmsNormParams)
+#define GEMMA2_CUDA_KERNELS(X) \
+  X(rms_norm, RmsNormParams)   \
+  X(attention, AttentionParams)
 
 #define GEMMA2_DECLARE(op, Params) void launch_##op(const Params& p, cudaStream_t stream);
 GEMMA2_CUDA_KERNELS(GEMMA2_DECLARE)
 #undef GEMMA2_DECLARE
+
+// Floats that launch_attention wants at p.partial on the current device, 0 for none; of p's shapes
+// alone, so it is the same for every call in a captured graph.
+int64_t attention_partial_size(const AttentionParams& p);
 
 }  // namespace gemma2
