@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 export PYTHON TORCH
 
-.PHONY: demo test build lint format sanitize emulate scalar check-packages clean
+.PHONY: demo test build lint format sanitize emulate scalar check-packages cuda-check clean
 
 demo:
 	@scripts/setup.sh
@@ -30,6 +30,10 @@ format:
 sanitize emulate scalar:
 	@scripts/setup.sh test
 	@scripts/test_variant.sh $@ $(PYTEST_ARGS)
+
+cuda-check:
+	@scripts/setup.sh
+	@scripts/cuda_check.sh
 
 check-packages:
 	@scripts/setup.sh test

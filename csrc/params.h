@@ -106,13 +106,30 @@ struct AttentionParams {
   DType dtype;
 };
 
+// x = softcap * tanh(x / softcap), in place.
+struct SoftCapParams {
+  float* x;  // (size,)
+  int64_t size;
+  float softcap;
+};
+
+// CUDA: packed weights (see cuda/linear_quantized.cu) to a matrix.
+struct DequantizeParams {
+  const void* data;
+  const void* scales;
+  void* out;  // (out_features, in_features) contiguous
+  int64_t out_features, in_features;
+  DType dtype;  // of out
+};
+
 // out[r, n] = sum_k x[r, k] * weight[n, k]; with softcap > 0: softcap * tanh(out / softcap)
 struct LinearParams {
   const void* x;  // (rows, in_features), last dimension contiguous
   int64_t x_stride;
   const void* weight;  // (out_features, in_features), last dimension contiguous
   int64_t weight_stride;
-  void* out;  // (rows, out_features), last dimension contiguous
+  const void* scales;  // of packed weights
+  void* out;           // (rows, out_features), last dimension contiguous
   int64_t out_stride;
   int64_t rows, in_features, out_features;
   float softcap;  // 0: none
@@ -120,6 +137,8 @@ struct LinearParams {
   DType out_dtype;
   void* packed_x;  // CPU: x in the kernel's own layout, shared by all threads
   float* scratch;  // CPU: of one thread
+  // CUDA: weight is (2 * out_features, in_features), and out = gelu_tanh(first half) * second half
+  bool geglu;
 };
 
 }  // namespace gemma2

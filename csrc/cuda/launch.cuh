@@ -91,9 +91,11 @@ void dispatch_dtype(const char* op, DType dtype, const F& f) {
       return f(BFloat16{});
     case DType::kFloat16:
       return f(Half{});
+    default:
+      throw std::invalid_argument(std::string("gemma2_ext::") + op +
+                                  ": no CUDA kernel for dtype number " +
+                                  std::to_string(int(dtype)));
   }
-  throw std::invalid_argument(std::string("gemma2_ext::") + op + ": unknown dtype " +
-                              std::to_string(int(dtype)));
 }
 
 }  // namespace cuda

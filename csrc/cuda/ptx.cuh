@@ -25,6 +25,9 @@ constexpr unsigned kFullMask = 0xffffffffu;
 struct alignas(16) Vector16 {
   uint32_t words[4];
 };
+struct alignas(8) Vector8 {
+  uint32_t words[2];
+};
 
 }  // namespace cuda
 }  // namespace gemma2
@@ -64,6 +67,15 @@ GEMMA2_DEVICE Vector16 load_16_once(const void* p) {
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
                : "l"(p));
+  return v;
+}
+GEMMA2_DEVICE Vector8 load_8(const void* p) {
+  const uint2 v = *static_cast<const uint2*>(p);
+  return {{v.x, v.y}};
+}
+GEMMA2_DEVICE uint32_t load_4_once(const void* p) {
+  uint32_t v;
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
   return v;
 }
 GEMMA2_DEVICE void store_16(void* p, const Vector16& v) {

@@ -3,6 +3,8 @@
 // A block a row; x is read once, into registers, as far as kHeld vectors a thread reach (16384
 // 16-bit elements), and a second time beyond. Memory bounds it: 4 bytes an element in 16 bits,
 // weights from the cache. At one row only the launch counts.
+//
+// rms_norm_kernel: at most 64 registers, 128 bytes of shared memory.
 #include "kernels.h"
 #include "vector.cuh"
 
@@ -33,7 +35,7 @@ __global__ void __launch_bounds__(1024) rms_norm_kernel(const RmsNormParams p) {
       load_floats_as<kAligned>(p.weight, p.weight_dtype, at, p.hidden_size - at, weight);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) values[i] = values[i] * scale * (1.0f + weight[i]);
-      store_floats<kAligned>(out + at, p.hidden_size - at, values);
+      store_vector<kAligned>(out + at, p.hidden_size - at, pack_vector(values, T{}));
     };
 
     Vector16 held[kHeld];
@@ -47,7 +49,7 @@ __global__ void __launch_bounds__(1024) rms_norm_kernel(const RmsNormParams p) {
     for (int64_t at = first + kHeld * stride; at < p.hidden_size; at += stride)
       add_squares(load_vector<kAligned>(x + at, p.hidden_size - at));
     const float mean = block_sum(sum, scratch) / float(p.hidden_size);
-    const float scale = 1.0f / sqrtf(mean + p.eps);
+    const float scale = 1.0f / sqrtf(mean + float(p.eps));
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       const int64_t at = first + i * stride;

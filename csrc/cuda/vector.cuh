@@ -72,13 +72,18 @@ GEMMA2_DEVICE void load_floats(const T* p, int64_t n, float (&x)[kVectorSize<T>]
   unpack(load_vector<kAligned>(p, n), x, T{});
 }
 
-// Stores the first n of x, rounded to T.
+// Stores the first n elements of v.
 template <bool kAligned, class T>
-GEMMA2_DEVICE void store_floats(T* p, int64_t n, const float (&x)[kVectorSize<T>]) {
-  if (kAligned && n >= kVectorSize<T>) return store_16(p, pack_vector(x, T{}));
+GEMMA2_DEVICE void store_vector(T* p, int64_t n, const Vector16& v) {
+  if (kAligned && n >= kVectorSize<T>) return store_16(p, v);
 #pragma unroll
   for (int i = 0; i < kVectorSize<T>; ++i) {
-    if (i < n) p[i] = from_float<T>(x[i]);
+    if (i >= n) continue;
+    if constexpr (sizeof(T) == 4) {
+      p[i] = bits_to_float(v.words[i]);
+    } else {
+      p[i] = T{uint16_t(v.words[i / 2] >> (16 * (i % 2)))};
+    }
   }
 }
 

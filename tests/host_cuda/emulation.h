@@ -127,6 +127,18 @@ inline Vector16 load_16(const void* p) {
   return v;
 }
 inline Vector16 load_16_once(const void* p) { return load_16(p); }
+inline Vector8 load_8(const void* p) {
+  emulation::check_access(p, 8);
+  Vector8 v;
+  memcpy(&v, p, 8);
+  return v;
+}
+inline uint32_t load_4_once(const void* p) {
+  emulation::check_access(p, 4);
+  uint32_t v;
+  memcpy(&v, p, 4);
+  return v;
+}
 inline void store_16(void* p, const Vector16& v) {
   emulation::check_access(p, 16);
   memcpy(p, &v, 16);

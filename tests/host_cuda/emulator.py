@@ -42,7 +42,7 @@ class Refused(RuntimeError):
 def sources() -> list[Path]:
     kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     emulated = [p for p in kernels if "wgmma" not in p.stem]
-    return [*emulated, HERE / "emulation.cpp", HERE / "entry.cpp"]
+    return [*emulated, *(HERE / f"{name}.cpp" for name in ("emulation", "entry", "probes"))]
 
 
 def build(folder: Path) -> Path:
@@ -158,8 +158,8 @@ def launch(
     max_blocks: int = 2**31 - 1,
     left_out: str = "",
     **fields: Any,
-) -> set[str]:
-    """Runs `launch_<op>` and returns the places of the barriers and waits that it reached.
+) -> None:
+    """Runs `launch_<op>`.
 
     Args:
         op: its name.
@@ -186,7 +186,6 @@ def launch(
     error = run(ctypes.byref(params))
     if error is not None:
         raise Refused(error.decode())
-    return set(lib.emulation_places().decode().split())
 
 
 GUARD = 64  # elements
@@ -223,6 +222,12 @@ def check_schedules(run: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, ...
             assert torch.isfinite(out).all(), "not every element was written"
             assert torch.equal(out, first), "the result depends on the schedule"
     return results[0]
+
+
+def places(run: Callable[..., tuple[Tensor, ...]]) -> list[str]:
+    """The barriers and waits that `run`'s launch reaches, "file:line" each."""
+    run(schedule=0)
+    return library().emulation_places().decode().split()
 
 
 def assert_needed(run: Callable[..., tuple[Tensor, ...]], place: str) -> None:

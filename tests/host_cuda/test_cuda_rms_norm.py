@@ -8,26 +8,24 @@ from torch import Tensor
 
 from common import DTYPES, LAYOUTS, assert_accurate, with_strides
 from gemma2_ext import reference
-from host_cuda.emulator import assert_needed, check_schedules, guarded, launch
-
-
-def fields(x: Tensor, weight: Tensor, **more: Any) -> dict[str, Any]:
-    return {
-        "x": x,
-        "x_stride": x.stride(0),
-        "weight": weight,
-        "rows": x.shape[0],
-        "hidden_size": x.shape[1],
-        "eps": 1e-6,
-        "dtype": x.dtype,
-        "weight_dtype": weight.dtype,
-        **more,
-    }
+from host_cuda.emulator import assert_needed, check_schedules, guarded, launch, places
 
 
 def rms_norm(x: Tensor, weight: Tensor, offset: int = 0, **options: Any) -> tuple[Tensor]:
     out = guarded(x.shape, x.dtype, offset=offset)
-    launch("rms_norm", **fields(x, weight), out=out, **options)
+    launch(
+        "rms_norm",
+        x=x,
+        x_stride=x.stride(0),
+        weight=weight,
+        out=out,
+        rows=x.shape[0],
+        hidden_size=x.shape[1],
+        eps=1e-6,
+        dtype=x.dtype,
+        weight_dtype=weight.dtype,
+        **options,
+    )
     return (out,)
 
 
@@ -63,7 +61,7 @@ def test_rows_beyond_the_registers() -> None:
 
 def test_every_barrier_is_needed() -> None:
     x, weight = torch.randn(3, 600), torch.randn(600)
-    places = launch("rms_norm", **fields(x, weight), out=guarded(x.shape, x.dtype))
-    assert len(places) == 2
-    for place in places:
-        assert_needed(lambda **options: rms_norm(x, weight, max_blocks=1, **options), place)
+    run = lambda **options: rms_norm(x, weight, max_blocks=1, **options)  # noqa: E731
+    assert len(places(run)) == 2
+    for place in places(run):
+        assert_needed(run, place)
