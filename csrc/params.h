@@ -164,14 +164,37 @@ struct AttentionParams {
   // the longest sequences'.
   const int32_t* cu_seqlens_q;
   const int32_t* cu_seqlens_k;
+  int64_t total_q, total_k;  // CUDA: rows of q and k, to which the kernel clamps cu_seqlens
   int64_t batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim;
   int64_t capacity;  // > 0: a ring; key j stands in slot j % capacity, and only the last capacity
                      // keys exist
+  // CUDA: pages of 2^page_shift keys; key j of sequence b is in page block_table[b][j >> page_shift]
+  // of k and v, (pages, page size, num_kv_heads, head_dim), batch_stride a page. Null otherwise.
+  const int32_t* block_table;
+  int64_t block_table_stride;
+  int32_t page_shift;
+  float* partial;  // CUDA: attention_partial_size(p) floats, results of parts of the keys
   double scale;
   double softcap;  // 0: none
   int64_t window;  // 0: none
   bool causal;
   DType dtype;
+};
+
+// x = softcap * tanh(x / softcap), in place.
+struct SoftCapParams {
+  float* x;  // (size,)
+  int64_t size;
+  float softcap;
+};
+
+// CUDA: packed weights (see cuda/linear_quantized.cu) to a matrix.
+struct DequantizeParams {
+  const void* data;
+  const void* scales;
+  void* out;  // (out_features, in_features) contiguous
+  int64_t out_features, in_features;
+  DType dtype;  // of out
 };
 
 // out[r, n] = sum_k x[r, k] * weight[n, k]; with softcap > 0: softcap * tanh(out / softcap)
@@ -190,6 +213,8 @@ struct LinearParams {
   DType out_dtype;
   void* packed_x;  // CPU: x in the kernel's own layout, shared by all threads
   float* scratch;  // CPU: of one thread
+  // CUDA: weight is (2 * out_features, in_features), and out = gelu_tanh(first half) * second half
+  bool geglu;
 };
 
 // out[i, j] = sum_k a[i, k] * b[j, k], or that added to out.
