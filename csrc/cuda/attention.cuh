@@ -38,13 +38,12 @@ struct RowKeys {
 template <class T>
 struct Unit {
   int64_t batch, kv_head, block, split;
-  int group, row_begin, rows;  // row r of the unit is row_begin + r of the group
+  int group, row_begin, rows;                 // row r of the unit is row_begin + r of the group
   int64_t q_offset, seqlen_q, length, start;  // of the sequence; its keys are [start, length)
   int64_t key_begin;                          // that some row sees, of this split
   int keys;
   const T *k, *v;  // of the sequence and head, paged: of the head
   int slot;        // of the first key, from k and v on
-
 
   GEMMA2_DEVICE int query(int r) const { return (row_begin + r) / group; }
   GEMMA2_DEVICE int64_t head(int r) const { return kv_head * group + (row_begin + r) % group; }
@@ -238,9 +237,10 @@ struct ScoreScale {
 };
 
 GEMMA2_DEVICE ScoreScale score_scale(const AttentionParams& p) {
-  if (p.softcap > 0) return {p.scale / p.softcap, p.softcap * kLog2E, true};
-  if (p.scale == 0) return {0.0f, 1.0f, false};
-  return {p.scale < 0 ? -1.0f : 1.0f, fabsf(p.scale) * kLog2E, false};
+  const float scale = float(p.scale), softcap = float(p.softcap);  // doubles for the CPU's float64
+  if (softcap > 0) return {scale / softcap, softcap * kLog2E, true};
+  if (scale == 0) return {0.0f, 1.0f, false};
+  return {scale < 0 ? -1.0f : 1.0f, fabsf(scale) * kLog2E, false};
 }
 
 // 1 - 2 / (e^2x + 1); doubled_x is 2 x / ln 2. Absolute error 3e-7: 1.5e-5 of a score at a soft-cap
@@ -311,8 +311,7 @@ GEMMA2_DEVICE void softmax_tile(float (&s)[kTiles][4], const ScoreScale& c, Quad
   for (int i = 0; i < 2; ++i) {
     float largest = rows.largest[i];
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-      largest = fmaxf(largest, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
+    for (int n = 0; n < kTiles; ++n) largest = fmaxf(largest, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
     largest = quad_max(largest);
     const float base = largest == -INFINITY ? 0.0f : largest * c.outer;  // no key so far
     factor[i] = exp2_approx(rows.largest[i] * c.outer - base);
@@ -366,6 +365,7 @@ GEMMA2_DEVICE void plain_row(const AttentionParams& p, const AttentionPlan& plan
                          : key_row(plan, u, u.v, plan.v_stride, key);
   };
   const RowKeys seen = u.row_keys(p, r);
+  const float scale = float(p.scale), softcap = float(p.softcap);
   for (int begin = seen.first; begin < seen.end; begin += kWarpSize) {
     const int count = seen.end - begin < kWarpSize ? seen.end - begin : kWarpSize;
     float score = -INFINITY;
@@ -377,8 +377,8 @@ GEMMA2_DEVICE void plain_row(const AttentionParams& p, const AttentionPlan& plan
         const int d = lane + j * kWarpSize;
         if (d < p.head_dim) dot += q[j] * to_float(k[d]);
       }
-      dot = warp_sum(dot) * p.scale;
-      if (p.softcap > 0) dot = p.softcap * tanhf(dot / p.softcap);
+      dot = warp_sum(dot) * scale;
+      if (softcap > 0) dot = softcap * tanhf(dot / softcap);
       if (lane == i) score = dot * kLog2E;
     }
     const float largest = fmaxf(result.largest, warp_max(score));
@@ -401,8 +401,8 @@ GEMMA2_DEVICE void plain_row(const AttentionParams& p, const AttentionPlan& plan
   }
 }
 
-// Stores row r. In a tile, weight 0 of a key that the row does not see meets that key's value: where
-// this is NaN or infinite, the row is computed anew from the keys that it does see.
+// Stores row r. In a tile, weight 0 of a key that the row does not see meets that key's value:
+// where this is NaN or infinite, the row is computed anew from the keys that it does see.
 template <class T>
 GEMMA2_DEVICE void finish_row(const AttentionParams& p, const AttentionPlan& plan, const Unit<T>& u,
                               int r, RowResult& result) {
@@ -415,9 +415,9 @@ GEMMA2_DEVICE void finish_row(const AttentionParams& p, const AttentionPlan& pla
 
 // ---- tiles in shared memory
 
-// Where element (row, 8 chunk) of a tile is: rows of kHeadDim elements. The chunks (16 bytes) of each
-// run of 128 bytes are permuted by the row, so that the eight rows of a matrix that ldmatrix reads
-// lie in different banks.
+// Where element (row, 8 chunk) of a tile is: rows of kHeadDim elements. The chunks (16 bytes) of
+// each run of 128 bytes are permuted by the row, so that the eight rows of a matrix that ldmatrix
+// reads lie in different banks.
 template <int kHeadDim>
 struct RowLayout {
   static constexpr int kChunks = kHeadDim / 8;
@@ -427,8 +427,8 @@ struct RowLayout {
 };
 
 // Starts the copy of kRows rows by kThreads threads; zeros from row `end` and column head_dim on.
-// row_pointer(r) is asked for rows below `end` only. kUnroll: copies whose addresses are in registers
-// at once.
+// row_pointer(r) is asked for rows below `end` only. kUnroll: copies whose addresses are in
+// registers at once.
 template <class Layout, int kRows, int kThreads, int kUnroll = kRows, class T, class F>
 GEMMA2_DEVICE void copy_tile(T* tile, int end, int head_dim, int thread, const F& row_pointer) {
   constexpr int kChunks = Layout::kChunks, kStep = kThreads / kChunks;
@@ -637,7 +637,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     if (busy) {
       float s[kMTiles][kKeyTiles][4] = {};
       multiply_keys<T, kHeadDim, kMTiles, kKeyTiles>(
-          s, k_tile, [&](int step, uint32_t(&a)[kMTiles][4]) {
+          s, k_tile, [&](int step, uint32_t (&a)[kMTiles][4]) {
 #pragma unroll
             for (int m = 0; m < kMTiles; ++m) {
               const int row = warp_row + 16 * m + lane % 16;
@@ -664,8 +664,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   cp_async_wait<0>();
   __syncthreads();  // the tiles' memory takes the output
   float* rows = reinterpret_cast<float*>(shared_memory()) + warp_row * kOutputStride<kHeadDim>;
-  float* largest = reinterpret_cast<float*>(shared_memory()) + kRows * kOutputStride<kHeadDim> +
-                   warp_row;
+  float* largest =
+      reinterpret_cast<float*>(shared_memory()) + kRows * kOutputStride<kHeadDim> + warp_row;
   float* sum = largest + kRows;
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m) {
@@ -705,9 +705,8 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   T* const ring = reinterpret_cast<T*>(shared_memory()) + warp * kStages * kTileSize;
   const int first_key = warp * kKeys;
-  const int tiles = u.keys > first_key
-                        ? (u.keys - first_key + kWarps * kKeys - 1) / (kWarps * kKeys) * 2
-                        : 0;
+  const int tiles =
+      u.keys > first_key ? (u.keys - first_key + kWarps * kKeys - 1) / (kWarps * kKeys) * 2 : 0;
   const auto start_copy = [&](int tile, auto of_v, int stage) {
     if (tile < tiles) {
       copy_keys<RowLayout<kHeadDim>, kKeys, kWarpSize, of_v.value>(
@@ -755,7 +754,7 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
   for (int t = 0; t < tiles; t += 2) {
     const T* k_tile = next_tile(t, Flag<false>{});
     float s[1][2][4] = {}, factor[2];
-    multiply_keys<T, kHeadDim, 1, 2>(s, k_tile, [&](int step, uint32_t(&a)[1][4]) {
+    multiply_keys<T, kHeadDim, 1, 2>(s, k_tile, [&](int step, uint32_t (&a)[1][4]) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[0][i] = q[step][i];
     });
