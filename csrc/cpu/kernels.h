@@ -14,6 +14,8 @@ namespace gemma2 {
 #define GEMMA2_CPU_KERNELS(X)            \
   X(attention_units, AttentionWork)      \
   X(attention_combine, AttentionWork)    \
+  X(probe_memory, ProbeParams)           \
+  X(probe_multiply, ProbeParams)         \
   X(rms_norm_rows, RmsNormParams)        \
   X(linear_pack_rows, LinearParams)      \
   X(linear_few_rows, LinearParams)       \
