@@ -283,4 +283,17 @@ struct QuantizeParams {
   DType dtype;  // of weight
 };
 
+// What the machine itself can do, for benchmarks.
+constexpr int64_t kProbeRun = 64 << 10;  // bytes of one unit of probe_memory
+constexpr int64_t kProbeSteps = 4096;    // of one unit of probe_multiply
+struct ProbeParams {
+  const void* a;        // read
+  const void* b;        // read too; may be null
+  void* out;            // written; may be null
+  uint32_t* sink;       // of one thread
+  float factor;         // of probe_multiply
+  DType dtype;          // of probe_multiply: what is multiplied
+  int64_t* operations;  // of one thread: additions and multiplications done
+};
+
 }  // namespace gemma2
