@@ -115,4 +115,14 @@ struct LinearParams {
   float* scratch;  // CPU: of one thread
 };
 
+// What a machine can do, measured: see csrc/cpu/probe.cpp.
+enum class Probe : int32_t { kFloat32, kBFloat16, kInt8, kRead };
+struct ProbeParams {
+  Probe probe;
+  const void* data;    // kRead: (bytes,)
+  int64_t bytes;       // kRead
+  int64_t iterations;  // of the others
+  double* done;        // multiplications and additions, or bytes; 0 where the machine has no such dot
+};
+
 }  // namespace gemma2

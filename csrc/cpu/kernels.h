@@ -21,7 +21,8 @@ namespace gemma2 {
   X(linear_many_rows, LinearParams)      \
   X(add_rms_norm_rows, AddRmsNormParams) \
   X(geglu_runs, GegluParams)             \
-  X(rope_tokens, RopeParams)
+  X(rope_tokens, RopeParams)             \
+  X(probe_once, ProbeParams)
 
 struct CpuKernels {
 #define GEMMA2_MEMBER(name, Params) void (*name)(const Params&, int64_t begin, int64_t end);
