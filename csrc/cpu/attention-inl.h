@@ -85,9 +85,9 @@ struct ScoreScale {
 };
 
 GEMMA2_INLINE ScoreScale score_scale(const AttentionParams& p) {
-  const float log2_e = 0x1.715476p+0f;
-  if (p.softcap > 0) return {p.scale / p.softcap, p.softcap * log2_e, true};
-  return {p.scale * log2_e, 1.0f, false};
+  const float log2_e = 0x1.715476p+0f, scale = float(p.scale), softcap = float(p.softcap);
+  if (p.softcap > 0) return {scale / softcap, softcap * log2_e, true};
+  return {scale * log2_e, 1.0f, false};
 }
 
 // x P(x^2) / Q(x^2), relative error below 2e-8 before rounding; |x| clamped to 9, where tanh is 1.

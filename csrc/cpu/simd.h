@@ -9,7 +9,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -366,6 +366,8 @@ GEMMA2_INLINE void dispatch_dtype(DType dtype, F f) {
       return f(BFloat16{});
     case DType::kFloat16:
       return f(Half{});
+    case DType::kFloat64:
+      return;  // has kernels of its own, float64.h
   }
 }
 

@@ -1,4 +1,4 @@
-"""The command line: `gemma2-ext generate | chat | perplexity | info`.
+"""The command line: `gemma2-ext generate | chat | perplexity | info | train | distill | ...`.
 
 Argument parsing, and what belongs to a terminal: streams of text, Ctrl-C, one line for an error.
 """
@@ -31,6 +31,7 @@ from .models import shipped_model
 from .speculative import Draft, ModelDraft, NgramDraft
 from .threads import default_threads
 from .tokenizer import Tokenizer
+from .training import commands as training
 from .weights import available_memory, memory_needed, stored_dtype
 
 PROGRAM = "gemma2-ext"
@@ -166,6 +167,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--json", action="store_true")
     command.set_defaults(run=run_info)
+    training.add_commands(commands, Parser, whole_number)
     return parser
 
 
