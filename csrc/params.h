@@ -1,11 +1,12 @@
 // What each kernel is given: pointers with shapes beside them, strides in elements. No torch here;
-// CPU and CUDA kernels share these structs.
+// CPU and CUDA kernels share these structs. eps, scale and softcap are double for the float64
+// kernels; the others narrow them to float once.
 #pragma once
 #include <cstdint>
 
 namespace gemma2 {
 
-enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 // out[r] = x[r] * rsqrt(mean(x[r]^2) + eps) * (1 + weight)
 struct RmsNormParams {
@@ -15,9 +16,43 @@ struct RmsNormParams {
   void* out;           // (rows, hidden_size) contiguous
   int64_t rows;
   int64_t hidden_size;
-  float eps;
+  double eps;
   DType dtype;  // of x and out
   DType weight_dtype;
+};
+
+// Rows are shared out in blocks, each of which sums its part of grad_weight; the parts are then
+// added in their order, kNormColumns columns at a time. So results do not depend on the number of
+// threads.
+constexpr int64_t kNormMostBlocks = 128;
+constexpr int64_t kNormColumns = 512;
+static constexpr int64_t norm_block_rows(int64_t rows) {
+  const int64_t even = (rows + kNormMostBlocks - 1) / kNormMostBlocks;
+  return even < 8 ? 8 : even;
+}
+static constexpr int64_t norm_blocks(int64_t rows) {
+  return (rows + norm_block_rows(rows) - 1) / norm_block_rows(rows);
+}
+
+// With s = rsqrt(mean(x^2) + eps) and g = grad_out * (1 + weight), row by row:
+// grad_x = s (g - x s^2 mean(g x)); grad_weight = sum over the rows of grad_out x s.
+struct RmsNormBackwardParams {
+  const void* grad_out;  // (rows, hidden_size), last dimension contiguous
+  int64_t grad_out_stride;
+  const void* x;  // likewise
+  int64_t x_stride;
+  const void* weight;  // (hidden_size,) contiguous
+  void* grad_x;        // (rows, hidden_size) contiguous
+  void* grad_weight;   // (hidden_size,)
+  float* partial;      // (blocks, hidden_size): sums of each block of norm_block_rows rows
+  int64_t rows;
+  int64_t hidden_size;
+  double eps;
+  DType dtype;  // of x, grad_out and grad_x
+  DType weight_dtype;
+  // CUDA: (rows, hidden_size) like grad_out, added to grad_x; or null.
+  const void* added;
+  int64_t added_stride;
 };
 
 // residual_out = residual + norm(x; post_weight); out = norm(residual_out; pre_weight)
@@ -32,8 +67,34 @@ struct AddRmsNormParams {
   void* out;
   int64_t rows;
   int64_t hidden_size;
-  float eps;
+  double eps;
   DType dtype;  // of x, residual, residual_out and out
+  DType weight_dtype;
+};
+
+// grad_residual = grad_residual_out + the gradient of norm(residual_out; pre_weight); that is also
+// what comes into norm(x; post_weight).
+struct AddRmsNormBackwardParams {
+  const void* grad_residual_out;  // (rows, hidden_size), last dimension contiguous
+  int64_t grad_residual_out_stride;
+  const void* grad_out;  // likewise
+  int64_t grad_out_stride;
+  const void* x;  // likewise
+  int64_t x_stride;
+  const void* residual_out;  // (rows, hidden_size), the forward's result, last dimension contiguous
+  int64_t residual_out_stride;
+  const void* post_weight;  // (hidden_size,) contiguous
+  const void* pre_weight;
+  void* grad_x;  // (rows, hidden_size) contiguous
+  void* grad_residual;
+  void* grad_post_weight;  // (hidden_size,)
+  void* grad_pre_weight;
+  float* partial;  // (blocks, 3, hidden_size): sums of each block of norm_block_rows rows, for
+                   // post_weight and pre_weight; the gradient of one row of residual_out
+  int64_t rows;
+  int64_t hidden_size;
+  double eps;
+  DType dtype;  // of all but the weights and their gradients
   DType weight_dtype;
 };
 
@@ -45,6 +106,21 @@ struct GegluParams {
   const void* up;  // like gate
   int64_t up_stride;
   void* out;  // (rows, columns) contiguous
+  int64_t rows;
+  int64_t columns;
+  DType dtype;
+};
+
+// grad_up = grad_out * gelu_tanh(gate); grad_gate = grad_out * up * gelu_tanh'(gate)
+struct GegluBackwardParams {
+  const void* grad_out;  // (rows, columns), last dimension contiguous
+  int64_t grad_out_stride;
+  const void* gate;  // likewise
+  int64_t gate_stride;
+  const void* up;  // likewise
+  int64_t up_stride;
+  void* grad_gate;  // (rows, columns) contiguous
+  void* grad_up;
   int64_t rows;
   int64_t columns;
   DType dtype;
@@ -71,6 +147,7 @@ struct RopeParams {
                              // which is neither rotated nor written to the cache
   int64_t positions_batch_stride;  // 0: the same positions for every row of the batch
   const float* inv_freq;           // (head_dim / 2,)
+  bool inverse;                    // by the negative angle: the backward
   int64_t batch, seqlen, num_heads, num_kv_heads, head_dim;
   DType dtype;
 };
@@ -80,7 +157,8 @@ struct RopeParams {
 struct AttentionParams {
   HeadsView q, out;  // (batch, seqlen_q, num_heads, head_dim)
   HeadsView k, v;    // (batch, seqlen_k or capacity, num_kv_heads, head_dim)
-  float* lse;  // (batch, num_heads, seqlen_q), seqlen_q contiguous, natural logarithm; may be null
+  float* lse;  // (batch, num_heads, seqlen_q), seqlen_q contiguous, natural logarithm; may be null.
+               // Of doubles for float64, as the gradients of it
   int64_t lse_batch_stride, lse_head_stride;
   const int64_t* key_lengths;  // (batch,): valid keys end here; null: seqlen_k
   const int64_t* key_starts;   // (batch,): valid keys begin here; null: 0
@@ -89,11 +167,19 @@ struct AttentionParams {
   // the longest sequences'.
   const int32_t* cu_seqlens_q;
   const int32_t* cu_seqlens_k;
+  int64_t total_q, total_k;  // CUDA: rows of q and k, to which the kernel clamps cu_seqlens
   int64_t batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim;
   int64_t capacity;  // > 0: a ring; key j stands in slot j % capacity, and only the last capacity
                      // keys exist
-  float scale;
-  float softcap;   // 0: none
+  // CUDA: pages of 2^page_shift keys; key j of sequence b is in page block_table[b][j >>
+  // page_shift] of k and v, (pages, page size, num_kv_heads, head_dim), batch_stride a page. Null
+  // otherwise.
+  const int32_t* block_table;
+  int64_t block_table_stride;
+  int32_t page_shift;
+  float* partial;  // CUDA: attention_partial_size(p) floats, results of parts of the keys
+  double scale;
+  double softcap;  // 0: none
   int64_t window;  // 0: none
   bool causal;
   DType dtype;
@@ -119,19 +205,99 @@ struct DequantizeParams {
 struct LinearParams {
   const void* x;  // (rows, in_features), last dimension contiguous
   int64_t x_stride;
-  const void* weight;  // (out_features, in_features), last dimension contiguous
+  const void* weight;  // (out_features, in_features), last dimension contiguous; or packed, as
+                       // cpu/quantized.h says
   int64_t weight_stride;
   const void* scales;  // of packed weights
   void* out;           // (rows, out_features), last dimension contiguous
   int64_t out_stride;
   int64_t rows, in_features, out_features;
   float softcap;  // 0: none
-  DType dtype;    // of x and weight
+  DType dtype;    // of x, and of weight where that is not packed
   DType out_dtype;
   void* packed_x;  // CPU: x in the kernel's own layout, shared by all threads
   float* scratch;  // CPU: of one thread
   // CUDA: weight is (2 * out_features, in_features), and out = gelu_tanh(first half) * second half
   bool geglu;
+};
+
+// out[i, j] = sum_k a[i, k] * b[j, k], or that added to out.
+struct GemmParams {
+  const void* a;  // (rows, depth), one of its strides 1
+  int64_t a_row, a_k;
+  const void* b;  // (columns, depth), one of its strides 1
+  int64_t b_row, b_k;
+  void* out;  // (rows, columns), last dimension contiguous
+  int64_t out_stride;
+  int64_t rows, columns, depth;
+  DType a_dtype, b_dtype, out_dtype;
+  DType product;   // kBFloat16: factors may be rounded to it; else they are float32
+  bool add;        // to out, which is float32 then
+  void* packed_b;  // b in the kernel's own layout, shared by all threads
+  float* scratch;  // of one thread
+};
+
+// One side of a loss over a linear layer: s = softcap * tanh(hidden weight^T / softcap).
+struct LossSide {
+  const void* weight;  // (vocab_size, hidden_size), last dimension contiguous
+  int64_t weight_stride;
+  int64_t vocab_size;  // 0: there is no such side
+  int64_t hidden_size;
+  double softcap;             // 0: none
+  DType dtype;                // of weight and hidden
+  const void* packed_hidden;  // CPU: all tokens, by gemm_pack_panels
+  float*
+      kept;  // (kept_words, stride): soft-capped logits of the first words that the forward keeps
+};
+
+// With p = softmax(s / tau) of the student, q of the teacher, h = softmax(s), token by token:
+// the gradient of s is scale p + hard_scale h - uniform - teacher_scale q, less entry_weight *
+// entry_scale at the words of the token's entries. A per-token array has `stride` floats.
+struct LinearLossParams {
+  LossSide student, teacher;
+  int64_t tokens, stride;  // of hidden; of everything with a token dimension
+  int64_t kept_words;
+  double temperature;  // tau
+  bool hard, uniform;
+  int64_t word_begin, word_end;  // the words that units are counted in
+  const int64_t* entries;        // token * entries_per_token + i, ordered by their words' units
+  const int64_t* entry_begin;    // where those of each unit of the whole vocabulary begin; the end
+  int64_t entries_per_token;
+  const int64_t* entry_word;                  // (tokens, entries_per_token)
+  const double* entry_weight;                 // likewise
+  float* entry_logit;                         // likewise: s of the entry's word, from the forward
+  float* partial;                             // forward: (units, kLossStats, stride)
+  float* total;                               // forward: (kLossStats, stride)
+  const float *lse, *hard_lse, *teacher_lse;  // backward: log of the sums of exp(s / tau), ...
+  const float *scale, *hard_scale, *uniform_scale, *teacher_scale, *entry_scale;
+  float* gradient;         // backward: (word_end - word_begin, stride), of the student's products
+  GemmParams grad_weight;  // backward: but for a; out null where it is not asked for
+  int64_t grad_weight_begin;  // the word that row 0 of its out stands for
+  float* scratch;             // of one thread
+};
+
+// weight (out_features, in_features) to packed data and scales, as cpu/quantized.h says.
+struct QuantizeParams {
+  const void* weight;  // last dimension contiguous
+  int64_t weight_stride;
+  void* data;
+  void* scales;
+  int64_t out_features, in_features;
+  DType dtype;  // of weight
+};
+
+// What the machine itself can do, for benchmarks.
+constexpr int64_t kProbeRun = 64 << 10;  // bytes of one unit of probe_memory
+constexpr int64_t kProbeSteps = 4096;    // of one unit of probe_multiply
+struct ProbeParams {
+  const void* a;        // read
+  const void* b;        // read too; may be null
+  void* out;            // written; may be null
+  uint32_t* sink;       // of one thread
+  float factor;         // of probe_multiply
+  DType dtype;          // of probe_multiply: what is multiplied,
+  bool int8;            // or int8
+  int64_t* operations;  // of one thread: additions and multiplications done
 };
 
 }  // namespace gemma2

@@ -112,7 +112,7 @@ def test_weights_by_way_of_staging(monkeypatch: pytest.MonkeyPatch, dtype: torch
     config = gemma2_ext.Gemma2Config.from_pretrained(shipped_model())
     right = load_weights(shipped_model(), config, dtype=dtype)
     monkeypatch.setattr(
-        "gemma2_ext.weights.Arena", lambda c, d: DeviceArena(c, d, torch.device("cpu"))
+        "gemma2_ext.weights.Arena", lambda c, d, f=None: DeviceArena(c, d, torch.device("cpu"))
     )
     staged = load_weights(shipped_model(), config, dtype=dtype)
     assert staged.keys() == right.keys()
@@ -138,12 +138,21 @@ def test_steps_on_the_device_give_what_generate_gives(model: Gemma2) -> None:
     assert graph.cache.lengths.tolist() == [5 + 11] * 3
 
 
+def test_sampled_steps_give_what_generate_gives(model: Gemma2) -> None:
+    ids = torch.randint(3, model.config.vocab_size, (2, 5))
+    right = model.generate(ids, max_new_tokens=12, temperature=0.9, top_p=0.8, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    graph = start(model, ids, Sampler(0.9, top_p=0.8, generator=generator), 32)
+    new = torch.stack(list(decode(graph, 12)), dim=1)
+    assert torch.equal(torch.cat([ids, new], dim=1), right)
+
+
 def test_rows_that_stop(model: Gemma2, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.randint(3, model.config.vocab_size, (2, 5))
     drawn = iter([[5, 1], [6, 9], [107, 9], [8, 8]])
 
     class Scripted(Sampler):
-        def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        def __call__(self, logits: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
             return torch.tensor(next(drawn))
 
     graph = start(model, ids, Scripted(), 32)

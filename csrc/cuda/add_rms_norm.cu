@@ -16,7 +16,7 @@ namespace cuda {
 namespace {
 
 constexpr int kMaxThreads = 512;  // of more, a thread would have too few registers
-constexpr int kHeld = 2;  // vectors of x, and of residual, in a thread's registers
+constexpr int kHeld = 2;          // vectors of x, and of residual, in a thread's registers
 
 // Walks the vectors of a row that belong to this thread, the held ones first: f(at, i), i the
 // number of a held one, or -1.

@@ -32,7 +32,7 @@ constexpr int kChunk = 32;  // columns
 
 // What differs between the formats. A "word" is 4 bytes of data of one row.
 struct Int8 {
-  static constexpr int kWords = 2;   // of a row in a chunk that one lane has
+  static constexpr int kWords = 2;  // of a row in a chunk that one lane has
   static constexpr int kWordsOfRow = 8;
   static constexpr int kGroups = 1;  // in a chunk
   static constexpr int kRowBytes = 0;

@@ -55,6 +55,7 @@ GEMMA2_DEVICE uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
+GEMMA2_DEVICE uint32_t load_4(const void* p) { return *static_cast<const uint32_t*>(p); }
 GEMMA2_DEVICE Vector16 load_16(const void* p) {
   const uint4 v = *static_cast<const uint4*>(p);
   return {{v.x, v.y, v.z, v.w}};

@@ -1,4 +1,4 @@
-// Bindings of rope and rope_append_cache.
+// Bindings of rope, its backward and rope_append_cache.
 #include <array>
 #include <map>
 #include <mutex>
@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "../cpu/float64.h"
 #include "../cpu/isa.h"
 #include "cuda.h"
 
@@ -34,13 +35,13 @@ Tensor compute_inv_freq(int64_t head_dim, double theta) {
 // On like's device. The table lives as long as the process.
 const float* inv_freq(int64_t head_dim, double theta, const Tensor& like) {
   static std::mutex mutex;
-  static std::map<std::tuple<int64_t, double, std::string>, Tensor> tables;
+  static auto* tables = new std::map<std::tuple<int64_t, double, std::string>, Tensor>;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto key = std::make_tuple(head_dim, theta, device_name(like));
-  auto found = tables.find(key);
-  if (found == tables.end()) {
+  auto found = tables->find(key);
+  if (found == tables->end()) {
     const Tensor table = compute_inv_freq(head_dim, theta);
-    found = tables.emplace(key, torch::stable::to(table, like.device())).first;
+    found = tables->emplace(key, torch::stable::to(table, like.device())).first;
   }
   return found->second.const_data_ptr<float>();
 }
@@ -51,10 +52,10 @@ std::string shape(std::initializer_list<int64_t> sizes) {
   return s + ")";
 }
 
-// What both ops check: q, k, positions, theta. Returns int64 positions, contiguous along seqlen.
+// What all of them check: q, k, positions, theta. Returns int64 positions, contiguous along seqlen.
 Tensor check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& positions,
-                    double theta) {
-  dtype_of(op, "q", q);
+                    double theta, Dtypes dtypes) {
+  dtype_of(op, "q", q, dtypes);
   check_device(op, "k", k, "q", q);
   check_device(op, "positions", positions, "q", q);
   check_same_dtype(op, "k", k, "q", q);
@@ -88,7 +89,7 @@ Tensor check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tens
   return last_dim_contiguous(wide);
 }
 
-// The part of the parameters that both ops share.
+// The part of the parameters that all share.
 RopeParams make_params(const Tensor& q, const Tensor& k, const Tensor& positions, double theta,
                        const Tensor& q_out) {
   RopeParams p{};
@@ -103,33 +104,50 @@ RopeParams make_params(const Tensor& q, const Tensor& k, const Tensor& positions
   p.num_heads = q.size(2);
   p.num_kv_heads = k.size(2);
   p.head_dim = q.size(3);
-  p.dtype = dtype_of("rope", "q", q);
+  p.dtype = dtype_of("rope", "q", q, Dtypes::kOrFloat64);
   return p;
 }
 
-void run(const RopeParams& p, const Tensor& like) {
+void run(const RopeParams& p, [[maybe_unused]] const Tensor& like) {
 #ifdef GEMMA2_WITH_CUDA
   if (!like.is_cpu()) return run_on_cuda(like, launch_rope, p);
 #endif
-  (void)like;
+  if (p.dtype == DType::kFloat64) return float64::rope(p);
   const int64_t elements = (p.num_heads + p.num_kv_heads) * p.head_dim;
   const CpuKernels& kernels = cpu_kernels();
   parallel_units(p.batch * p.seqlen, elements * 8,
                  [&](int64_t begin, int64_t end) { kernels.rope_tokens(p, begin, end); });
 }
 
-void rope_out(const Tensor& q, const Tensor& k, const Tensor& positions, double theta, Tensor q_out,
-              Tensor k_out) {
-  const char* op = "rope";
-  const Tensor wide_positions = check_inputs(op, q, k, positions, theta);
-  check_out(op, "q_out", q_out, "q", q);
-  check_out(op, "k_out", k_out, "k", k);
+void rotate(const Tensor& q, const Tensor& k, const Tensor& wide_positions, double theta,
+            bool inverse, Tensor& q_out, Tensor& k_out) {
   if (q.numel() + k.numel() == 0) return;
 
   const Tensor q_rows = last_dim_contiguous(q), k_rows = last_dim_contiguous(k);
   RopeParams p = make_params(q_rows, k_rows, wide_positions, theta, q_out);
   p.k_out = heads_view(k_out);
+  p.inverse = inverse;
   run(p, q);
+}
+
+void rope_out(const Tensor& q, const Tensor& k, const Tensor& positions, double theta, Tensor q_out,
+              Tensor k_out) {
+  const char* op = "rope";
+  const Tensor wide_positions = check_inputs(op, q, k, positions, theta, Dtypes::kOrFloat64);
+  check_out(op, "q_out", q_out, "q", q);
+  check_out(op, "k_out", k_out, "k", k);
+  rotate(q, k, wide_positions, theta, false, q_out, k_out);
+}
+
+// Rotates the gradients of q_out and k_out by the negative angle.
+void rope_backward_out(const Tensor& grad_q_out, const Tensor& grad_k_out, const Tensor& positions,
+                       double theta, Tensor grad_q, Tensor grad_k) {
+  const char* op = "rope_backward";
+  const Tensor wide_positions =
+      check_inputs(op, grad_q_out, grad_k_out, positions, theta, Dtypes::kOrFloat64);
+  check_out(op, "grad_q", grad_q, "grad_q_out", grad_q_out);
+  check_out(op, "grad_k", grad_k, "grad_k_out", grad_k_out);
+  rotate(grad_q_out, grad_k_out, wide_positions, theta, true, grad_q, grad_k);
 }
 
 std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& positions,
@@ -180,7 +198,7 @@ void rope_append_cache_out(const Tensor& q, const Tensor& k, const Tensor& v,
                            const Tensor& positions, Tensor k_cache, Tensor v_cache, double theta,
                            Tensor q_out) {
   const char* op = "rope_append_cache";
-  const Tensor wide_positions = check_inputs(op, q, k, positions, theta);
+  const Tensor wide_positions = check_inputs(op, q, k, positions, theta, Dtypes::kCommon);
   check_device(op, "v", v, "k", k);
   check_same_dtype(op, "v", v, "k", k);
   check_same_shape(op, "v", v, "k", k);
@@ -213,6 +231,7 @@ template <class Library>
 void implement(Library& m) {
   m.impl("rope", TORCH_BOX(&rope));
   m.impl("rope_out", TORCH_BOX(&rope_out));
+  m.impl("rope_backward_out", TORCH_BOX(&rope_backward_out));
   m.impl("rope_append_cache", TORCH_BOX(&rope_append_cache));
   m.impl("rope_append_cache_out", TORCH_BOX(&rope_append_cache_out));
 }

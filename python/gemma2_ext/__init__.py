@@ -14,10 +14,11 @@ except ImportError as error:
             f"({torch.__version__}) has none; install gemma2_ext again (pip install .)"
         ) from error
     raise
-from . import ops
+from . import nn, ops
 from .cache import KVCache
 from .config import Gemma2Config
 from .model import Gemma2
+from .quantize import QuantizedWeight
 
 __version__ = "0.1.0"
 
@@ -33,4 +34,13 @@ def build_info() -> dict[str, object]:
     }
 
 
-__all__ = ["Gemma2", "Gemma2Config", "KVCache", "__version__", "build_info", "ops"]
+__all__ = [
+    "Gemma2",
+    "Gemma2Config",
+    "KVCache",
+    "QuantizedWeight",
+    "__version__",
+    "build_info",
+    "nn",
+    "ops",
+]

@@ -1,6 +1,6 @@
 """Decoding on a GPU: one step as a CUDA graph, and the loop around it.
 
-A step is some 300 launches of a few microseconds each; replaying a graph costs one. Sampling, the
+A step is some 300 launches of a few microseconds each; replaying a graph costs one. Tokens, the
 stop tokens, positions and lengths stay on the device, so that a step's input is the output of the
 one before it, and a step is started before the host has seen its predecessor's token: the only wait
 is for the copy of that token. Not run on hardware.
@@ -47,12 +47,17 @@ class DecodeGraph:
         self.running = ~torch.isin(self.tokens, self.stops)
         self.positions = cache.lengths[:, None].to(model.device, copy=True)
         self.key_lengths = cache.lengths.to(model.device) + 1
+        # Of the random numbers; filled at each step.
+        self.keys = torch.zeros(cache.batch_size, 2, dtype=torch.int32, device=model.device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def step(self) -> None:
         """Starts a step; the host does not wait for it."""
         ones = torch.ones_like(self.cache.lengths)
         self.cache.reserve(ones)
+        # Drawn on the host, so that a seed gives the tokens that it gives on the CPU.
+        keys = self.sampler.keys(self.cache.batch_size)
+        self.keys.copy_(keys.pin_memory() if self.keys.is_cuda else keys, non_blocking=True)
         if self.graph is None and self.tokens.is_cuda:
             self.graph = self._capture()
         if self.graph is not None:
@@ -65,7 +70,7 @@ class DecodeGraph:
         hidden = self.model._decode(
             self.tokens[:, None], self.positions, self.key_lengths, self.cache
         )
-        drawn = self.sampler(self.model._logits(hidden, last_only=True)[:, 0])
+        drawn = self.sampler(self.model._logits(hidden, last_only=True)[:, 0], self.keys)
         self.tokens.copy_(torch.where(self.running, drawn, PAD_ID))
         self.running.logical_and_(~torch.isin(self.tokens, self.stops))
         self.positions.add_(1)
@@ -75,8 +80,6 @@ class DecodeGraph:
         """Captures a step; what the steps before the capture have changed is put back."""
         state = (self.tokens, self.running, self.positions, self.key_lengths)
         before = [t.clone() for t in state]
-        generator = self.sampler.generator
-        random_state = None if generator is None else generator.get_state()
         stream = torch.cuda.Stream(self.model.device)
         stream.wait_stream(torch.cuda.current_stream(self.model.device))
         with torch.cuda.stream(stream):
@@ -86,9 +89,6 @@ class DecodeGraph:
                     tensor.copy_(value)
         torch.cuda.current_stream(self.model.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        if generator is not None:
-            generator.set_state(random_state)
-            graph.register_generator_state(generator)
         with torch.cuda.graph(graph):
             self._compute()
         return graph

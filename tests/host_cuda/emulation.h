@@ -114,6 +114,12 @@ namespace cuda {
 
 inline unsigned char* shared_memory() { return emulation::shared_memory(); }
 
+inline uint32_t load_4(const void* p) {
+  emulation::check_access(p, 4);
+  uint32_t word;
+  memcpy(&word, p, 4);
+  return word;
+}
 inline Vector16 load_16(const void* p) {
   emulation::check_access(p, 16);
   Vector16 v;

@@ -20,3 +20,7 @@
 namespace gemma2 {
 GEMMA2_CUDA_KERNELS(GEMMA2_ENTRY)
 }
+
+extern "C" int64_t emulated_attention_partial_size(const gemma2::AttentionParams* p) {
+  return gemma2::attention_partial_size(*p);
+}

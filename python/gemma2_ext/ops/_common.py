@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from .. import _C
+from ..quantize import QuantizedWeight
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_tensor(op: str, name: str, value: object) -> None:
-    """Raises TypeError unless `value` is a tensor of float32, bfloat16 or float16."""
+def check_tensor(op: str, name: str, value: object, *, float64: bool = False) -> None:
+    """Raises TypeError unless `value` is a tensor of float32, bfloat16 or float16.
+
+    `float64` is for the ops that also have kernels in float64, slow ones for checks of gradients.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(
             f"gemma2_ext::{op}: {name} must be a torch.Tensor, got {type(value).__name__}"
         )
-    if value.dtype not in FLOATS:
+    if value.dtype not in FLOATS and not (float64 and value.dtype == torch.float64):
         raise TypeError(
             f"gemma2_ext::{op}: {name} must be float32, bfloat16 or float16, got {value.dtype}"
         )
@@ -36,15 +41,87 @@ def check_integers(op: str, name: str, value: object, *, required: bool = False)
         raise TypeError(f"gemma2_ext::{op}: {name} must be int32 or int64, got {value.dtype}")
 
 
+def check_in_features(op: str, name: str, x: Tensor, weight: QuantizedWeight) -> None:
+    """Raises unless x's last dimension is weight's. (The packed tensors are padded.)"""
+    check_tensor(op, name, x)
+    if x.dim() < 1 or x.shape[-1] != weight.in_features:
+        raise ValueError(
+            f"gemma2_ext::{op}: {name} must have shape (..., in_features) = (..., "
+            f"{weight.in_features}) for {weight}, got {tuple(x.shape)}"
+        )
+
+
 def through_dispatcher(*tensors: Tensor) -> bool:
-    """Whether a call has to go through the functional op: being traced, or asked for a gradient.
+    """Whether a call has to go through the functional op: traced, cast, or asked for a gradient.
 
     Otherwise the public function allocates the output and calls the `_out` op, which is cheaper
     and leaves an out-of-memory error to torch.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(tensors[0].device.type):
         return True
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, tensors of several dtypes in the widest of them, as torch's own ops do it.
+
+    Otherwise the tensors as they are: an op computes in the dtype that it is given.
+    """
+    dtype = tensors[0].dtype
+    if all(t.dtype == dtype for t in tensors) or not _autocast(tensors[0]):
+        return tensors
+    for t in tensors[1:]:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return tuple(t.to(dtype) for t in tensors)
+
+
+def narrow(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, float32 tensors in autocast's dtype: the rule for matrix products."""
+    if all(t.dtype != torch.float32 for t in tensors) or not _autocast(tensors[0]):
+        return tensors
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(t.to(dtype) if t.dtype == torch.float32 else t for t in tensors)
+
+
+def _autocast(tensor: Tensor) -> bool:
+    return torch.is_autocast_enabled(tensor.device.type)
+
+
+# Kept for the life of the process, as its registrations are.
+_library = torch.library.Library("gemma2_ext", "FRAGMENT")
+
+
+def register_backward(
+    op: str,
+    allocate: Callable[..., tuple[Tensor, ...]],
+    setup_context: Callable[..., None],
+    backward: Callable[..., tuple[Tensor | None, ...]],
+) -> None:
+    """Makes `op` differentiable, and `<op>_backward` an op of the same two forms.
+
+    Args:
+        op: whose schema, `<op>_backward` and `<op>_backward_out` are declared.
+        allocate: from `<op>_backward`'s arguments to new tensors for its results. As that happens
+            in Python, running out of memory is torch's own error.
+        setup_context, backward: as of torch.library.register_autograd; they call
+            `<op>_backward`, never its `_out` form, so that a compiler can trace it.
+    """
+    out_op = getattr(torch.ops.gemma2_ext, f"{op}_backward_out").default
+
+    def call(*args: Any) -> tuple[Tensor, ...]:
+        grads = allocate(*args)
+        out_op(*args, *grads)
+        return grads
+
+    _library.impl(f"{op}_backward", call, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gemma2_ext::{op}_backward", allocate)
+    torch.library.register_fake(f"gemma2_ext::{op}_backward_out", lambda *args: None)
+    torch.library.register_autograd(f"gemma2_ext::{op}", backward, setup_context=setup_context)
+
+    def second(ctx: Any, *grads: Tensor) -> NoReturn:
+        raise NotImplementedError(f"gemma2_ext::{op} has no second derivative")
+
+    torch.library.register_autograd(f"gemma2_ext::{op}_backward", second)
 
 
 def refuse_backward(op: str) -> None:
@@ -58,8 +135,27 @@ def refuse_backward(op: str) -> None:
     torch.library.register_autograd(f"gemma2_ext::{op}", backward)
 
 
-# Kept for the life of the process, as its registrations are.
-_library = torch.library.Library("gemma2_ext", "FRAGMENT")
+def cast_under_autocast(op: str, *positions: int) -> None:
+    """Registers that autocast casts the arguments at `positions` to its dtype, as it does those of
+    torch's own products; float64 stays."""
+    overload = getattr(torch.ops.gemma2_ext, op).default
+
+    def register(device: str, key: str) -> None:
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def autocast(*args: Any, **kwargs: Any) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+            cast = tuple(
+                a.to(dtype) if i in positions and a.dtype in FLOATS else a
+                for i, a in enumerate(args)
+            )
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return overload(*cast, **kwargs)
+
+        _library.impl(op, autocast, key)
+
+    register("cpu", "AutocastCPU")
+    register("cuda", "AutocastCUDA")
 
 
 def refuse_gradient(op: str) -> None:
@@ -81,19 +177,20 @@ def refuse_gradient(op: str) -> None:
 
 
 def refuse_cuda_without_kernels() -> None:
-    """Where the extension has no CUDA kernels, an op on a GPU says so, in place of torch's list."""
-    if _C.build_info()["cuda"]:
-        return
+    """An op that has no CUDA kernel says so on a GPU, in place of torch's list of backends."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    why = (
+        "has no CUDA kernel yet"
+        if _C.build_info()["cuda"]
+        else "this build of gemma2_ext has no CUDA kernels; install it again where nvcc is on PATH "
+        "or in CUDA_HOME, beside a PyTorch with CUDA"
+    )
     for name in torch._C._dispatch_get_all_op_names():
-        if not name.startswith("gemma2_ext::") or torch._C._dispatch_has_kernel_for_dispatch_key(
-            name, "CUDA"
-        ):
+        composite = has(name, "CompositeExplicitAutograd") if "gemma2_ext::" in name else True
+        if composite or not has(name, "CPU") or has(name, "CUDA"):
             continue
 
-        def refuse(*args: Any, name: str = name) -> NoReturn:
-            raise NotImplementedError(
-                f"{name}: this build of gemma2_ext has no CUDA kernels; install it again where "
-                "nvcc is on PATH or in CUDA_HOME, beside a PyTorch with CUDA"
-            )
+        def refuse(*args: Any, name: str = name, **kwargs: Any) -> NoReturn:
+            raise NotImplementedError(f"{name}: {why}")
 
         _library.impl(name.removeprefix("gemma2_ext::"), refuse, "CUDA")
