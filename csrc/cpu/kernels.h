@@ -26,7 +26,9 @@ namespace gemma2 {
   X(rms_norm_backward_columns, RmsNormBackwardParams)        \
   X(add_rms_norm_backward_blocks, AddRmsNormBackwardParams)  \
   X(add_rms_norm_backward_columns, AddRmsNormBackwardParams) \
-  X(geglu_backward_runs, GegluBackwardParams)
+  X(geglu_backward_runs, GegluBackwardParams)                \
+  X(attention_backward_rows, AttentionBackwardWork)          \
+  X(attention_backward_keys, AttentionBackwardWork)
 
 struct CpuKernels {
 #define GEMMA2_MEMBER(name, Params) void (*name)(const Params&, int64_t begin, int64_t end);

@@ -44,8 +44,11 @@ def through_dispatcher(*tensors: Tensor) -> bool:
     Otherwise the public function allocates the output and calls the `_out` op, which is cheaper
     and leaves an out-of-memory error to torch.
     """
-    if torch.compiler.is_compiling():
-        return True
+    return torch.compiler.is_compiling() or needs_gradient(*tensors)
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd records a call with these tensors."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
