@@ -190,4 +190,59 @@ struct LinearParams {
   float* scratch;  // CPU: of one thread
 };
 
+// out[i, j] = sum_k a[i, k] * b[j, k], or that added to out.
+struct GemmParams {
+  const void* a;  // (rows, depth), one of its strides 1
+  int64_t a_row, a_k;
+  const void* b;  // (columns, depth), one of its strides 1
+  int64_t b_row, b_k;
+  void* out;  // (rows, columns), last dimension contiguous
+  int64_t out_stride;
+  int64_t rows, columns, depth;
+  DType a_dtype, b_dtype, out_dtype;
+  DType product;   // kBFloat16: factors may be rounded to it; else they are float32
+  bool add;        // to out, which is float32 then
+  void* packed_b;  // b in the kernel's own layout, shared by all threads
+  float* scratch;  // of one thread
+};
+
+// One side of a loss over a linear layer: s = softcap * tanh(hidden weight^T / softcap).
+struct LossSide {
+  const void* weight;  // (vocab_size, hidden_size), last dimension contiguous
+  int64_t weight_stride;
+  int64_t vocab_size;  // 0: there is no such side
+  int64_t hidden_size;
+  double softcap;             // 0: none
+  DType dtype;                // of weight and hidden
+  const void* packed_hidden;  // CPU: all tokens, by gemm_pack_panels
+  float*
+      kept;  // (kept_words, stride): soft-capped logits of the first words that the forward keeps
+};
+
+// With p = softmax(s / tau) of the student, q of the teacher, h = softmax(s), token by token:
+// the gradient of s is scale p + hard_scale h - uniform - teacher_scale q, less entry_weight *
+// entry_scale at the words of the token's entries. A per-token array has `stride` floats.
+struct LinearLossParams {
+  LossSide student, teacher;
+  int64_t tokens, stride;  // of hidden; of everything with a token dimension
+  int64_t kept_words;
+  double temperature;  // tau
+  bool hard, uniform;
+  int64_t word_begin, word_end;  // the words that units are counted in
+  const int64_t* entries;        // token * entries_per_token + i, ordered by their words' units
+  const int64_t* entry_begin;    // where those of each unit of the whole vocabulary begin; the end
+  int64_t entries_per_token;
+  const int64_t* entry_word;                  // (tokens, entries_per_token)
+  const double* entry_weight;                 // likewise
+  float* entry_logit;                         // likewise: s of the entry's word, from the forward
+  float* partial;                             // forward: (units, kLossStats, stride)
+  float* total;                               // forward: (kLossStats, stride)
+  const float *lse, *hard_lse, *teacher_lse;  // backward: log of the sums of exp(s / tau), ...
+  const float *scale, *hard_scale, *uniform_scale, *teacher_scale, *entry_scale;
+  float* gradient;         // backward: (word_end - word_begin, stride), of the student's products
+  GemmParams grad_weight;  // backward: but for a; out null where it is not asked for
+  int64_t grad_weight_begin;  // the word that row 0 of its out stands for
+  float* scratch;             // of one thread
+};
+
 }  // namespace gemma2

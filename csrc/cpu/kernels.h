@@ -26,7 +26,13 @@ namespace gemma2 {
   X(rms_norm_backward_columns, RmsNormBackwardParams)        \
   X(add_rms_norm_backward_blocks, AddRmsNormBackwardParams)  \
   X(add_rms_norm_backward_columns, AddRmsNormBackwardParams) \
-  X(geglu_backward_runs, GegluBackwardParams)
+  X(geglu_backward_runs, GegluBackwardParams)                \
+  X(gemm_pack_panels, GemmParams)                            \
+  X(gemm_rows, GemmParams)                                   \
+  X(gemm_round_rows, GemmParams)                             \
+  X(linear_loss_words, LinearLossParams)                     \
+  X(linear_loss_merge, LinearLossParams)                     \
+  X(linear_loss_gradient, LinearLossParams)
 
 struct CpuKernels {
 #define GEMMA2_MEMBER(name, Params) void (*name)(const Params&, int64_t begin, int64_t end);

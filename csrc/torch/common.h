@@ -163,18 +163,19 @@ class alignas(64) Share {
   std::atomic<uint64_t> range_{0};
 };
 
-// f(begin, end) over [0, units), in runs that carry at least ~64 KiB of work each. A thread that is
-// through with its share helps the others: on a machine that others use too, all would otherwise
-// wait for the slowest.
+// How many threads share out `runs` runs.
+inline int64_t sharing_threads(int64_t runs) {
+  return std::min<int64_t>(torch::stable::get_num_threads(), runs);
+}
+
+// f(thread, begin, end) over [0, units), `run` units at a time, thread < sharing_threads(runs). A
+// thread that is through with its share helps the others: on a machine that others use too, all
+// would otherwise wait for the slowest.
 template <class F>
-void parallel_units(int64_t units, int64_t bytes_per_unit, const F& f) {
-  constexpr int64_t kRunBytes = 64 << 10, kMostRuns = 1 << 20;
-  int64_t run = std::max<int64_t>(1, kRunBytes / std::max<int64_t>(1, bytes_per_unit));
-  run = std::max(run, units / kMostRuns);
-  const int64_t runs = (units + run - 1) / run;
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), runs);
+void parallel_runs(int64_t units, int64_t run, const F& f) {
+  const int64_t runs = (units + run - 1) / run, threads = sharing_threads(runs);
   if (threads <= 1) {
-    if (units > 0) f(0, units);
+    if (units > 0) f(0, 0, units);
     return;
   }
   std::vector<Share> shares(threads);
@@ -183,10 +184,19 @@ void parallel_units(int64_t units, int64_t bytes_per_unit, const F& f) {
     for (int64_t t = begin; t < end; ++t) {
       for (int64_t i = 0; i < threads; ++i) {
         for (int64_t r; (r = shares[(t + i) % threads].take(i == 0)) >= 0;)
-          f(r * run, std::min(units, (r + 1) * run));
+          f(t, r * run, std::min(units, (r + 1) * run));
       }
     }
   });
+}
+
+// f(begin, end) over [0, units), in runs that carry at least ~64 KiB of work each.
+template <class F>
+void parallel_units(int64_t units, int64_t bytes_per_unit, const F& f) {
+  constexpr int64_t kRunBytes = 64 << 10, kMostRuns = 1 << 20;
+  int64_t run = std::max<int64_t>(1, kRunBytes / std::max<int64_t>(1, bytes_per_unit));
+  run = std::max(run, units / kMostRuns);
+  parallel_runs(units, run, [&](int64_t, int64_t begin, int64_t end) { f(begin, end); });
 }
 
 }  // namespace gemma2

@@ -10,6 +10,9 @@ from .attention_cache import attention_cache
 from .attention_varlen import attention_varlen
 from .geglu import geglu
 from .linear import linear
+from .linear_cross_entropy import linear_cross_entropy
+from .linear_distillation import linear_distillation
+from .linear_distillation_topk import linear_distillation_topk
 from .logits import logits
 from .rms_norm import rms_norm
 from .rope import rope
@@ -22,6 +25,9 @@ __all__ = [
     "attention_varlen",
     "geglu",
     "linear",
+    "linear_cross_entropy",
+    "linear_distillation",
+    "linear_distillation_topk",
     "logits",
     "rms_norm",
     "rope",

@@ -39,12 +39,12 @@ def check_integers(op: str, name: str, value: object, *, required: bool = False)
 
 
 def through_dispatcher(*tensors: Tensor) -> bool:
-    """Whether a call has to go through the functional op: being traced, or asked for a gradient.
+    """Whether a call has to go through the functional op: traced, cast, or asked for a gradient.
 
     Otherwise the public function allocates the output and calls the `_out` op, which is cheaper
     and leaves an out-of-memory error to torch.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(tensors[0].device.type):
         return True
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
@@ -120,6 +120,29 @@ def refuse_backward(op: str) -> None:
         )
 
     torch.library.register_autograd(f"gemma2_ext::{op}", backward)
+
+
+def cast_under_autocast(op: str, *positions: int) -> None:
+    """Registers that autocast casts the arguments at `positions` to its dtype, as it does those of
+    torch's own products; float64 stays."""
+    overload = getattr(torch.ops.gemma2_ext, op).default
+
+    def register(device: str, key: str) -> None:
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def autocast(*args: Any, **kwargs: Any) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+            cast = tuple(
+                a.to(dtype) if i in positions and a.dtype in FLOATS else a
+                for i, a in enumerate(args)
+            )
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return overload(*cast, **kwargs)
+
+        _library.impl(op, autocast, key)
+
+    register("cpu", "AutocastCPU")
+    register("cuda", "AutocastCUDA")
 
 
 def refuse_gradient(op: str) -> None:
