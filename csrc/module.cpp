@@ -20,7 +20,8 @@ PYBIND11_MODULE(_C, m) {
         "Seconds to read `bytes` at a (and b, where not 0) and write as many at out (not 0).");
   m.def("probe_multiply", &gemma2::probe_multiply, pybind11::arg("dtype"), pybind11::arg("threads"),
         pybind11::arg("seconds"), pybind11::call_guard<pybind11::gil_scoped_release>(),
-        "Operations a second of multiply-adds in registers; dtype: float32 or bfloat16.");
+        "Operations a second of multiply-adds in registers; dtype: float32, bfloat16 or int8 (0 "
+        "where there is no such instruction).");
   m.def("build_info", [] {
     pybind11::dict info;
     info["built_with_torch"] = GEMMA2_BUILT_WITH_TORCH;

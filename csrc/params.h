@@ -292,7 +292,8 @@ struct ProbeParams {
   void* out;            // written; may be null
   uint32_t* sink;       // of one thread
   float factor;         // of probe_multiply
-  DType dtype;          // of probe_multiply: what is multiplied
+  DType dtype;          // of probe_multiply: what is multiplied,
+  bool int8;            // or int8
   int64_t* operations;  // of one thread: additions and multiplications done
 };
 

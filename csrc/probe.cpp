@@ -57,9 +57,9 @@ double probe_memory(uintptr_t a, uintptr_t b, uintptr_t out, int64_t bytes, int 
 }
 
 double probe_multiply(const std::string& dtype, int threads, double seconds) {
-  if (dtype != "float32" && dtype != "bfloat16") {
-    throw std::invalid_argument("gemma2_ext: dtype must be float32 or bfloat16, got \"" + dtype +
-                                "\"");
+  if (dtype != "float32" && dtype != "bfloat16" && dtype != "int8") {
+    throw std::invalid_argument("gemma2_ext: dtype must be float32, bfloat16 or int8, got \"" +
+                                dtype + "\"");
   }
   const CpuKernels& kernels = cpu_kernels();
   std::vector<double> rates(threads < 1 ? 0 : threads);
@@ -69,6 +69,7 @@ double probe_multiply(const std::string& dtype, int threads, double seconds) {
     ProbeParams p{};
     p.sink = &sink, p.factor = 0x1p-8f, p.operations = &operations;
     p.dtype = dtype == "float32" ? DType::kFloat32 : DType::kBFloat16;
+    p.int8 = dtype == "int8";
     const Clock::time_point start = Clock::now();
     do {
       kernels.probe_multiply(p, 0, 1);

@@ -182,10 +182,11 @@ def test_probes_measure(probes: _probes.CpuProbes, isa: str) -> None:
         assert probes.bandwidth(*mix) > 1e8
     assert probes.arithmetic("float32") > 1e8
     assert probes.arithmetic("bfloat16") > 1e8
+    assert (probes.arithmetic("int8") > 1e8) == (isa != "scalar")
 
 
 def test_probe_errors() -> None:
-    with pytest.raises(ValueError, match="dtype must be float32 or bfloat16"):
+    with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or int8"):
         gemma2_ext._C.probe_multiply("int3", 1, 0.001)
     with pytest.raises(ValueError, match="threads must be at least 1"):
         gemma2_ext._C.probe_multiply("float32", 0, 0.001)

@@ -74,6 +74,36 @@ void multiply_run(const ProbeParams& p) {
   if (total == 0x1.23456p-30f) *p.sink = 1;
 }
 
+// Dot products of four int8 each into int32; returns the operations, 0 where there is none.
+int64_t multiply_run_int8() {
+#if defined(__AVX2__)
+#if defined(__AVX512VNNI__)
+  typedef __m512i V;
+  const auto dot = [](V sum, V a, V) { return _mm512_dpbusd_epi32(sum, a, a); };
+  V a = _mm512_set1_epi8(1), ones = a;
+#else
+  typedef __m256i V;
+  const auto dot = [](V sum, V a, V ones) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, a), ones));
+  };
+  V a = _mm256_set1_epi8(1), ones = _mm256_set1_epi16(1);
+#endif
+  V sums[kSums] = {};
+  for (int64_t step = 0; step < kProbeSteps; ++step) {
+    GEMMA2_UNROLL
+    for (int s = 0; s < kSums; ++s) {
+      asm volatile("" : "+x"(a));  // else the product is the same every time, and is taken once
+      sums[s] = dot(sums[s], a, ones);
+    }
+  }
+  GEMMA2_UNROLL
+  for (int s = 0; s < kSums; ++s) asm volatile("" ::"x"(sums[s]));
+  return int64_t(2) * sizeof(V) * kSums * kProbeSteps;
+#else
+  return 0;
+#endif
+}
+
 }  // namespace
 
 void probe_memory(const ProbeParams& p, int64_t begin, int64_t end) {
@@ -89,7 +119,9 @@ void probe_memory(const ProbeParams& p, int64_t begin, int64_t end) {
 
 void probe_multiply(const ProbeParams& p, int64_t begin, int64_t end) {
   for (int64_t unit = begin; unit < end; ++unit) {
-    if (p.dtype == DType::kBFloat16) {
+    if (p.int8) {
+      *p.operations += multiply_run_int8();
+    } else if (p.dtype == DType::kBFloat16) {
       multiply_run<BFloat16>(p);
       *p.operations += int64_t(2) * Math<BFloat16>::kPerFactor * kLanes * kSums * kProbeSteps;
     } else {

@@ -132,9 +132,11 @@ void run(const AttentionParams& p, int64_t max_keys, const Tensor& like) {
   if (!like.is_cpu()) return run_attention_on_cuda(p, like);
 #endif
   const int64_t group = p.num_heads / p.num_kv_heads, rows = group * p.seqlen_q;
-  const bool stream = rows <= kAttentionStreamRows;
+  const bool stream =
+      p.seqlen_q <= kAttentionStreamPositions && rows <= kAttentionStreamRows;
   AttentionWork w{};
   w.p = p;
+  w.stream = stream;
   w.block_rows = stream                      ? rows
                  : rows < kAttentionRowBlock ? (rows + 11) / 12 * 12  // whole tiles
                                              : kAttentionRowBlock;
@@ -142,8 +144,11 @@ void run(const AttentionParams& p, int64_t max_keys, const Tensor& like) {
   w.splits = 1;
   w.split_keys = max_keys;
   if (w.row_blocks == 1) {
+    // Splits lie at multiples of split_keys, of which max_keys keys can touch one more than fill it.
     w.split_keys = stream ? kStreamSplitKeys : kTileSplitKeys;
-    w.splits = max_keys > w.split_keys ? (max_keys + w.split_keys - 1) / w.split_keys : 1;
+    w.splits = std::min((max_keys + w.split_keys - 1) / w.split_keys + 1,
+                        (p.seqlen_k + w.split_keys - 1) / w.split_keys);
+    if (w.splits < 1) w.splits = 1;
   }
   const int64_t heads = p.batch * p.num_kv_heads, units = w.row_blocks * heads * w.splits;
   const int64_t unit_keys = w.splits > 1 ? w.split_keys : max_keys;

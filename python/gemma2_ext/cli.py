@@ -28,6 +28,8 @@ from .evaluate import perplexity, window_sizes
 from .generate import Sampler
 from .model import Gemma2
 from .models import shipped_model
+from .speculative import Draft, ModelDraft, NgramDraft
+from .threads import default_threads
 from .tokenizer import Tokenizer
 from .training import commands as training
 from .weights import available_memory, memory_needed, stored_dtype
@@ -68,7 +70,10 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as stored")
     group.add_argument("--device", default="cpu", help="cpu (default)")
     group.add_argument(
-        "--threads", type=whole_number(1, os.cpu_count() or 1), metavar="N", help="default: torch's"
+        "--threads",
+        type=whole_number(1, os.cpu_count() or 1),
+        metavar="N",
+        help="default: OMP_NUM_THREADS, or one a core that may be used",
     )
     group.add_argument(
         "--sliding-window", type=whole_number(1), metavar="N", help="in place of the model's"
@@ -86,6 +91,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--min-p", type=float, metavar="P", help="only those P times as probable as the first"
     )
     group.add_argument("--seed", type=whole_number(0), metavar="N", help="repeats a result")
+    group.add_argument(
+        "--draft",
+        metavar="ngram|DIR",
+        help="guess tokens by what followed the same ones before, or by a smaller model; the text "
+        "stays the same",
+    )
 
     parser = Parser(prog=PROGRAM, description="Gemma 2 at the speed of the machine.")
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
@@ -210,8 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors=errors)
         args.model = args.model or shipped_model()
-        if args.threads:
-            torch.set_num_threads(args.threads)
+        if args.threads or "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(args.threads or default_threads())
         args.run(args)
         print(end="", flush=True)
         return 0
@@ -317,12 +328,39 @@ def load_model(args: argparse.Namespace) -> Gemma2:
     )
 
 
+def check_draft(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
+    """Refuses a draft model with another vocabulary before gigabytes are read."""
+    if args.draft in (None, "ngram"):
+        return
+    ours, theirs = load_config(args), Gemma2Config.from_pretrained(args.draft)
+    if ours.vocab_size != theirs.vocab_size:
+        raise ValueError(
+            f"--draft: the model must have the vocab_size {ours.vocab_size} of {args.model}, "
+            f"{args.draft} has {theirs.vocab_size}"
+        )
+    if (wrong := tokenizer.difference(Tokenizer.from_pretrained(args.draft))) is not None:
+        raise ValueError(
+            f"--draft: token {wrong} of {args.draft} is another than that of {args.model}"
+        )
+
+
+def load_draft(args: argparse.Namespace) -> Draft | None:
+    """What --draft asks for."""
+    if args.draft is None:
+        return None
+    if args.draft == "ngram":
+        return NgramDraft()
+    dtype = DTYPES.get(args.dtype)
+    return ModelDraft(Gemma2.from_pretrained(args.draft, dtype=dtype, device=args.device))
+
+
 def run_generate(args: argparse.Namespace) -> None:
     """`gemma2-ext generate`."""
     sampling = sampling_options(args)
     prompt = read_prompt(args)
     context = load_config(args).max_position_embeddings
     tokenizer = Tokenizer.from_pretrained(args.model)
+    check_draft(args, tokenizer)
     if args.chat:
         ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
     else:
@@ -332,8 +370,10 @@ def run_generate(args: argparse.Namespace) -> None:
             f"the prompt's {len(ids)} tokens exceed the context, "
             f"max_position_embeddings = {context}"
         )
-    model = load_model(args)
-    stream = TextStream(model, tokenizer, ids, max_new_tokens=args.max_new_tokens, **sampling)
+    model, draft = load_model(args), load_draft(args)
+    stream = TextStream(
+        model, tokenizer, ids, max_new_tokens=args.max_new_tokens, draft=draft, **sampling
+    )
     if not args.json:
         for text in stream:
             print(text, end="", flush=True)
@@ -352,7 +392,17 @@ def run_generate(args: argparse.Namespace) -> None:
         "decode_seconds": timing.decode_seconds,
         "prefill_tokens_per_second": timing.prefill_rate,
         "decode_tokens_per_second": timing.decode_rate,
+        "draft": None,
     }
+    if draft is not None:
+        result["draft"] = {
+            "proposed_tokens": draft.proposed,
+            "accepted_tokens": draft.accepted,
+            "acceptance": draft.acceptance,
+            "steps": draft.steps,
+            "tokens_per_step": timing.tokens_per_step,
+            "speed_up": timing.speed_up,
+        }
     print(json.dumps(result))
 
 
@@ -361,7 +411,10 @@ def run_chat(args: argparse.Namespace) -> None:
     sampling = sampling_options(args)
     max_length = sequence_length(args, load_config(args))
     tokenizer = Tokenizer.from_pretrained(args.model)
-    conversation = Conversation(load_model(args), tokenizer, max_length=max_length, **sampling)
+    check_draft(args, tokenizer)
+    conversation = Conversation(
+        load_model(args), tokenizer, max_length=max_length, draft=load_draft(args), **sampling
+    )
     prompt = ""
     if sys.stdin is not None and sys.stdin.isatty():
         prompt = "> "
