@@ -20,12 +20,12 @@ STABLE_TORCH_LIBRARY(gemma2_ext, m) {
       "-> ()");
   m.def(
       "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-      "int max_seqlen_q, int max_seqlen_k, *, float scale, float? softcap=None, int? window=None, "
-      "bool causal=True, bool return_lse=False) -> (Tensor, Tensor)");
+      "SymInt max_seqlen_q, SymInt max_seqlen_k, *, float scale, float? softcap=None, "
+      "int? window=None, bool causal=True, bool return_lse=False) -> (Tensor, Tensor)");
   m.def(
       "attention_varlen_out(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, "
-      "Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, *, float scale, float? softcap, "
-      "int? window, bool causal, Tensor(a!) out, Tensor(b!)? lse) -> ()");
+      "Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, *, float scale, "
+      "float? softcap, int? window, bool causal, Tensor(a!) out, Tensor(b!)? lse) -> ()");
   m.def(
       "attention_cache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor key_lengths, *, "
       "float scale, float? softcap=None, int? window=None) -> Tensor");
