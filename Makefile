@@ -4,7 +4,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 export PYTHON TORCH
 
-.PHONY: demo test build lint format sanitize emulate scalar check-packages distillation clean
+.PHONY: demo test build lint format sanitize emulate scalar oldest-transformers check-packages cuda-check
+.PHONY: distillation clean
 
 demo:
 	@scripts/setup.sh
@@ -30,6 +31,14 @@ format:
 sanitize emulate scalar:
 	@scripts/setup.sh test
 	@scripts/test_variant.sh $@ $(PYTEST_ARGS)
+
+oldest-transformers:
+	@scripts/setup.sh test
+	@scripts/test_oldest_transformers.sh $(PYTEST_ARGS)
+
+cuda-check:
+	@scripts/setup.sh
+	@scripts/cuda_check.sh
 
 check-packages:
 	@scripts/setup.sh test

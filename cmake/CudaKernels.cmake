@@ -1,8 +1,9 @@
 # gemma2_cuda_kernels(target source...): the CUDA kernels, by calling nvcc directly.
 #
 # GEMMA2_EXT_CUDA: AUTO (build them in when torch is a CUDA build and nvcc is found), ON, OFF, or CHECK (compile to
-# objects only, which works beside a CPU-only torch). CMake's own CUDA language stays off: CMake 3.25 does not know
-# nvcc 13's dialect flags and wants a full toolkit.
+# objects only, which works beside a CPU-only torch; ptxas's report on each goes into NAME.cu.o.resources, which
+# tests/test_cuda_resources.py reads). CMake's own CUDA language stays off: CMake 3.25 does not know nvcc 13's dialect
+# flags and wants a full toolkit.
 set(GEMMA2_EXT_CUDA AUTO CACHE STRING "AUTO, ON, OFF or CHECK")
 set(GEMMA2_EXT_CUDA_ARCHS "80;90a;100;120" CACHE STRING "SM versions; the last one gets PTX too")
 
@@ -30,9 +31,11 @@ function(gemma2_cuda_kernels target)
     message(FATAL_ERROR "GEMMA2_EXT_CUDA=ON, but ${TORCH_DIR} is a CPU-only PyTorch")
   endif()
   execute_process(COMMAND ${GEMMA2_NVCC} --version OUTPUT_VARIABLE version COMMAND_ERROR_IS_FATAL ANY)
-  string(REGEX MATCH "release ([0-9]+)\\." _ "${version}")
-  if(TORCH_CUDA AND NOT TORCH_CUDA MATCHES "^${CMAKE_MATCH_1}\\.")
-    message(FATAL_ERROR "nvcc is CUDA ${CMAKE_MATCH_1}, but PyTorch was built with CUDA ${TORCH_CUDA}")
+  string(REGEX MATCH "release (([0-9]+)\\.[0-9]+)" _ "${version}")
+  set(version_number ${CMAKE_MATCH_1})
+  set(major ${CMAKE_MATCH_2})
+  if(TORCH_CUDA AND NOT TORCH_CUDA MATCHES "^${major}\\.")
+    message(FATAL_ERROR "nvcc is CUDA ${version_number}, but PyTorch was built with CUDA ${TORCH_CUDA}")
   endif()
 
   set(architectures "")
@@ -42,15 +45,22 @@ function(gemma2_cuda_kernels target)
   endforeach()
   list(APPEND architectures -gencode=arch=compute_${last},code=compute_${last})
 
+  # The report is in order only where one architecture is compiled after the other; files still go in parallel.
+  if(mode STREQUAL CHECK)
+    set(threads 1)
+  else()
+    set(threads 0)
+  endif()
   set(objects "")
   foreach(source ${ARGN})
     get_filename_component(name ${source} NAME_WE)
     set(object ${CMAKE_CURRENT_BINARY_DIR}/${name}.cu.o)
     add_custom_command(OUTPUT ${object} DEPFILE ${object}.d
       DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/${source}
-      COMMAND ${GEMMA2_NVCC} -c ${CMAKE_CURRENT_SOURCE_DIR}/${source} -o ${object}
-        -MD -MF ${object}.d -MT ${object} -std=c++17 -O3 ${architectures} --threads 0
-        -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden
+      COMMAND sh -c "\"$@\" 2>${object}.resources || ! cat ${object}.resources >&2"
+        nvcc ${GEMMA2_NVCC} -c ${CMAKE_CURRENT_SOURCE_DIR}/${source} -o ${object}
+        -MD -MF ${object}.d -MT ${object} -std=c++17 -O3 ${architectures} --threads ${threads}
+        -Werror all-warnings -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra
       COMMENT "nvcc ${source} [${GEMMA2_EXT_CUDA_ARCHS}]" VERBATIM COMMAND_EXPAND_LISTS)
     list(APPEND objects ${object})
   endforeach()
@@ -60,7 +70,8 @@ function(gemma2_cuda_kernels target)
   endif()
 
   target_sources(${target} PRIVATE ${objects})
-  target_compile_definitions(${target} PRIVATE GEMMA2_WITH_CUDA USE_CUDA)
+  target_compile_definitions(${target} PRIVATE GEMMA2_WITH_CUDA="${version_number}"
+    GEMMA2_CUDA_ARCHS="${GEMMA2_EXT_CUDA_ARCHS}" USE_CUDA)
   # The static runtime: no libcudart to find when the extension is imported; it shares torch's primary context.
   execute_process(COMMAND ${GEMMA2_NVCC} -dryrun -c x.cu ERROR_VARIABLE dryrun OUTPUT_QUIET)
   string(REGEX MATCH "TOP=([^\n]+)" _ "${dryrun}")

@@ -164,9 +164,17 @@ struct AttentionParams {
   // the longest sequences'.
   const int32_t* cu_seqlens_q;
   const int32_t* cu_seqlens_k;
+  int64_t total_q, total_k;  // CUDA: rows of q and k, to which the kernel clamps cu_seqlens
   int64_t batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim;
   int64_t capacity;  // > 0: a ring; key j stands in slot j % capacity, and only the last capacity
                      // keys exist
+  // CUDA: pages of 2^page_shift keys; key j of sequence b is in page block_table[b][j >>
+  // page_shift] of k and v, (pages, page size, num_kv_heads, head_dim), batch_stride a page. Null
+  // otherwise.
+  const int32_t* block_table;
+  int64_t block_table_stride;
+  int32_t page_shift;
+  float* partial;  // CUDA: attention_partial_size(p) floats, results of parts of the keys
   double scale;
   double softcap;  // 0: none
   int64_t window;  // 0: none
@@ -174,20 +182,40 @@ struct AttentionParams {
   DType dtype;
 };
 
+// x = softcap * tanh(x / softcap), in place.
+struct SoftCapParams {
+  float* x;  // (size,)
+  int64_t size;
+  float softcap;
+};
+
+// CUDA: packed weights (see cuda/linear_quantized.cu) to a matrix.
+struct DequantizeParams {
+  const void* data;
+  const void* scales;
+  void* out;  // (out_features, in_features) contiguous
+  int64_t out_features, in_features;
+  DType dtype;  // of out
+};
+
 // out[r, n] = sum_k x[r, k] * weight[n, k]; with softcap > 0: softcap * tanh(out / softcap)
 struct LinearParams {
   const void* x;  // (rows, in_features), last dimension contiguous
   int64_t x_stride;
-  const void* weight;  // (out_features, in_features), last dimension contiguous
+  const void* weight;  // (out_features, in_features), last dimension contiguous; or packed, as
+                       // cpu/quantized.h says
   int64_t weight_stride;
-  void* out;  // (rows, out_features), last dimension contiguous
+  const void* scales;  // of packed weights
+  void* out;           // (rows, out_features), last dimension contiguous
   int64_t out_stride;
   int64_t rows, in_features, out_features;
   float softcap;  // 0: none
-  DType dtype;    // of x and weight
+  DType dtype;    // of x, and of weight where that is not packed
   DType out_dtype;
   void* packed_x;  // CPU: x in the kernel's own layout, shared by all threads
   float* scratch;  // CPU: of one thread
+  // CUDA: weight is (2 * out_features, in_features), and out = gelu_tanh(first half) * second half
+  bool geglu;
 };
 
 // out[i, j] = sum_k a[i, k] * b[j, k], or that added to out.
@@ -243,6 +271,30 @@ struct LinearLossParams {
   GemmParams grad_weight;  // backward: but for a; out null where it is not asked for
   int64_t grad_weight_begin;  // the word that row 0 of its out stands for
   float* scratch;             // of one thread
+};
+
+// weight (out_features, in_features) to packed data and scales, as cpu/quantized.h says.
+struct QuantizeParams {
+  const void* weight;  // last dimension contiguous
+  int64_t weight_stride;
+  void* data;
+  void* scales;
+  int64_t out_features, in_features;
+  DType dtype;  // of weight
+};
+
+// What the machine itself can do, for benchmarks.
+constexpr int64_t kProbeRun = 64 << 10;  // bytes of one unit of probe_memory
+constexpr int64_t kProbeSteps = 4096;    // of one unit of probe_multiply
+struct ProbeParams {
+  const void* a;        // read
+  const void* b;        // read too; may be null
+  void* out;            // written; may be null
+  uint32_t* sink;       // of one thread
+  float factor;         // of probe_multiply
+  DType dtype;          // of probe_multiply: what is multiplied,
+  bool int8;            // or int8
+  int64_t* operations;  // of one thread: additions and multiplications done
 };
 
 }  // namespace gemma2

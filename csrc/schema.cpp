@@ -41,6 +41,20 @@ STABLE_TORCH_LIBRARY(gemma2_ext, m) {
       "Tensor(b!)? grad_weight) -> ()");
   m.def("logits(Tensor hidden, Tensor weight, float? softcap=None) -> Tensor");
   m.def("logits_out(Tensor hidden, Tensor weight, float? softcap, Tensor(a!) out) -> ()");
+  m.def("linear_int8(Tensor x, Tensor data, Tensor scales) -> Tensor");
+  m.def("linear_int8_out(Tensor x, Tensor data, Tensor scales, Tensor(a!) out) -> ()");
+  m.def("logits_int8(Tensor hidden, Tensor data, Tensor scales, float? softcap=None) -> Tensor");
+  m.def(
+      "logits_int8_out(Tensor hidden, Tensor data, Tensor scales, float? softcap, "
+      "Tensor(a!) out) -> ()");
+  m.def("quantize_int8_out(Tensor weight, Tensor(a!) data, Tensor(b!) scales) -> ()");
+  m.def("linear_int4(Tensor x, Tensor data, Tensor scales) -> Tensor");
+  m.def("linear_int4_out(Tensor x, Tensor data, Tensor scales, Tensor(a!) out) -> ()");
+  m.def("logits_int4(Tensor hidden, Tensor data, Tensor scales, float? softcap=None) -> Tensor");
+  m.def(
+      "logits_int4_out(Tensor hidden, Tensor data, Tensor scales, float? softcap, "
+      "Tensor(a!) out) -> ()");
+  m.def("quantize_int4_out(Tensor weight, Tensor(a!) data, Tensor(b!) scales) -> ()");
   m.def(
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, *, float? softcap=None, "
       "int ignore_index=-100, str reduction='mean', float label_smoothing=0.0, float z_loss=0.0) "

@@ -32,7 +32,15 @@ namespace gemma2 {
   X(gemm_round_rows, GemmParams)                             \
   X(linear_loss_words, LinearLossParams)                     \
   X(linear_loss_merge, LinearLossParams)                     \
-  X(linear_loss_gradient, LinearLossParams)
+  X(linear_loss_gradient, LinearLossParams)                  \
+  X(linear_int8_pack, LinearParams)                          \
+  X(linear_int8_blocks, LinearParams)                        \
+  X(linear_int4_pack, LinearParams)                          \
+  X(linear_int4_blocks, LinearParams)                        \
+  X(quantize_int8_blocks, QuantizeParams)                    \
+  X(quantize_int4_blocks, QuantizeParams)                    \
+  X(probe_memory, ProbeParams)                               \
+  X(probe_multiply, ProbeParams)
 
 struct CpuKernels {
 #define GEMMA2_MEMBER(name, Params) void (*name)(const Params&, int64_t begin, int64_t end);

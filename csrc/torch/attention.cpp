@@ -1,4 +1,7 @@
 // Bindings of attention, attention_varlen and attention_cache: checks, and how the work is divided.
+//
+// Lengths, starts and cu_seqlens stay where they are: on a GPU their values are not checked, which
+// would make every call wait for it; the kernels clamp them to what exists.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -7,7 +10,7 @@
 #include <vector>
 
 #include "../cpu/isa.h"
-#include "common.h"
+#include "cuda.h"
 
 namespace gemma2 {
 namespace {
@@ -45,10 +48,9 @@ void check_common(const char* op, AttentionParams& p, double scale, std::optiona
   p.causal = causal;
 }
 
-// Integers (length,) of int32 or int64, any strides.
-std::vector<int64_t> to_vector(const char* op, const char* name, const Tensor& t, int64_t length,
-                               const char* length_name) {
-  check_cpu(op, name, t);
+void check_integers(const char* op, const char* name, const Tensor& t, int64_t length,
+                    const char* length_name, const Tensor& q) {
+  check_device(op, name, t, "q", q);
   const ScalarType type = t.scalar_type();
   if (type != ScalarType::Int && type != ScalarType::Long) {
     fail(op,
@@ -58,17 +60,50 @@ std::vector<int64_t> to_vector(const char* op, const char* name, const Tensor& t
     fail(op, std::string(name) + " must have shape (" + length_name + ",) = (" +
                  std::to_string(length) + ",), got " + to_string(t));
   }
-  std::vector<int64_t> values(length);
-  for (int64_t i = 0; i < length; ++i) {
+}
+
+// Integers on the CPU of int32 or int64, any strides.
+std::vector<int64_t> to_vector(const Tensor& t) {
+  std::vector<int64_t> values(t.size(0));
+  for (int64_t i = 0; i < t.size(0); ++i) {
     const int64_t at = i * t.stride(0);
-    values[i] = type == ScalarType::Int ? static_cast<const int32_t*>(t.data_ptr())[at]
-                                        : static_cast<const int64_t*>(t.data_ptr())[at];
+    values[i] = t.scalar_type() == ScalarType::Int ? static_cast<const int32_t*>(t.data_ptr())[at]
+                                                   : static_cast<const int64_t*>(t.data_ptr())[at];
   }
   return values;
 }
 
-void check_lse(const char* op, const Tensor& lse, const std::vector<int64_t>& shape) {
-  check_cpu(op, "lse", lse);
+// The same on a GPU as contiguous integers of type T, which `held` keeps.
+template <class T>
+const T* on_device(const Tensor& t, std::optional<Tensor>& held) {
+  const ScalarType type = sizeof(T) == 4 ? ScalarType::Int : ScalarType::Long;
+  held = torch::stable::contiguous(t.scalar_type() == type ? t : torch::stable::to(t, type));
+  return static_cast<const T*>(held->data_ptr());
+}
+
+// The tensor itself where kernels can read it, else a copy: the last dimension is contiguous, and on
+// a GPU each row of 16-bit elements is aligned to 16 bytes and rows are less than 2^31 elements
+// apart.
+Tensor readable(const Tensor& t) {
+  if (t.is_cpu()) return last_dim_contiguous(t);
+  const int64_t last = t.dim() - 1;
+  bool reads = t.size(last) <= 1 || t.stride(last) == 1;
+  for (int64_t i = 0; i < last; ++i) {
+    if (t.size(i) <= 1) continue;
+    const bool aligned = t.scalar_type() == ScalarType::Float || t.stride(i) % 8 == 0;
+    reads = reads && aligned && (i != last - 2 || t.stride(i) <= INT32_MAX);
+  }
+  if (t.scalar_type() != ScalarType::Float && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 != 0)
+    reads = false;
+  if (reads) return t;
+  Tensor copy = torch::stable::new_empty(t, t.sizes());
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+void check_lse(const char* op, const Tensor& lse, const std::vector<int64_t>& shape,
+               const Tensor& q) {
+  check_device(op, "lse", lse, "q", q);
   bool same = lse.dim() == int64_t(shape.size());
   std::string text;
   for (size_t i = 0; i < shape.size(); ++i) {
@@ -81,12 +116,27 @@ void check_lse(const char* op, const Tensor& lse, const std::vector<int64_t>& sh
   }
 }
 
+#ifdef GEMMA2_WITH_CUDA
+void run_attention_on_cuda(AttentionParams p, const Tensor& like) {
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  const Tensor partial =
+      torch::stable::new_empty(like, {attention_partial_size(p)}, ScalarType::Float);
+  p.partial = static_cast<float*>(partial.data_ptr());
+  run_on_cuda(like, launch_attention, p);
+}
+#endif
+
 // Divides the work, allocates scratch, runs. max_keys bounds the keys that one row block sees.
 void run(const AttentionParams& p, int64_t max_keys, const Tensor& like) {
+#ifdef GEMMA2_WITH_CUDA
+  if (!like.is_cpu()) return run_attention_on_cuda(p, like);
+#endif
   const int64_t group = p.num_heads / p.num_kv_heads, rows = group * p.seqlen_q;
-  const bool stream = rows <= kAttentionStreamRows;
+  const bool stream =
+      p.seqlen_q <= kAttentionStreamPositions && rows <= kAttentionStreamRows;
   AttentionWork w{};
   w.p = p;
+  w.stream = stream;
   w.block_rows = stream                      ? rows
                  : rows < kAttentionRowBlock ? (rows + 11) / 12 * 12  // whole tiles
                                              : kAttentionRowBlock;
@@ -94,8 +144,11 @@ void run(const AttentionParams& p, int64_t max_keys, const Tensor& like) {
   w.splits = 1;
   w.split_keys = max_keys;
   if (w.row_blocks == 1) {
+    // Splits lie at multiples of split_keys, of which max_keys keys can touch one more than fill it.
     w.split_keys = stream ? kStreamSplitKeys : kTileSplitKeys;
-    w.splits = max_keys > w.split_keys ? (max_keys + w.split_keys - 1) / w.split_keys : 1;
+    w.splits = std::min((max_keys + w.split_keys - 1) / w.split_keys + 1,
+                        (p.seqlen_k + w.split_keys - 1) / w.split_keys);
+    if (w.splits < 1) w.splits = 1;
   }
   const int64_t heads = p.batch * p.num_kv_heads, units = w.row_blocks * heads * w.splits;
   const int64_t unit_keys = w.splits > 1 ? w.split_keys : max_keys;
@@ -136,8 +189,8 @@ void check_keys(const char* op, const char* k_name, const Tensor& k, const char*
   check_same_dtype(op, k_name, k, "q", q);
   check_same_dtype(op, v_name, v, "q", q);
   check_same_shape(op, v_name, v, k_name, k);
-  check_cpu(op, k_name, k);
-  check_cpu(op, v_name, v);
+  check_device(op, k_name, k, "q", q);
+  check_device(op, v_name, v, "q", q);
 }
 
 // (batch, ..., num_kv_heads, head_dim) with q's batch and head_dim.
@@ -165,16 +218,18 @@ void attention_out(const Tensor& q, const Tensor& k, const Tensor& v,
   p.batch = q.size(0), p.seqlen_q = q.size(1), p.num_heads = q.size(2), p.head_dim = q.size(3);
   p.seqlen_k = k.size(1), p.num_kv_heads = k.size(2);
   check_common(op, p, scale, softcap, window, causal);
+  if (key_lengths) check_integers(op, "key_lengths", *key_lengths, p.batch, "batch", q);
+  if (key_starts) check_integers(op, "key_starts", *key_starts, p.batch, "batch", q);
   std::vector<int64_t> lengths, starts;
-  if (key_lengths) {
-    lengths = to_vector(op, "key_lengths", *key_lengths, p.batch, "batch");
-    p.key_lengths = lengths.data();
+  std::optional<Tensor> device_lengths, device_starts;
+  if (q.is_cpu()) {
+    if (key_lengths) lengths = to_vector(*key_lengths), p.key_lengths = lengths.data();
+    if (key_starts) starts = to_vector(*key_starts), p.key_starts = starts.data();
+  } else {
+    if (key_lengths) p.key_lengths = on_device<int64_t>(*key_lengths, device_lengths);
+    if (key_starts) p.key_starts = on_device<int64_t>(*key_starts, device_starts);
   }
-  if (key_starts) {
-    starts = to_vector(op, "key_starts", *key_starts, p.batch, "batch");
-    p.key_starts = starts.data();
-  }
-  for (int64_t b = 0; b < p.batch; ++b) {
+  for (int64_t b = 0; q.is_cpu() && b < p.batch; ++b) {
     const int64_t length = key_lengths ? lengths[b] : p.seqlen_k;
     if (length < 0 || length > p.seqlen_k) {
       fail(op, row_of("key_lengths", b) + " must be from 0 to seqlen_k = " +
@@ -187,11 +242,10 @@ void attention_out(const Tensor& q, const Tensor& k, const Tensor& v,
     }
   }
   check_out(op, "out", out, "q", q);
-  if (lse) check_lse(op, *lse, {p.batch, p.num_heads, p.seqlen_q});
+  if (lse) check_lse(op, *lse, {p.batch, p.num_heads, p.seqlen_q}, q);
   if (out.numel() == 0) return;
 
-  const Tensor q_rows = last_dim_contiguous(q), k_rows = last_dim_contiguous(k),
-               v_rows = last_dim_contiguous(v);
+  const Tensor q_rows = readable(q), k_rows = readable(k), v_rows = readable(v);
   p.q = heads_view(q_rows), p.k = heads_view(k_rows), p.v = heads_view(v_rows);
   p.out = heads_view(out);
   if (lse) {
@@ -231,9 +285,11 @@ void check_cu_seqlens(const char* op, const char* name, const std::vector<int64_
                    std::to_string(seqlen) + " by " + name + ", got " + std::to_string(max));
     }
   }
-  if (total > INT32_MAX) {
-    fail(op, std::string(total_name) + " must be below 2^31, got " + std::to_string(total));
-  }
+}
+
+void check_total(const char* op, const char* name, int64_t total) {
+  if (total > INT32_MAX)
+    fail(op, std::string(name) + " must be below 2^31, got " + std::to_string(total));
 }
 
 void attention_varlen_out(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -258,16 +314,45 @@ void attention_varlen_out(const Tensor& q, const Tensor& k, const Tensor& v,
     fail(op, "cu_seqlens_q must have shape (batch + 1,), got " + to_string(cu_seqlens_q));
   }
   p.batch = cu_seqlens_q.size(0) - 1;
-  const std::vector<int64_t> q_ends =
-      to_vector(op, "cu_seqlens_q", cu_seqlens_q, p.batch + 1, "batch + 1");
-  const std::vector<int64_t> k_ends =
-      to_vector(op, "cu_seqlens_k", cu_seqlens_k, p.batch + 1, "batch + 1");
-  check_cu_seqlens(op, "cu_seqlens_q", q_ends, "total_q", total_q, "max_seqlen_q", max_seqlen_q);
-  check_cu_seqlens(op, "cu_seqlens_k", k_ends, "total_k", total_k, "max_seqlen_k", max_seqlen_k);
+  check_integers(op, "cu_seqlens_q", cu_seqlens_q, p.batch + 1, "batch + 1", q);
+  check_integers(op, "cu_seqlens_k", cu_seqlens_k, p.batch + 1, "batch + 1", q);
+  check_total(op, "total_q", total_q);
+  check_total(op, "total_k", total_k);
+  std::vector<int64_t> q_ends, k_ends;
+  if (q.is_cpu()) {
+    q_ends = to_vector(cu_seqlens_q), k_ends = to_vector(cu_seqlens_k);
+    check_cu_seqlens(op, "cu_seqlens_q", q_ends, "total_q", total_q, "max_seqlen_q", max_seqlen_q);
+    check_cu_seqlens(op, "cu_seqlens_k", k_ends, "total_k", total_k, "max_seqlen_k", max_seqlen_k);
+  }
   check_out(op, "out", out, "q", q);
-  if (lse) check_lse(op, *lse, {p.num_heads, total_q});
+  if (lse) check_lse(op, *lse, {p.num_heads, total_q}, q);
   if (out.numel() == 0) return;
 
+  p.total_q = total_q, p.total_k = total_k;
+  const Tensor q_rows = readable(q), k_rows = readable(k), v_rows = readable(v);
+  const auto view = [](const Tensor& t) {
+    return HeadsView{t.data_ptr(), 0, t.stride(0), t.stride(1)};
+  };
+  p.q = view(q_rows), p.k = view(k_rows), p.v = view(v_rows), p.out = view(out);
+  if (lse) {
+    p.lse = static_cast<float*>(lse->data_ptr());
+    p.lse_head_stride = total_q;
+  }
+#ifdef GEMMA2_WITH_CUDA
+  if (!q.is_cpu()) {
+    if (p.batch == 0) {
+      torch::stable::zero_(out);
+      if (lse) torch::stable::fill_(*lse, -INFINITY);
+      return;
+    }
+    std::optional<Tensor> held_q, held_k;
+    p.cu_seqlens_q = on_device<int32_t>(cu_seqlens_q, held_q);
+    p.cu_seqlens_k = on_device<int32_t>(cu_seqlens_k, held_k);
+    p.seqlen_q = std::clamp(max_seqlen_q, int64_t(1), total_q);
+    p.seqlen_k = std::clamp(max_seqlen_k, int64_t(0), total_k);
+    return run_attention_on_cuda(p, q);
+  }
+#endif
   // The work is divided by what the sequences are, however large the callers' bounds.
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t seqlen_q = q_ends[b + 1] - q_ends[b], seqlen_k = k_ends[b + 1] - k_ends[b];
@@ -277,16 +362,6 @@ void attention_varlen_out(const Tensor& q, const Tensor& k, const Tensor& v,
   const std::vector<int32_t> q_offsets(q_ends.begin(), q_ends.end());
   const std::vector<int32_t> k_offsets(k_ends.begin(), k_ends.end());
   p.cu_seqlens_q = q_offsets.data(), p.cu_seqlens_k = k_offsets.data();
-  const Tensor q_rows = last_dim_contiguous(q), k_rows = last_dim_contiguous(k),
-               v_rows = last_dim_contiguous(v);
-  const auto view = [](const Tensor& t) {
-    return HeadsView{t.data_ptr(), 0, t.stride(0), t.stride(1)};
-  };
-  p.q = view(q_rows), p.k = view(k_rows), p.v = view(v_rows), p.out = view(out);
-  if (lse) {
-    p.lse = static_cast<float*>(lse->data_ptr());
-    p.lse_head_stride = total_q;
-  }
   // Rows behind the last sequence belong to none.
   for (int64_t i = q_ends[p.batch]; i < total_q; ++i) {
     const int64_t row_bytes = out.numel() / total_q * (p.dtype == DType::kFloat32 ? 4 : 2);
@@ -325,9 +400,15 @@ void attention_cache_out(const Tensor& q, const Tensor& k_cache, const Tensor& v
   p.batch = q.size(0), p.seqlen_q = q.size(1), p.num_heads = q.size(2), p.head_dim = q.size(3);
   p.capacity = k_cache.size(1), p.num_kv_heads = k_cache.size(2);
   check_common(op, p, scale, softcap, window, true);
-  const std::vector<int64_t> lengths = to_vector(op, "key_lengths", key_lengths, p.batch, "batch");
-  p.key_lengths = lengths.data();
-  for (int64_t b = 0; b < p.batch; ++b) {
+  check_integers(op, "key_lengths", key_lengths, p.batch, "batch", q);
+  std::vector<int64_t> lengths;
+  std::optional<Tensor> device_lengths;
+  if (q.is_cpu()) {
+    lengths = to_vector(key_lengths), p.key_lengths = lengths.data();
+  } else {
+    p.key_lengths = on_device<int64_t>(key_lengths, device_lengths), p.seqlen_k = p.capacity;
+  }
+  for (int64_t b = 0; q.is_cpu() && b < p.batch; ++b) {
     if (lengths[b] < 0) {
       fail(op, row_of("key_lengths", b) + " must be at least 0, got " + std::to_string(lengths[b]));
     }
@@ -344,8 +425,7 @@ void attention_cache_out(const Tensor& q, const Tensor& k_cache, const Tensor& v
   check_out(op, "out", out, "q", q);
   if (out.numel() == 0) return;
 
-  const Tensor q_rows = last_dim_contiguous(q), k_rows = last_dim_contiguous(k_cache),
-               v_rows = last_dim_contiguous(v_cache);
+  const Tensor q_rows = readable(q), k_rows = readable(k_cache), v_rows = readable(v_cache);
   p.q = heads_view(q_rows), p.k = heads_view(k_rows), p.v = heads_view(v_rows);
   p.out = heads_view(out);
   const int64_t seen = p.window ? p.window + p.seqlen_q - 1 : p.seqlen_k;
@@ -360,14 +440,17 @@ Tensor attention_cache(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
   return out;
 }
 
+template <class Library>
+void implement(Library& m) {
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_out", TORCH_BOX(&attention_out));
+  m.impl("attention_varlen", TORCH_BOX(&attention_varlen));
+  m.impl("attention_varlen_out", TORCH_BOX(&attention_varlen_out));
+  m.impl("attention_cache", TORCH_BOX(&attention_cache));
+  m.impl("attention_cache_out", TORCH_BOX(&attention_cache_out));
+}
+
 }  // namespace
 }  // namespace gemma2
 
-STABLE_TORCH_LIBRARY_IMPL(gemma2_ext, CPU, m) {
-  m.impl("attention", TORCH_BOX(&gemma2::attention));
-  m.impl("attention_out", TORCH_BOX(&gemma2::attention_out));
-  m.impl("attention_varlen", TORCH_BOX(&gemma2::attention_varlen));
-  m.impl("attention_varlen_out", TORCH_BOX(&gemma2::attention_varlen_out));
-  m.impl("attention_cache", TORCH_BOX(&gemma2::attention_cache));
-  m.impl("attention_cache_out", TORCH_BOX(&gemma2::attention_cache_out));
-}
+GEMMA2_REGISTER(gemma2::implement)

@@ -5,10 +5,11 @@ from __future__ import annotations
 # torch first: it loads the libraries that _C is linked against.
 import torch
 
-from . import _C, ops
+from . import _C, nn, ops
 from .cache import KVCache
 from .config import Gemma2Config
 from .model import Gemma2
+from .quantize import QuantizedWeight
 
 __version__ = "0.1.0"
 
@@ -24,4 +25,13 @@ def build_info() -> dict[str, object]:
     }
 
 
-__all__ = ["Gemma2", "Gemma2Config", "KVCache", "__version__", "build_info", "ops"]
+__all__ = [
+    "Gemma2",
+    "Gemma2Config",
+    "KVCache",
+    "QuantizedWeight",
+    "__version__",
+    "build_info",
+    "nn",
+    "ops",
+]

@@ -27,15 +27,26 @@ from . import generate as _generate
 from . import ops
 from .cache import KVCache
 from .config import Gemma2Config
-from .weights import check_fused, load_weights, parameter_shapes, save_weights
+from .packed import load_checkpoint
+from .quantize import Format, QuantizedWeight
+from .weights import check_fused, format_of, parameter_shapes, save_weights
+
+Weights = Mapping[str, Tensor] | Mapping[str, Tensor | QuantizedWeight]
 
 
 class Weight(nn.Module):
-    """A parameter named `weight`, so that parameters carry their checkpoint's names."""
+    """A parameter named `weight`, so that parameters carry their checkpoint's names.
 
-    def __init__(self, weight: Tensor) -> None:
+    Or a QuantizedWeight, whose data and scales are buffers below that name.
+    """
+
+    weight: Any
+
+    def __init__(self, weight: Tensor | QuantizedWeight) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        if isinstance(weight, Tensor):
+            weight = nn.Parameter(weight, requires_grad=False)
+        self.weight = weight
 
 
 class Layer(nn.Module):
@@ -50,7 +61,7 @@ class Layer(nn.Module):
     pre_feedforward_layernorm: Weight
     post_feedforward_layernorm: Weight
 
-    def __init__(self, weights: Mapping[str, Tensor], prefix: str) -> None:
+    def __init__(self, weights: Weights, prefix: str) -> None:
         super().__init__()
         for name in Layer.__annotations__:
             setattr(self, name, Weight(weights[f"{prefix}.{name}.weight"]))
@@ -61,9 +72,10 @@ class Gemma2(nn.Module):
 
     Args:
         config: the model's configuration.
-        weights: the fused tensors by name (`weights.parameter_shapes`), all of one dtype; None:
-            drawn as for training from scratch (norms 0, the rest normal with standard deviation
-            0.02), float32 unless `dtype` says otherwise.
+        weights: the fused tensors by name (`weights.parameter_shapes`), all of one dtype; matrices
+            may be QuantizedWeight, all in one format, the norms' dtype then being that of
+            activations; None: drawn as for training from scratch (norms 0, the rest normal with
+            standard deviation 0.02), float32 unless `dtype` says otherwise.
         dtype: of weights that are drawn; must be None where weights are given.
 
     Parameters do not ask for gradients; `requires_grad_(True)` changes that.
@@ -75,7 +87,7 @@ class Gemma2(nn.Module):
     def __init__(
         self,
         config: Gemma2Config,
-        weights: Mapping[str, Tensor] | None = None,
+        weights: Weights | None = None,
         *,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -98,7 +110,7 @@ class Gemma2(nn.Module):
         folder: str | os.PathLike[str],
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
-        quantize: str | None = None,
+        quantize: Format | None = None,
         *,
         sliding_window: int | None = None,
         progress: bool = False,
@@ -107,9 +119,11 @@ class Gemma2(nn.Module):
 
         Args:
             folder: where they are.
-            dtype: of the weights in memory; None: that of the file.
+            dtype: of the weights in memory, and of activations; None: that of the file.
             device: "cpu".
-            quantize: None; quantized weights are not supported yet.
+            quantize: "int8" or "int4": packs the matrices, embedding included, while they are
+                read, some rows at a time. None: as the folder has them, which may be packed
+                already (`gemma2-ext quantize`).
             sliding_window: keys that a local layer sees, in place of the configuration's.
             progress: whether to show a progress bar on stderr.
 
@@ -117,33 +131,39 @@ class Gemma2(nn.Module):
             FileNotFoundError, OSError, ValueError, TypeError, NotImplementedError, MemoryError:
                 each names the file, the field or tensor, what was expected and what was found.
         """
-        if quantize is not None:
-            raise NotImplementedError(
-                f"Gemma2: quantized weights are not supported yet, got {quantize!r}"
-            )
         if torch.device(device).type != "cpu":
             raise NotImplementedError(f"Gemma2: only the CPU is supported yet, got {device}")
         config = Gemma2Config.from_pretrained(folder)
         if sliding_window is not None:
             config = replace(config, sliding_window=sliding_window)
-        return cls(config, load_weights(folder, config, dtype=dtype, progress=progress))
+        weights = load_checkpoint(folder, config, dtype=dtype, quantize=quantize, progress=progress)
+        return cls(config, weights)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes config.json and safetensors with Hugging Face's names, for transformers too."""
+        """Writes config.json and safetensors with Hugging Face's names, for transformers too.
+
+        Packed weights are written as `gemma2-ext quantize` does, for `from_pretrained` alone.
+        """
         os.makedirs(folder, exist_ok=True)
-        weights = {name: p.detach() for name, p in self.named_parameters()}
+        weights: dict[str, Tensor | QuantizedWeight] = {
+            f"{name}.weight": module.weight.detach()
+            if isinstance(module.weight, Tensor)
+            else module.weight
+            for name, module in self.named_modules()
+            if isinstance(module, Weight)
+        }
         save_weights(folder, weights, self.config)
-        self.config.save_pretrained(folder)
+        self.config.save_pretrained(folder, quantization=format_of(weights))
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of weights and activations."""
-        return self.embed_tokens.weight.dtype
+        """The dtype of activations, and of weights that are not packed."""
+        return self.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.embed_tokens.weight.device
+        return self.norm.weight.device
 
     def new_cache(self, batch_size: int = 1, max_length: int | None = None) -> KVCache:
         """An empty cache for this model; max_length None: the whole context."""
@@ -312,7 +332,11 @@ class Gemma2(nn.Module):
     def _layers(self, input_ids: Tensor, attend: Any) -> Tensor:
         """All layers and the final norm: (batch, seqlen) -> (batch, seqlen, hidden_size)."""
         config, layers = self.config, cast("list[Layer]", list(self.layers))
-        residual = F.embedding(input_ids, self.embed_tokens.weight)
+        embedding = self.embed_tokens.weight
+        if isinstance(embedding, QuantizedWeight):
+            residual = embedding.rows(input_ids, self.dtype)
+        else:
+            residual = F.embedding(input_ids, embedding)
         residual = residual * config.embedding_scale(self.dtype)
         hidden = ops.rms_norm(residual, layers[0].input_layernorm.weight, config.rms_norm_eps)
         for i, layer in enumerate(layers):

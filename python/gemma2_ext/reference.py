@@ -299,6 +299,58 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
+def _unpack(data: Tensor, scales: Tensor, in_features: int, bits: int) -> Tensor:
+    """The float32 weight (out_features, in_features) of packed tensors, block by block."""
+    blocks = []
+    for first in range(0, data.shape[0], 16):
+        q, s = data[first : first + 16], scales[first : first + 16]
+        rows = len(q)
+        if bits == 8:
+            groups = q.reshape(-1, 8, rows, 4).permute(2, 0, 1, 3).reshape(rows, -1, 32).float()
+            scale = s.reshape(-1, rows).T.float()
+        else:
+            q = torch.stack((q & 15, q >> 4)).reshape(2, -1, 4, rows, 4)
+            groups = q.permute(3, 1, 0, 2, 4).reshape(rows, -1, 16).float() - 8
+            factor = s.flatten()[: 2 * rows].clone().view(torch.bfloat16).float()
+            s = s.flatten()[2 * rows :].reshape(-1, rows).T.float()
+            scale = factor[:, None] * s * s.abs()
+        blocks.append((groups * scale[..., None]).flatten(1)[:, :in_features])
+    return torch.cat(blocks) if blocks else data.new_empty((0, in_features), dtype=torch.float32)
+
+
+def linear_int8(x: Tensor, data: Tensor, scales: Tensor) -> Tensor:
+    """`x weight^T` in x's dtype, weight in 8 bits: scale * q for groups of 32 columns.
+
+    Args:
+        x: (..., in_features), any float dtype.
+        data: q, int8, in blocks of 16 rows: [column / 4][row][4].
+        scales: bfloat16, in blocks of 16 rows: [group][row].
+
+    Returns:
+        (..., out_features) in x's dtype.
+
+    Source: docs/quantization.md.
+    """
+    return F.linear(x, _unpack(data, scales, x.shape[-1], 8).to(x.dtype))
+
+
+def linear_int4(x: Tensor, data: Tensor, scales: Tensor) -> Tensor:
+    """`x weight^T` in x's dtype, weight in 4 bits: row * s|s| * (q - 8) for groups of 16 columns.
+
+    Args:
+        x: (..., in_features), any float dtype.
+        data: q, in blocks of 16 rows: [column / 32][4][row][4] bytes, the first 16 columns in the
+            low halves.
+        scales: int8, in blocks of 16 rows: row as bfloat16, then s as [group][row].
+
+    Returns:
+        (..., out_features) in x's dtype.
+
+    Source: docs/quantization.md.
+    """
+    return F.linear(x, _unpack(data, scales, x.shape[-1], 4).to(x.dtype))
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

@@ -4,6 +4,7 @@ Layout is (batch, seqlen, heads, head_dim). Each function is also `torch.ops.gem
 `reference.py` states in plain torch what each computes.
 """
 
+from ..quantize import quantize
 from .add_rms_norm import add_rms_norm
 from .attention import attention
 from .attention_cache import attention_cache
@@ -13,7 +14,11 @@ from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_distillation import linear_distillation
 from .linear_distillation_topk import linear_distillation_topk
+from .linear_int4 import linear_int4
+from .linear_int8 import linear_int8
 from .logits import logits
+from .logits_int4 import logits_int4
+from .logits_int8 import logits_int8
 from .rms_norm import rms_norm
 from .rope import rope
 from .rope_append_cache import rope_append_cache
@@ -28,7 +33,12 @@ __all__ = [
     "linear_cross_entropy",
     "linear_distillation",
     "linear_distillation_topk",
+    "linear_int4",
+    "linear_int8",
     "logits",
+    "logits_int4",
+    "logits_int8",
+    "quantize",
     "rms_norm",
     "rope",
     "rope_append_cache",

@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ..quantize import QuantizedWeight
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -36,6 +38,16 @@ def check_integers(op: str, name: str, value: object, *, required: bool = False)
         )
     if value.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"gemma2_ext::{op}: {name} must be int32 or int64, got {value.dtype}")
+
+
+def check_in_features(op: str, name: str, x: Tensor, weight: QuantizedWeight) -> None:
+    """Raises unless x's last dimension is weight's. (The packed tensors are padded.)"""
+    check_tensor(op, name, x)
+    if x.dim() < 1 or x.shape[-1] != weight.in_features:
+        raise ValueError(
+            f"gemma2_ext::{op}: {name} must have shape (..., in_features) = (..., "
+            f"{weight.in_features}) for {weight}, got {tuple(x.shape)}"
+        )
 
 
 def through_dispatcher(*tensors: Tensor) -> bool:

@@ -7,14 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import cast_under_autocast, check_tensor, through_dispatcher
+from ..quantize import QuantizedWeight
+from ._common import cast_under_autocast, check_in_features, check_tensor, through_dispatcher
+from .linear_int4 import linear_int4
+from .linear_int8 import linear_int8
 
 _op = torch.ops.gemma2_ext.linear.default
 _out_op = torch.ops.gemma2_ext.linear_out.default
 _backward_op = torch.ops.gemma2_ext.linear_backward_out.default
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
     """`x @ weight.T`, summed in float32 and rounded once.
 
     Up to 16 rows a row's result does not depend on the rows beside it, and none depends on the
@@ -26,7 +29,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         x: (..., in_features), float32, bfloat16 or float16, any strides; float64, to check
             gradients with, goes through torch's product.
         weight: (out_features, in_features), x's dtype, rows at any distance. Where the last
-            dimension is strided, it is copied at every call.
+            dimension is strided, it is copied at every call. Or a QuantizedWeight: then this is
+            `linear_int8` or `linear_int4`.
 
     Returns:
         A contiguous tensor (..., out_features) of x's dtype.
@@ -37,6 +41,10 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
     Source: torch.nn.functional.linear, without bias (Gemma 2 has none).
     """
+    if isinstance(weight, QuantizedWeight):
+        check_in_features("linear", "x", x, weight)
+        op = linear_int8 if weight.format == "int8" else linear_int4
+        return op(x, weight.data, weight.scales)
     check_tensor("linear", "x", x, float64=True)
     check_tensor("linear", "weight", weight, float64=True)
     if through_dispatcher(x, weight) or x.dim() < 1 or weight.dim() != 2:

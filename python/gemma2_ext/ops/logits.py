@@ -7,14 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import cast_under_autocast, check_tensor, through_dispatcher
+from ..quantize import QuantizedWeight
+from ._common import cast_under_autocast, check_in_features, check_tensor, through_dispatcher
 from .linear import linear_backward
+from .logits_int4 import logits_int4
+from .logits_int8 import logits_int8
 
 _op = torch.ops.gemma2_ext.logits.default
 _out_op = torch.ops.gemma2_ext.logits_out.default
 
 
-def logits(hidden: Tensor, weight: Tensor, softcap: float | None = None) -> Tensor:
+def logits(
+    hidden: Tensor, weight: Tensor | QuantizedWeight, softcap: float | None = None
+) -> Tensor:
     """`softcap * tanh(hidden @ weight.T / softcap)` from float32 sums, never rounded below that.
 
     Whoever trains on a loss of the logits saves their memory with `linear_cross_entropy` or
@@ -24,7 +29,8 @@ def logits(hidden: Tensor, weight: Tensor, softcap: float | None = None) -> Tens
         hidden: (..., hidden_size), float32, bfloat16 or float16, any strides; float64, to check
             gradients with, goes through torch's product and gives float64.
         weight: (vocab_size, hidden_size), hidden's dtype, rows at any distance. Where the last
-            dimension is strided, it is copied at every call.
+            dimension is strided, it is copied at every call. Or a QuantizedWeight: then this is
+            `logits_int8` or `logits_int4`.
         softcap: positive; None leaves the products as they are.
 
     Returns:
@@ -38,6 +44,10 @@ def logits(hidden: Tensor, weight: Tensor, softcap: float | None = None) -> Tens
     Source: Gemma 2 (arXiv 2408.00118); transformers `models/gemma2`, Gemma2ForCausalLM, which
     rounds the product to the model's dtype first.
     """
+    if isinstance(weight, QuantizedWeight):
+        check_in_features("logits", "hidden", hidden, weight)
+        op = logits_int8 if weight.format == "int8" else logits_int4
+        return op(hidden, weight.data, weight.scales, softcap)
     check_tensor("logits", "hidden", hidden, float64=True)
     check_tensor("logits", "weight", weight, float64=True)
     if through_dispatcher(hidden, weight) or hidden.dim() < 1 or weight.dim() != 2:

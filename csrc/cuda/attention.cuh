@@ -1,0 +1,823 @@
+// out = softmax(softcap * tanh(scale * q k^T / softcap) + mask) v, with grouped query heads, causal
+// and window masks, padding, variable lengths, ring and paged caches; shapes as in AttentionParams.
+//
+// The query heads of one key head are packed into rows, position * group + head, so that a block of
+// rows shares every key it reads. A unit is (block of rows, sequence, key head, split of the keys).
+//   attention_tile_kernel    many rows: tensor cores, K and V tiles through a ring of asynchronous
+//                            copies; bound by the tensor cores and by reading shared memory
+//   attention_decode_kernel  up to 16 rows: each warp has keys and a ring of its own; memory-bound
+//   attention_combine_kernel adds up the splits of a row in their order, so results repeat exactly
+// attention.cu has the plain kernel for float32, attention_wgmma.cu one of Hopper's own.
+// Source: FlashAttention-2 (arXiv 2307.08691), Flash-Decoding.
+#pragma once
+#include <limits.h>
+#include <math.h>
+
+#include "attention.h"
+#include "ptx.cuh"
+
+namespace gemma2 {
+namespace cuda {
+
+constexpr float kLog2E = 0x1.715476p+0f;
+constexpr float kLn2 = 0x1.62e43p-1f;
+constexpr int kMaxHeadDim = 256;
+constexpr int kLaneDims = kMaxHeadDim / kWarpSize;  // a lane's dimensions are lane + 32 i
+
+GEMMA2_DEVICE int64_t clamp(int64_t x, int64_t low, int64_t high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+// ---- what a block works on
+
+// Keys [first, end) that a row sees, counted from the unit's first key.
+struct RowKeys {
+  int first, end;
+};
+
+template <class T>
+struct Unit {
+  int64_t batch, kv_head, block, split;
+  int group, row_begin, rows;                 // row r of the unit is row_begin + r of the group
+  int64_t q_offset, seqlen_q, length, start;  // of the sequence; its keys are [start, length)
+  int64_t key_begin;                          // that some row sees, of this split
+  int keys;
+  const T *k, *v;  // of the sequence and head, paged: of the head
+  int slot;        // of the first key, from k and v on
+
+  GEMMA2_DEVICE int query(int r) const { return (row_begin + r) / group; }
+  GEMMA2_DEVICE int64_t head(int r) const { return kv_head * group + (row_begin + r) % group; }
+  GEMMA2_DEVICE RowKeys row_keys(const AttentionParams& p, int r) const;
+};
+
+static_assert(sizeof(Unit<float>) <= kAttentionUnitBytes, "");
+
+// The first key that query i sees, and the end of those; both rise with i.
+template <class T>
+GEMMA2_DEVICE int64_t first_key(const AttentionParams& p, const Unit<T>& u, int i) {
+  int64_t first = u.start;
+  if (p.window) first = clamp(u.length - u.seqlen_q + i - p.window + 1, first, INT64_MAX);
+  return p.capacity ? clamp(u.length - p.capacity, first, INT64_MAX) : first;
+}
+template <class T>
+GEMMA2_DEVICE int64_t end_key(const AttentionParams& p, const Unit<T>& u, int i) {
+  const int64_t end = p.causal ? clamp(u.length - u.seqlen_q + i + 1, 0, u.length) : u.length;
+  return clamp(end, first_key(p, u, i), INT64_MAX);
+}
+
+template <class T>
+GEMMA2_DEVICE RowKeys Unit<T>::row_keys(const AttentionParams& p, int r) const {
+  const int i = query(r);
+  return {int(clamp(first_key(p, *this, i) - key_begin, 0, keys)),
+          int(clamp(end_key(p, *this, i) - key_begin, 0, keys))};
+}
+
+// The row of a key, counted from the unit's first one; as the unit's k and v, of those.
+template <class T>
+GEMMA2_DEVICE const T* key_row(const AttentionPlan& plan, const Unit<T>& u, const T* data,
+                               int stride, int key) {
+  int slot = u.slot + key;
+  if (slot >= plan.capacity) slot -= plan.capacity;
+  return data + int64_t(slot) * stride;
+}
+template <class T>
+GEMMA2_DEVICE const T* paged_key_row(const AttentionParams& p, const Unit<T>& u, const T* data,
+                                     int stride, int64_t page_stride, int key) {
+  const int slot = u.slot + key;
+  const int64_t page = p.block_table[u.batch * p.block_table_stride + (slot >> p.page_shift)];
+  return data + page * page_stride + int64_t(slot & ((1 << p.page_shift) - 1)) * stride;
+}
+
+// Returns false where the unit has no rows, as the blocks past the end of a short sequence. Lengths
+// and starts are clamped to what exists: the host cannot check values on the device.
+template <class T>
+GEMMA2_DEVICE bool make_unit(const AttentionParams& p, const AttentionPlan& plan, unsigned index,
+                             Unit<T>& u) {
+  const auto next_digit = [&](int64_t size) {
+    const unsigned digit = index % unsigned(size);
+    index /= unsigned(size);
+    return digit;
+  };
+  u.split = next_digit(plan.splits);
+  u.kv_head = next_digit(p.num_kv_heads);
+  u.batch = next_digit(p.batch);
+  u.block = plan.row_blocks - 1 - index;  // those that see most keys come first
+
+  int64_t k_offset = 0;
+  u.q_offset = 0, u.seqlen_q = p.seqlen_q, u.length = p.seqlen_k, u.start = 0;
+  if (p.cu_seqlens_q) {
+    u.q_offset = clamp(p.cu_seqlens_q[u.batch], 0, p.total_q);
+    u.seqlen_q = clamp(p.cu_seqlens_q[u.batch + 1], u.q_offset, p.total_q) - u.q_offset;
+    k_offset = clamp(p.cu_seqlens_k[u.batch], 0, p.total_k);
+    u.length = clamp(p.cu_seqlens_k[u.batch + 1], k_offset, p.total_k) - k_offset;
+  }
+  if (p.key_lengths) {
+    u.length = clamp(p.key_lengths[u.batch], 0, p.capacity ? INT64_MAX : p.seqlen_k);
+  }
+  if (p.key_starts) u.start = clamp(p.key_starts[u.batch], 0, u.length);
+  u.group = int(p.num_heads / p.num_kv_heads);
+  u.row_begin = int(u.block * plan.block_rows);
+  u.rows = int(clamp(u.seqlen_q * u.group - u.row_begin, 0, plan.block_rows));
+  if (u.rows == 0) return false;
+
+  u.key_begin = first_key(p, u, u.query(0));
+  int64_t keys = end_key(p, u, u.query(u.rows - 1)) - u.key_begin;
+  if (plan.splits > 1) {
+    // By the keys there are, which only the device knows: the splits of a short sequence are short.
+    const int64_t share = (keys + plan.splits - 1) / plan.splits;
+    const int64_t step = (share + plan.split_step - 1) / plan.split_step * plan.split_step;
+    const int64_t begin = clamp(u.split * step, 0, keys);
+    u.key_begin += begin;
+    keys = clamp(keys - begin, 0, step);
+  }
+  u.keys = int(keys);
+  u.k = static_cast<const T*>(p.k.data) + u.kv_head * p.k.head_stride;
+  u.v = static_cast<const T*>(p.v.data) + u.kv_head * p.v.head_stride;
+  u.slot = int(p.capacity ? u.key_begin % p.capacity : u.key_begin);
+  if (!p.block_table) {
+    u.k += u.batch * p.k.batch_stride + k_offset * p.k.seqlen_stride;
+    u.v += u.batch * p.v.batch_stride + k_offset * p.v.seqlen_stride;
+  }
+  return true;
+}
+
+template <class T>
+GEMMA2_DEVICE const T* query_row(const AttentionParams& p, const Unit<T>& u, int r) {
+  return static_cast<const T*>(p.q.data) + u.batch * p.q.batch_stride +
+         (u.q_offset + u.query(r)) * p.q.seqlen_stride + u.head(r) * p.q.head_stride;
+}
+
+// ---- results of a row
+
+// A row's output before normalization, in float32, and its softmax so far: weights are
+// 2^(score - largest) with scores in units of ln 2.
+struct RowResult {
+  float o[kLaneDims];
+  float largest, sum;
+};
+
+// Where a split of a row keeps its RowResult: head_dim floats of output, largest, sum.
+template <class T>
+GEMMA2_DEVICE float* partial_row(const AttentionParams& p, const AttentionPlan& plan,
+                                 const Unit<T>& u, int64_t split, int r) {
+  const int64_t unit = ((u.block * p.batch + u.batch) * p.num_kv_heads + u.kv_head) * plan.splits;
+  return p.partial + ((unit + split) * plan.block_rows + r) * (p.head_dim + 2);
+}
+
+// Adds the result of other keys; o(j) is this lane's part j of their output.
+template <class F>
+GEMMA2_DEVICE void add_result(RowResult& result, float largest, float sum, const F& o) {
+  if (sum == 0) return;  // no key
+  const float common = fmaxf(result.largest, largest);
+  const float base = common == -INFINITY ? 0.0f : common;
+  const float mine = exp2f(result.largest - base), other = exp2f(largest - base);
+#pragma unroll
+  for (int j = 0; j < kLaneDims; ++j) result.o[j] = result.o[j] * mine + o(j) * other;
+  result.sum = result.sum * mine + sum * other;
+  result.largest = common;
+}
+
+// By a whole warp. A row without keys has sum 0: it gives 0 and -inf.
+template <class T>
+GEMMA2_DEVICE void store_out(const AttentionParams& p, const Unit<T>& u, int r,
+                             const RowResult& result) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t i = u.q_offset + u.query(r), head = u.head(r);
+  T* out = static_cast<T*>(p.out.data) + u.batch * p.out.batch_stride + i * p.out.seqlen_stride +
+           head * p.out.head_stride;
+  const float factor = result.sum == 0 ? 0.0f : 1.0f / result.sum;
+#pragma unroll
+  for (int j = 0; j < kLaneDims; ++j) {
+    const int d = lane + j * kWarpSize;
+    if (d < p.head_dim) out[d] = from_float<T>(result.o[j] * factor);
+  }
+  if (p.lse && lane == 0) {
+    p.lse[u.batch * p.lse_batch_stride + head * p.lse_head_stride + i] =
+        result.sum == 0 ? -INFINITY : result.largest * kLn2 + logf(result.sum);
+  }
+}
+
+template <class T>
+GEMMA2_DEVICE void store_row(const AttentionParams& p, const AttentionPlan& plan, const Unit<T>& u,
+                             int r, const RowResult& result) {
+  if (plan.splits == 1) return store_out(p, u, r, result);
+  const int lane = threadIdx.x % kWarpSize;
+  float* to = partial_row(p, plan, u, u.split, r);
+#pragma unroll
+  for (int j = 0; j < kLaneDims; ++j) {
+    const int d = lane + j * kWarpSize;
+    if (d < p.head_dim) to[d] = result.o[j];
+  }
+  if (lane == 0) to[p.head_dim] = result.largest, to[p.head_dim + 1] = result.sum;
+}
+
+// Rows behind the last sequence belong to none.
+template <class T>
+GEMMA2_DEVICE void clear_rows_of_no_sequence(const AttentionParams& p) {
+  if (!p.cu_seqlens_q) return;
+  const int64_t row_size = p.num_heads * p.head_dim;
+  T* out = static_cast<T*>(p.out.data);
+  for (int64_t i = clamp(p.cu_seqlens_q[p.batch], 0, p.total_q) + blockIdx.x; i < p.total_q;
+       i += gridDim.x) {
+    for (int64_t d = threadIdx.x; d < row_size; d += blockDim.x)
+      out[i * row_size + d] = from_float<T>(0.0f);
+    for (int64_t h = threadIdx.x; p.lse && h < p.num_heads; h += blockDim.x)
+      p.lse[h * p.lse_head_stride + i] = -INFINITY;
+  }
+}
+
+// ---- softmax
+
+// Weights are 2^(outer * (z - largest z)), z = tanh(inner * dot) with a soft-cap, else
+// inner * dot: so a negative scale keeps the order of z and of the scores the same.
+struct ScoreScale {
+  float inner;
+  float outer;
+  bool capped;
+};
+
+GEMMA2_DEVICE ScoreScale score_scale(const AttentionParams& p) {
+  const float scale = float(p.scale), softcap = float(p.softcap);  // doubles for the CPU's float64
+  if (softcap > 0) return {scale / softcap, softcap * kLog2E, true};
+  if (scale == 0) return {0.0f, 1.0f, false};
+  return {scale < 0 ? -1.0f : 1.0f, fabsf(scale) * kLog2E, false};
+}
+
+// 1 - 2 / (e^2x + 1); doubled_x is 2 x / ln 2. Absolute error 3e-7: 1.5e-5 of a score at a soft-cap
+// of 50. tanh.approx's 2^-11 would be 0.024 of a score, 2.4 % of a weight: more than bfloat16 may.
+GEMMA2_DEVICE float tanh_by_exp(float doubled_x) {
+  return 1.0f - 2.0f * reciprocal_approx(exp2_approx(doubled_x) + 1.0f);
+}
+
+GEMMA2_DEVICE float quad_max(float x) {
+  x = fmaxf(x, shuffle_xor(x, 1));
+  return fmaxf(x, shuffle_xor(x, 2));
+}
+GEMMA2_DEVICE float quad_sum(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+
+// The softmax of the two rows whose scores a lane has a share of, over the keys so far. `sum` is of
+// this lane's keys only.
+struct QuadRows {
+  float largest[2];  // in units of z
+  float sum[2];
+
+  GEMMA2_DEVICE void clear() {
+    largest[0] = largest[1] = -INFINITY;
+    sum[0] = sum[1] = 0.0f;
+  }
+};
+
+// z of the dot products of 16 rows with 8 kTiles keys (mma's accumulators).
+template <int kTiles>
+GEMMA2_DEVICE void scale_scores(float (&s)[kTiles][4], const ScoreScale& c) {
+  if (c.capped) {
+    const float doubled = 2.0f * kLog2E * c.inner;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) s[n][j] = tanh_by_exp(s[n][j] * doubled);
+    }
+  } else if (c.inner != 1.0f) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) s[n][j] *= c.inner;
+    }
+  }
+}
+
+// -inf for keys that a row does not see.
+template <int kTiles>
+GEMMA2_DEVICE void mask_scores(float (&s)[kTiles][4], const RowKeys (&seen)[2], int key_begin) {
+  const int lane_key = key_begin + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int key = lane_key + 8 * n + j % 2;
+      if (key < seen[j / 2].first || key >= seen[j / 2].end) s[n][j] = -INFINITY;
+    }
+  }
+}
+
+// Turns z into weights; factor is what earlier output of each row has to be multiplied with.
+template <int kTiles>
+GEMMA2_DEVICE void softmax_tile(float (&s)[kTiles][4], const ScoreScale& c, QuadRows& rows,
+                                float (&factor)[2]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float largest = rows.largest[i];
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) largest = fmaxf(largest, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
+    largest = quad_max(largest);
+    const float base = largest == -INFINITY ? 0.0f : largest * c.outer;  // no key so far
+    factor[i] = exp2_approx(rows.largest[i] * c.outer - base);
+    rows.largest[i] = largest;
+    float sum = rows.sum[i] * factor[i];
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int j = 2 * i; j < 2 * i + 2; ++j) {
+        s[n][j] = exp2_approx(s[n][j] * c.outer - base);
+        sum += s[n][j];
+      }
+    }
+    rows.sum[i] = sum;
+  }
+}
+
+// ---- a row by a warp, in float32
+
+GEMMA2_DEVICE float warp_max(float x) {
+#pragma unroll
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) x = fmaxf(x, shuffle_xor(x, mask));
+  return x;
+}
+GEMMA2_DEVICE float warp_sum(float x) {
+#pragma unroll
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+  return x;
+}
+
+// 32 keys at a time: lane j keeps the score of the j-th. Reads only keys that the row sees.
+template <class T>
+GEMMA2_DEVICE void plain_row(const AttentionParams& p, const AttentionPlan& plan, const Unit<T>& u,
+                             int r, RowResult& result) {
+  const int lane = threadIdx.x % kWarpSize;
+  const T* q_row = query_row(p, u, r);
+  float q[kLaneDims];
+#pragma unroll
+  for (int j = 0; j < kLaneDims; ++j) {
+    const int d = lane + j * kWarpSize;
+    q[j] = d < p.head_dim ? to_float(q_row[d]) : 0.0f;
+    result.o[j] = 0.0f;
+  }
+  result.largest = -INFINITY, result.sum = 0.0f;
+  const auto k_row = [&](int key) {
+    return p.block_table ? paged_key_row(p, u, u.k, plan.k_stride, p.k.batch_stride, key)
+                         : key_row(plan, u, u.k, plan.k_stride, key);
+  };
+  const auto v_row = [&](int key) {
+    return p.block_table ? paged_key_row(p, u, u.v, plan.v_stride, p.v.batch_stride, key)
+                         : key_row(plan, u, u.v, plan.v_stride, key);
+  };
+  const RowKeys seen = u.row_keys(p, r);
+  const float scale = float(p.scale), softcap = float(p.softcap);
+  for (int begin = seen.first; begin < seen.end; begin += kWarpSize) {
+    const int count = seen.end - begin < kWarpSize ? seen.end - begin : kWarpSize;
+    float score = -INFINITY;
+    for (int i = 0; i < count; ++i) {
+      const T* k = k_row(begin + i);
+      float dot = 0.0f;
+#pragma unroll
+      for (int j = 0; j < kLaneDims; ++j) {
+        const int d = lane + j * kWarpSize;
+        if (d < p.head_dim) dot += q[j] * to_float(k[d]);
+      }
+      dot = warp_sum(dot) * scale;
+      if (softcap > 0) dot = softcap * tanhf(dot / softcap);
+      if (lane == i) score = dot * kLog2E;
+    }
+    const float largest = fmaxf(result.largest, warp_max(score));
+    const float base = largest == -INFINITY ? 0.0f : largest;
+    const float factor = exp2f(result.largest - base);
+    const float weight = lane < count ? exp2f(score - base) : 0.0f;
+    result.largest = largest;
+    result.sum = result.sum * factor + warp_sum(weight);
+#pragma unroll
+    for (int j = 0; j < kLaneDims; ++j) result.o[j] *= factor;
+    for (int i = 0; i < count; ++i) {
+      const T* v = v_row(begin + i);
+      const float w = shuffle(weight, i);
+#pragma unroll
+      for (int j = 0; j < kLaneDims; ++j) {
+        const int d = lane + j * kWarpSize;
+        if (d < p.head_dim) result.o[j] += w * to_float(v[d]);
+      }
+    }
+  }
+}
+
+// Stores row r. In a tile, weight 0 of a key that the row does not see meets that key's value:
+// where this is NaN or infinite, the row is computed anew from the keys that it does see.
+template <class T>
+GEMMA2_DEVICE void finish_row(const AttentionParams& p, const AttentionPlan& plan, const Unit<T>& u,
+                              int r, RowResult& result) {
+  float check = 0.0f;  // 0 * o is NaN where o is no finite number
+#pragma unroll
+  for (int j = 0; j < kLaneDims; ++j) check += 0.0f * result.o[j];
+  if (ballot(check != 0.0f)) plain_row(p, plan, u, r, result);
+  store_row(p, plan, u, r, result);
+}
+
+// ---- tiles in shared memory
+
+// Where element (row, 8 chunk) of a tile is: rows of kHeadDim elements. The chunks (16 bytes) of
+// each run of 128 bytes are permuted by the row, so that the eight rows of a matrix that ldmatrix
+// reads lie in different banks.
+template <int kHeadDim>
+struct RowLayout {
+  static constexpr int kChunks = kHeadDim / 8;
+  GEMMA2_DEVICE static int offset(int row, int chunk) {
+    return row * kHeadDim + (chunk ^ (row % 8)) * 8;
+  }
+};
+
+// Starts the copy of kRows rows by kThreads threads; zeros from row `end` and column head_dim on.
+// row_pointer(r) is asked for rows below `end` only. kUnroll: copies whose addresses are in
+// registers at once.
+template <class Layout, int kRows, int kThreads, int kUnroll = kRows, class T, class F>
+GEMMA2_DEVICE void copy_tile(T* tile, int end, int head_dim, int thread, const F& row_pointer) {
+  constexpr int kChunks = Layout::kChunks, kStep = kThreads / kChunks;
+  static_assert(kThreads % kChunks == 0 && kRows % kStep == 0, "");
+  const int chunk = thread % kChunks, first = thread / kChunks;
+  const bool inside = chunk * 8 < head_dim;
+#pragma unroll kUnroll
+  for (int i = 0; i < kRows / kStep; ++i) {
+    const int row = first + i * kStep;
+    const bool valid = inside && row < end;
+    const T* from = valid ? row_pointer(row) + chunk * 8 : nullptr;
+    cp_async<16>(tile + Layout::offset(row, chunk), from, valid);
+  }
+}
+
+// The tile of K or V of the keys from `key` on.
+template <class Layout, int kKeys, int kThreads, bool kOfV, int kUnroll = kKeys, class T>
+GEMMA2_DEVICE void copy_keys(T* tile, const AttentionParams& p, const AttentionPlan& plan,
+                             const Unit<T>& u, int key, int thread) {
+  const T* data = kOfV ? u.v : u.k;
+  const int stride = kOfV ? plan.v_stride : plan.k_stride;
+  const int end = u.keys - key, head_dim = int(p.head_dim);
+  if (p.block_table) {
+    const int64_t page_stride = kOfV ? p.v.batch_stride : p.k.batch_stride;
+    copy_tile<Layout, kKeys, kThreads, kUnroll>(tile, end, head_dim, thread, [&](int row) {
+      return paged_key_row(p, u, data, stride, page_stride, key + row);
+    });
+  } else {
+    copy_tile<Layout, kKeys, kThreads, kUnroll>(tile, end, head_dim, thread, [&](int row) {
+      return key_row(plan, u, data, stride, key + row);
+    });
+  }
+}
+
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
+};
+
+// start_copy(tile, of_v, stage) for the tiles that fill the ring.
+template <int kTiles, class F>
+GEMMA2_DEVICE void start_first_copies(const F& start_copy) {
+  if constexpr (kTiles > 0) {
+    start_first_copies<kTiles - 1>(start_copy);
+    start_copy(kTiles - 1, Flag<(kTiles - 1) % 2 == 1>{}, kTiles - 1);
+  }
+}
+
+// s += q k^T of 16 rows and 8 kKeyTiles keys. `q(k_step, a)` gives mma's operand a.
+template <class T, int kHeadDim, int kMTiles, int kKeyTiles, class F>
+GEMMA2_DEVICE void multiply_keys(float (&s)[kMTiles][kKeyTiles][4], const T* k_tile, const F& q) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int row = lane % 8 + lane / 16 * 8, chunk = lane / 8 % 2;
+#pragma unroll
+  for (int step = 0; step < kHeadDim / 16; ++step) {
+    uint32_t a[kMTiles][4];
+    q(step, a);
+#pragma unroll
+    for (int n = 0; n < kKeyTiles / 2; ++n) {
+      uint32_t b[4];
+      ldmatrix_x4(b, k_tile + RowLayout<kHeadDim>::offset(16 * n + row, 2 * step + chunk));
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m) {
+        mma_m16n8k16<T>(s[m][2 * n], a[m], b[0], b[1]);
+        mma_m16n8k16<T>(s[m][2 * n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// o += weights v of 16 rows and 16 kSteps keys; weights are mma's operand a.
+template <class T, int kHeadDim, int kMTiles, int kSteps>
+GEMMA2_DEVICE void multiply_values(float (&o)[kMTiles][kHeadDim / 8][4],
+                                   const uint32_t (&weights)[kMTiles][kSteps][4], const T* v_tile) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int row = lane % 16, chunk = lane / 16;
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 16; ++n) {
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, v_tile + RowLayout<kHeadDim>::offset(16 * step + row, 2 * n + chunk));
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m) {
+        mma_m16n8k16<T>(o[m][2 * n], weights[m][step], b[0], b[1]);
+        mma_m16n8k16<T>(o[m][2 * n + 1], weights[m][step], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// mma's accumulators of 16 rows and 8 kTiles keys as its operand a.
+template <class T, int kTiles>
+GEMMA2_DEVICE void pack_weights(uint32_t (&a)[kTiles / 2][4], const float (&s)[kTiles][4]) {
+#pragma unroll
+  for (int step = 0; step < kTiles / 2; ++step) {
+    a[step][0] = pack<T>(s[2 * step][0], s[2 * step][1]);
+    a[step][1] = pack<T>(s[2 * step][2], s[2 * step][3]);
+    a[step][2] = pack<T>(s[2 * step + 1][0], s[2 * step + 1][1]);
+    a[step][3] = pack<T>(s[2 * step + 1][2], s[2 * step + 1][3]);
+  }
+}
+
+// Multiplies the earlier output of 16 rows; mostly no row of the warp has a new largest score.
+template <int kTiles>
+GEMMA2_DEVICE void scale_output(float (&o)[kTiles][4], const float (&factor)[2]) {
+  if (!ballot(factor[0] != 1.0f || factor[1] != 1.0f)) return;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    o[n][0] *= factor[0], o[n][1] *= factor[0];
+    o[n][2] *= factor[1], o[n][3] *= factor[1];
+  }
+}
+
+// Rows of float32 output on their way from accumulators to whole rows; off the powers of two, so
+// that the rows of an accumulator lie in different banks.
+template <int kHeadDim>
+constexpr int kOutputStride = kHeadDim + 8;
+
+template <int kHeadDim>
+GEMMA2_DEVICE void spill_output(float* to, const float (&o)[kHeadDim / 8][4]) {
+  const int lane = threadIdx.x % kWarpSize;
+  to += lane / 4 * kOutputStride<kHeadDim> + lane % 4 * 2;
+#pragma unroll
+  for (int n = 0; n < kHeadDim / 8; ++n) {
+    to[8 * n] = o[n][0], to[8 * n + 1] = o[n][1];
+    to[8 * kOutputStride<kHeadDim> + 8 * n] = o[n][2];
+    to[8 * kOutputStride<kHeadDim> + 8 * n + 1] = o[n][3];
+  }
+}
+
+// ---- many rows
+
+// kWarps warps with kMTiles * 16 rows each. K and V tiles of kKeys keys alternate in a ring of
+// kStages: tile t is K of the keys' block t / 2 where t is even, V where it is odd.
+template <class T, int kHeadDim, int kWarps, int kMTiles, int kKeys, int kStages>
+__global__ void __launch_bounds__(kWarps* kWarpSize)
+    attention_tile_kernel(const AttentionParams p, const AttentionPlan plan) {
+  constexpr int kRows = kWarps * kMTiles * 16, kThreads = kWarps * kWarpSize;
+  constexpr int kTileSize = kKeys * kHeadDim, kKeyTiles = kKeys / 8;
+  using Layout = RowLayout<kHeadDim>;
+  constexpr int64_t kTileBytes = kAttentionTileBytes<kHeadDim, kWarps, kMTiles, kKeys, kStages>;
+  clear_rows_of_no_sequence<T>(p);
+  Unit<T> u;
+  if (!make_unit(p, plan, blockIdx.x, u)) return;
+
+  T* const q_tile = reinterpret_cast<T*>(shared_memory());
+  T* const ring = q_tile + kRows * kHeadDim;
+  const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
+  const int tiles = (u.keys + kKeys - 1) / kKeys * 2;
+
+  const auto start_copy = [&](int tile, auto of_v, int stage) {
+    if (tile < tiles) {
+      copy_keys<Layout, kKeys, kThreads, of_v.value>(ring + stage * kTileSize, p, plan, u,
+                                                     tile / 2 * kKeys, thread);
+    }
+    cp_async_commit();  // a group each, of no copies at the end, so that the waits count alike
+  };
+  copy_tile<Layout, kRows, kThreads>(q_tile, u.rows, int(p.head_dim), thread,
+                                     [&](int row) { return query_row(p, u, row); });
+  start_first_copies<kStages - 1>(start_copy);
+
+  // Returns tile t, which is of V or not, once it has landed. The barrier also says that all warps
+  // are through with tile t - 1, whose stage takes the next copy.
+  int stage = 0;
+  const auto next_tile = [&](int t, auto of_v) {
+    cp_async_wait<kStages - 2>();
+    __syncthreads();
+    start_copy(t + kStages - 1, Flag<(of_v.value + kStages - 1) % 2>{},
+               stage == 0 ? kStages - 1 : stage - 1);
+    const T* tile = ring + stage * kTileSize;
+    stage = stage == kStages - 1 ? 0 : stage + 1;
+    return tile;
+  };
+
+  // The keys that the warp's rows see; rows behind the last are as the last one, a warp without
+  // rows is idle.
+  const int warp_row = warp * kMTiles * 16;
+  Unit<T>* const unit = reinterpret_cast<Unit<T>*>(shared_memory() + kTileBytes);
+  if (thread == 0) *unit = u;  // where it leaves the registers to the loop
+  RowKeys* const seen = reinterpret_cast<RowKeys*>(unit + 1) + warp_row;
+  for (int r = lane; r < kMTiles * 16; r += kWarpSize)
+    seen[r] = u.row_keys(p, warp_row + r < u.rows ? warp_row + r : u.rows - 1);
+  __syncwarp();
+  const bool rows_left = warp_row < u.rows;
+  const RowKeys first_seen = seen[0], last_seen = seen[kMTiles * 16 - 1];
+
+  const ScoreScale scale = score_scale(p);
+  float o[kMTiles][kHeadDim / 8][4];
+  QuadRows softmax[kMTiles];
+#pragma unroll
+  for (int m = 0; m < kMTiles; ++m) {
+    softmax[m].clear();
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) o[m][n][0] = o[m][n][1] = o[m][n][2] = o[m][n][3] = 0;
+  }
+
+  for (int t = 0; t < tiles; t += 2) {
+    const int key = t / 2 * kKeys;
+    // Some row of the warp sees some key of the block; not all rows see all keys.
+    const bool busy = rows_left && key < last_seen.end && key + kKeys > first_seen.first;
+    const bool masked = key < last_seen.first || key + kKeys > first_seen.end;
+
+    const T* k_tile = next_tile(t, Flag<false>{});
+    uint32_t weights[kMTiles][kKeyTiles / 2][4];
+    if (busy) {
+      float s[kMTiles][kKeyTiles][4] = {};
+      multiply_keys<T, kHeadDim, kMTiles, kKeyTiles>(
+          s, k_tile, [&](int step, uint32_t (&a)[kMTiles][4]) {
+#pragma unroll
+            for (int m = 0; m < kMTiles; ++m) {
+              const int row = warp_row + 16 * m + lane % 16;
+              ldmatrix_x4(a[m], q_tile + RowLayout<kHeadDim>::offset(row, 2 * step + lane / 16));
+            }
+          });
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m) {
+        scale_scores(s[m], scale);
+        if (masked) {
+          const RowKeys keys[2]{seen[16 * m + lane / 4], seen[16 * m + lane / 4 + 8]};
+          mask_scores(s[m], keys, key);
+        }
+        float factor[2];
+        softmax_tile(s[m], scale, softmax[m], factor);
+        scale_output(o[m], factor);
+        pack_weights<T>(weights[m], s[m]);
+      }
+    }
+    const T* v_tile = next_tile(t + 1, Flag<true>{});
+    if (busy) multiply_values<T, kHeadDim>(o, weights, v_tile);
+  }
+
+  cp_async_wait<0>();
+  __syncthreads();  // the tiles' memory takes the output
+  float* rows = reinterpret_cast<float*>(shared_memory()) + warp_row * kOutputStride<kHeadDim>;
+  float* largest =
+      reinterpret_cast<float*>(shared_memory()) + kRows * kOutputStride<kHeadDim> + warp_row;
+  float* sum = largest + kRows;
+#pragma unroll
+  for (int m = 0; m < kMTiles; ++m) {
+    spill_output<kHeadDim>(rows + 16 * m * kOutputStride<kHeadDim>, o[m]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float row_sum = quad_sum(softmax[m].sum[i]);
+      if (lane % 4 == 0) {
+        largest[16 * m + 8 * i + lane / 4] = softmax[m].largest[i] * scale.outer;
+        sum[16 * m + 8 * i + lane / 4] = row_sum;
+      }
+    }
+  }
+  __syncwarp();
+  for (int r = 0; r < kMTiles * 16 && warp_row + r < unit->rows; ++r) {
+    RowResult result{{}, largest[r], sum[r]};
+#pragma unroll
+    for (int j = 0; j < kHeadDim / kWarpSize; ++j)
+      result.o[j] = rows[r * kOutputStride<kHeadDim> + lane + j * kWarpSize];
+    finish_row(p, plan, *unit, warp_row + r, result);
+  }
+}
+
+// ---- few rows
+
+// Up to 16 rows. Of each run of kAttentionDecodeStep keys warp w has 16 to itself, with a ring of
+// K and V tiles that no other warp reads: no barrier of the block is met before the end, where the
+// warps' results are added up.
+template <class T, int kHeadDim, int kStages>
+__global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
+    attention_decode_kernel(const AttentionParams p, const AttentionPlan plan) {
+  constexpr int kWarps = kAttentionDecodeWarps, kKeys = 16, kTileSize = kKeys * kHeadDim;
+  clear_rows_of_no_sequence<T>(p);
+  Unit<T> u;
+  if (!make_unit(p, plan, blockIdx.x, u)) return;
+
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  T* const ring = reinterpret_cast<T*>(shared_memory()) + warp * kStages * kTileSize;
+  const int first_key = warp * kKeys;
+  const int tiles =
+      u.keys > first_key ? (u.keys - first_key + kWarps * kKeys - 1) / (kWarps * kKeys) * 2 : 0;
+  const auto start_copy = [&](int tile, auto of_v, int stage) {
+    if (tile < tiles) {
+      copy_keys<RowLayout<kHeadDim>, kKeys, kWarpSize, of_v.value>(
+          ring + stage * kTileSize, p, plan, u, first_key + tile / 2 * (kWarps * kKeys), lane);
+    }
+    cp_async_commit();
+  };
+  start_first_copies<kStages - 1>(start_copy);
+  int stage = 0;
+  const auto next_tile = [&](int t, auto of_v) {
+    cp_async_wait<kStages - 2>();
+    __syncwarp();
+    start_copy(t + kStages - 1, Flag<(of_v.value + kStages - 1) % 2>{},
+               stage == 0 ? kStages - 1 : stage - 1);
+    const T* tile = ring + stage * kTileSize;
+    stage = stage == kStages - 1 ? 0 : stage + 1;
+    return tile;
+  };
+
+  Unit<T>* const unit =
+      reinterpret_cast<Unit<T>*>(shared_memory() + kAttentionDecodeTileBytes<kHeadDim>);
+  if (threadIdx.x == 0) *unit = u;  // where it leaves the registers to the loop
+  // Q as mma's operand a, for the whole head; zero in rows and columns that do not exist.
+  uint32_t q[kHeadDim / 16][4];
+  RowKeys seen[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int r = lane / 4 + 8 * i;
+    seen[i] = u.row_keys(p, r < u.rows ? r : u.rows - 1);
+    const T* row = query_row(p, u, r < u.rows ? r : u.rows - 1);
+#pragma unroll
+    for (int step = 0; step < kHeadDim / 16; ++step) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int d = 16 * step + 8 * half + lane % 4 * 2;
+        q[step][i + 2 * half] = r < u.rows && d < p.head_dim ? load_4(row + d) : 0;
+      }
+    }
+  }
+
+  const ScoreScale scale = score_scale(p);
+  float o[1][kHeadDim / 8][4] = {};
+  QuadRows softmax;
+  softmax.clear();
+  for (int t = 0; t < tiles; t += 2) {
+    const T* k_tile = next_tile(t, Flag<false>{});
+    float s[1][2][4] = {}, factor[2];
+    multiply_keys<T, kHeadDim, 1, 2>(s, k_tile, [&](int step, uint32_t (&a)[1][4]) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[0][i] = q[step][i];
+    });
+    scale_scores(s[0], scale);
+    mask_scores(s[0], seen, first_key + t / 2 * (kWarps * kKeys));
+    softmax_tile(s[0], scale, softmax, factor);
+    scale_output(o[0], factor);
+    uint32_t weights[1][1][4];
+    pack_weights<T>(weights[0], s[0]);
+    const T* v_tile = next_tile(t + 1, Flag<true>{});
+    multiply_values<T, kHeadDim>(o, weights, v_tile);
+  }
+
+  cp_async_wait<0>();
+  __syncthreads();  // the rings' memory takes the warps' outputs
+  constexpr int kWarpOutput = 16 * kOutputStride<kHeadDim>;
+  float* const outputs = reinterpret_cast<float*>(shared_memory());
+  float* const all_largest = outputs + kWarps * kWarpOutput;  // (warps, 16)
+  float* const all_sums = all_largest + kWarps * 16;
+  spill_output<kHeadDim>(outputs + warp * kWarpOutput, o[0]);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float row_sum = quad_sum(softmax.sum[i]);
+    if (lane % 4 == 0) {
+      all_largest[warp * 16 + 8 * i + lane / 4] = softmax.largest[i] * scale.outer;
+      all_sums[warp * 16 + 8 * i + lane / 4] = row_sum;
+    }
+  }
+  __syncthreads();
+  for (int r = warp; r < unit->rows; r += kWarps) {
+    RowResult result{{}, -INFINITY, 0.0f};
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float* output = outputs + w * kWarpOutput + r * kOutputStride<kHeadDim>;
+      add_result(result, all_largest[w * 16 + r], all_sums[w * 16 + r], [&](int j) {
+        return j < kHeadDim / kWarpSize ? output[lane + j * kWarpSize] : 0.0f;
+      });
+    }
+    finish_row(p, plan, *unit, r, result);
+  }
+}
+
+// A warp a row: the splits' results in their order.
+template <class T>
+__global__ void __launch_bounds__(kAttentionCombineThreads)
+    attention_combine_kernel(const AttentionParams p, const AttentionPlan plan) {
+  const int lane = threadIdx.x % kWarpSize;
+  AttentionPlan whole = plan;
+  whole.splits = 1;
+  Unit<T> u;
+  if (!make_unit(p, whole, blockIdx.x, u)) return;
+  for (int r = threadIdx.x / kWarpSize; r < u.rows; r += kAttentionCombineThreads / kWarpSize) {
+    RowResult result{{}, -INFINITY, 0.0f};
+    for (int64_t split = 0; split < plan.splits; ++split) {
+      const float* part = partial_row(p, plan, u, split, r);
+      add_result(result, part[p.head_dim], part[p.head_dim + 1], [&](int j) {
+        const int d = lane + j * kWarpSize;
+        return d < p.head_dim ? part[d] : 0.0f;
+      });
+    }
+    store_out(p, u, r, result);
+  }
+}
+
+}  // namespace cuda
+}  // namespace gemma2

@@ -1,0 +1,31 @@
+// The CUDA kernels' entry points: launch_<op>(parameters, stream) starts the work on the current
+// device and returns at once. A launch that CUDA refuses is a std::runtime_error.
+#pragma once
+#include "../params.h"
+
+typedef struct CUstream_st* cudaStream_t;  // as in CUDA's own headers
+
+namespace gemma2 {
+
+#define GEMMA2_CUDA_KERNELS(X)         \
+  X(rms_norm, RmsNormParams)           \
+  X(add_rms_norm, AddRmsNormParams)    \
+  X(geglu, GegluParams)                \
+  X(rope, RopeParams)                  \
+  X(linear, LinearParams)              \
+  X(soft_cap, SoftCapParams)           \
+  X(linear_int8, LinearParams)         \
+  X(linear_int4, LinearParams)         \
+  X(dequantize_int8, DequantizeParams) \
+  X(dequantize_int4, DequantizeParams) \
+  X(attention, AttentionParams)
+
+#define GEMMA2_DECLARE(op, Params) void launch_##op(const Params& p, cudaStream_t stream);
+GEMMA2_CUDA_KERNELS(GEMMA2_DECLARE)
+#undef GEMMA2_DECLARE
+
+// Floats that launch_attention wants at p.partial on the current device, 0 for none; of p's shapes
+// alone, so it is the same for every call in a captured graph.
+int64_t attention_partial_size(const AttentionParams& p);
+
+}  // namespace gemma2

@@ -1,0 +1,79 @@
+// out[r] = x[r] * rsqrt(mean(x[r]^2) + eps) * (1 + weight), in float32, rounded once.
+//
+// A block a row; x is read once, into registers, as far as kHeld vectors a thread reach (16384
+// 16-bit elements), and a second time beyond. Memory bounds it: 4 bytes an element in 16 bits,
+// weights from the cache. At one row only the launch counts.
+//
+// rms_norm_kernel: at most 64 registers, 128 bytes of shared memory.
+#include "kernels.h"
+#include "vector.cuh"
+
+namespace gemma2 {
+namespace cuda {
+namespace {
+
+constexpr int kHeld = 2;  // vectors of x in a thread's registers
+
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(1024) rms_norm_kernel(const RmsNormParams p) {
+  constexpr int kSize = kVectorSize<T>;
+  float* scratch = reinterpret_cast<float*>(shared_memory());
+  const int64_t stride = int64_t(blockDim.x) * kSize, first = threadIdx.x * kSize;
+  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
+    const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
+    T* out = static_cast<T*>(p.out) + row * p.hidden_size;
+    float sum = 0;
+    const auto add_squares = [&](const Vector16& vector) {
+      float values[kSize];
+      unpack(vector, values, T{});
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) sum += values[i] * values[i];
+    };
+    const auto finish = [&](const Vector16& vector, int64_t at, float scale) {
+      float values[kSize], weight[kSize];
+      unpack(vector, values, T{});
+      load_floats_as<kAligned>(p.weight, p.weight_dtype, at, p.hidden_size - at, weight);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) values[i] = values[i] * scale * (1.0f + weight[i]);
+      store_vector<kAligned>(out + at, p.hidden_size - at, pack_vector(values, T{}));
+    };
+
+    Vector16 held[kHeld];
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int64_t at = first + i * stride;
+      held[i] = load_vector<kAligned>(x + at, p.hidden_size - at);
+    }
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) add_squares(held[i]);
+    for (int64_t at = first + kHeld * stride; at < p.hidden_size; at += stride)
+      add_squares(load_vector<kAligned>(x + at, p.hidden_size - at));
+    const float mean = block_sum(sum, scratch) / float(p.hidden_size);
+    const float scale = 1.0f / sqrtf(mean + float(p.eps));
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int64_t at = first + i * stride;
+      if (at < p.hidden_size) finish(held[i], at, scale);
+    }
+    for (int64_t at = first + kHeld * stride; at < p.hidden_size; at += stride)
+      finish(load_vector<kAligned>(x + at, p.hidden_size - at), at, scale);
+    __syncthreads();  // scratch is written again for the next row
+  }
+}
+
+}  // namespace
+}  // namespace cuda
+
+void launch_rms_norm(const RmsNormParams& p, cudaStream_t stream) {
+  using namespace cuda;
+  dispatch_dtype("rms_norm", p.dtype, [&](auto t) {
+    using T = decltype(t);
+    const bool aligned = is_aligned(p.x, p.x_stride * sizeof(T)) &&
+                         is_aligned(p.out, p.hidden_size * sizeof(T)) && is_aligned(p.weight, 0);
+    const auto kernel = aligned ? rms_norm_kernel<T, true> : rms_norm_kernel<T, false>;
+    const int threads = row_threads(p.hidden_size, kVectorSize<T>);
+    launch("rms_norm", kernel, row_grid(p.rows), threads, kWarpSize * sizeof(float), stream, p);
+  });
+}
+
+}  // namespace gemma2

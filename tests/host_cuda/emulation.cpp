@@ -1,0 +1,411 @@
+// The emulated device: fibers, their schedule, shared memory, copies; and what tests set and ask.
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <map>
+#include <random>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "../../csrc/cuda/ptx.cuh"
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+// ---- switching between stacks
+
+#if defined(__x86_64__)
+// Saves what a function must preserve, and the stack pointer in *from; goes on where `to` was left.
+extern "C" void gemma2_switch_stack(void** from, void* to);
+asm(R"(
+  .text
+  .type gemma2_switch_stack, @function
+gemma2_switch_stack:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+  .size gemma2_switch_stack, . - gemma2_switch_stack
+)");
+struct Context {
+  void* stack_pointer = nullptr;
+};
+static void switch_context(Context& from, Context& to) {
+  gemma2_switch_stack(&from.stack_pointer, to.stack_pointer);
+}
+static void make_context(Context& context, char* stack, size_t bytes, void (*entry)()) {
+  // As after a call: a multiple of 16, less the return address.
+  uint64_t* top = reinterpret_cast<uint64_t*>(stack + bytes) - 1;
+  *--top = reinterpret_cast<uint64_t>(entry);  // where the first switch returns to
+  for (int i = 0; i < 6; ++i) *--top = 0;
+  context.stack_pointer = top;
+}
+#else
+#include <ucontext.h>
+struct Context {
+  ucontext_t context;
+};
+static void switch_context(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
+static void make_context(Context& context, char* stack, size_t bytes, void (*entry)()) {
+  getcontext(&context.context);
+  context.context.uc_stack.ss_sp = stack;
+  context.context.uc_stack.ss_size = bytes;
+  makecontext(&context.context, entry, 0);
+}
+#endif
+
+namespace gemma2 {
+namespace cuda {
+namespace emulation {
+namespace {
+
+constexpr int kMaxThreads = 1024;
+constexpr size_t kStackBytes = 128 << 10;
+constexpr int64_t kGuardBytes = 4096;
+
+struct Copy {
+  void* shared;
+  const void* global;
+  int bytes;
+  bool valid;
+  void land() const {
+    if (valid) {
+      memcpy(shared, global, bytes);
+    } else {
+      memset(shared, 0, bytes);
+    }
+  }
+};
+
+struct Fiber {
+  Context context;
+  bool done = false;
+  const char* waits = nullptr;  // for what; null: can run
+  std::vector<Copy> open;
+  std::vector<std::vector<Copy>> groups;
+};
+
+struct Warp {
+  const char* function;  // that `arrived` lanes have reached
+  void* lanes[kWarpSize];
+  int arrived = 0;
+};
+
+struct Barrier {
+  int arrived = 0;
+  int expected = 0;
+  std::vector<int> waiting;
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  const char* place = nullptr;  // of the __syncthreads that threads wait at
+  int at_place = 0;
+  int alive = 0;
+  std::map<int, Barrier> named;
+  std::vector<unsigned char> memory;
+  unsigned char* shared = nullptr;
+  int64_t shared_bytes = 0;
+  std::string error;
+};
+
+Block block;
+Context scheduler;
+int current = 0;
+const std::function<void()>* body;
+std::mt19937 random_bits;
+std::map<std::pair<const char*, int>, std::string> places;
+std::vector<std::pair<uintptr_t, uintptr_t>> allowed;
+
+char* stack_of(int thread) {
+  static char* stacks =
+      static_cast<char*>(mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  return stacks + thread * kStackBytes;
+}
+
+Fiber& self() { return block.fibers[current]; }
+
+void pause(const char* what) {
+  self().waits = what;
+  switch_context(self().context, scheduler);
+}
+
+void release_block() {
+  if (block.at_place == 0 || block.at_place < block.alive) return;
+  for (Fiber& fiber : block.fibers) {
+    if (fiber.waits == block.place) fiber.waits = nullptr;
+  }
+  block.at_place = 0;
+}
+
+void run_thread() {
+  try {
+    (*body)();
+  } catch (const std::exception& error) {
+    block.error = error.what();
+  }
+  self().done = true;
+  --block.alive;
+  release_block();
+  switch_context(self().context, scheduler);
+}
+
+void step(int thread) {
+  Fiber& fiber = block.fibers[thread];
+  if (fiber.done || fiber.waits || !block.error.empty()) return;
+  current = thread;
+  threadIdx = {unsigned(thread), 0, 0};
+  switch_context(scheduler, fiber.context);
+}
+
+bool can_run(int begin, int end) {
+  return std::any_of(block.fibers.begin() + begin, block.fibers.begin() + end,
+                     [](const Fiber& f) { return !f.done && !f.waits; });
+}
+
+// 0, 1: all threads in step, upwards and downwards. 2, 3 and 4, 5: one warp at a time as far as it
+// comes, upwards and downwards. From 6: random warps, and lanes in random order. Copies land late
+// in 0, 2, 5, at once in 1, 3, 4, at random later.
+bool lands_at_once() {
+  const int schedule = settings().schedule;
+  if (schedule >= 6) return random_bits() & 1;
+  return schedule == 1 || schedule == 3 || schedule == 4;
+}
+
+void run_block() {
+  const int threads = int(block.fibers.size()), warps = threads / kWarpSize;
+  const int schedule = settings().schedule;
+  while (block.error.empty() && can_run(0, threads)) {
+    if (schedule < 2) {
+      for (int i = 0; i < threads; ++i) step(schedule ? threads - 1 - i : i);
+      continue;
+    }
+    for (int i = 0; i < warps; ++i) {
+      int warp = schedule == 2 || schedule == 4 ? i : warps - 1 - i;
+      int lanes[kWarpSize];
+      for (int l = 0; l < kWarpSize; ++l) lanes[l] = schedule % 2 ? kWarpSize - 1 - l : l;
+      if (schedule >= 6) {
+        warp = int(random_bits() % unsigned(warps));
+        std::shuffle(lanes, lanes + kWarpSize, random_bits);
+      }
+      const int first = warp * kWarpSize;
+      do {
+        for (int lane : lanes) step(first + lane);
+      } while (schedule < 6 && block.error.empty() && can_run(first, first + kWarpSize));
+    }
+  }
+  if (!block.error.empty()) throw std::runtime_error(block.error);
+  for (int i = 0; i < threads; ++i) {
+    if (block.fibers[i].done) continue;
+    throw std::runtime_error("deadlock: thread " + std::to_string(i) + " waits at " +
+                             block.fibers[i].waits + ", which others will not reach");
+  }
+  const unsigned char* memory = block.shared - kGuardBytes;
+  const int64_t bytes = block.shared_bytes + 2 * kGuardBytes;
+  for (int64_t i = 0; i < bytes; ++i) {
+    if ((i < kGuardBytes || i >= bytes - kGuardBytes) && memory[i] != 0xff) {
+      throw std::runtime_error("shared memory was written at byte " +
+                               std::to_string(i - kGuardBytes) + " of " +
+                               std::to_string(block.shared_bytes));
+    }
+  }
+}
+
+}  // namespace
+
+Settings& settings() {
+  static Settings settings;
+  return settings;
+}
+
+void fail(const std::string& message) {
+  throw std::runtime_error(message + " (block " + std::to_string(blockIdx.x) + ", " +
+                           std::to_string(blockIdx.y) + ", " + std::to_string(blockIdx.z) +
+                           ", thread " + std::to_string(threadIdx.x) + ")");
+}
+
+void launch(const char* op, dim3 grid, int threads, int64_t shared_bytes,
+            const std::function<void()>& kernel) {
+  const auto refuse = [&](const std::string& message) {
+    throw std::runtime_error(std::string(op) + ": " + message);
+  };
+  if (threads < 1 || threads > kMaxThreads || threads % kWarpSize)
+    refuse("a block of " + std::to_string(threads) + " threads");
+  if (grid.x < 1 || grid.x > unsigned(settings().max_blocks) || grid.y < 1 || grid.y > 65535 ||
+      grid.z < 1 || grid.z > 65535)
+    refuse("a grid of " + std::to_string(grid.x) + ", " + std::to_string(grid.y) + ", " +
+           std::to_string(grid.z) + " blocks");
+  if (shared_bytes > settings().shared_bytes)
+    refuse(std::to_string(shared_bytes) + " bytes of shared memory, the device has " +
+           std::to_string(settings().shared_bytes));
+  random_bits.seed(settings().schedule);
+  body = &kernel;
+  blockDim = dim3(threads);
+  gridDim = grid;
+  const int64_t blocks = int64_t(grid.x) * grid.y * grid.z;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t at = settings().schedule % 2 ? blocks - 1 - b : b;
+    blockIdx = {unsigned(at % grid.x), unsigned(at / grid.x % grid.y),
+                unsigned(at / grid.x / grid.y)};
+    block = Block{};
+    block.fibers.resize(threads);
+    block.warps.resize(threads / kWarpSize);
+    block.alive = threads;
+    block.shared_bytes = shared_bytes;
+    block.memory.assign(shared_bytes + 2 * kGuardBytes + 1024, 0xff);
+    const uintptr_t start = reinterpret_cast<uintptr_t>(block.memory.data()) + kGuardBytes;
+    block.shared = reinterpret_cast<unsigned char*>((start + 1023) / 1024 * 1024);
+    for (int i = 0; i < threads; ++i)
+      make_context(block.fibers[i].context, stack_of(i), kStackBytes, run_thread);
+    try {
+      run_block();
+    } catch (const std::exception& error) {
+      refuse(error.what());
+    }
+  }
+}
+
+unsigned char* shared_memory() { return block.shared; }
+int lane() { return current % kWarpSize; }
+
+// "file:line", the same pointer for the same place.
+static const std::string& place_of(const char* file, int line) {
+  std::string& place = places[{file, line}];
+  if (place.empty()) {
+    const char* name = strrchr(file, '/');
+    place = std::string(name ? name + 1 : file) + ":" + std::to_string(line);
+  }
+  return place;
+}
+
+bool reach(const char* file, int line) { return place_of(file, line) != settings().left_out; }
+
+void sync_threads(const char* file, int line) {
+  if (!reach(file, line)) return;
+  const char* place = place_of(file, line).c_str();
+  if (block.at_place && block.place != place)
+    fail(std::string("threads of a block are at two barriers: ") + block.place + " and " + place);
+  block.place = place;
+  if (++block.at_place == block.alive) {
+    release_block();
+  } else {
+    pause(place);
+  }
+}
+
+void named_barrier(int id, int threads, bool wait) {
+  Barrier& barrier = block.named[id];
+  if (id < 1 || id > 15 || threads % kWarpSize) fail("named barrier " + std::to_string(id));
+  if (barrier.arrived && barrier.expected != threads)
+    fail("named barrier " + std::to_string(id) + " of two sizes");
+  barrier.expected = threads;
+  const bool last = ++barrier.arrived == threads;
+  if (!last) {
+    if (!wait) return;
+    barrier.waiting.push_back(current);
+    return pause("a named barrier");
+  }
+  for (int thread : barrier.waiting) block.fibers[thread].waits = nullptr;
+  barrier = Barrier{};
+}
+
+void collective(const char* name, void (*compute)(void* const*), void* mine) {
+  Warp& warp = block.warps[current / kWarpSize];
+  if (warp.arrived && strcmp(warp.function, name) != 0)
+    fail(std::string("lanes of a warp are at two functions: ") + warp.function + " and " + name);
+  warp.function = name;
+  warp.lanes[current % kWarpSize] = mine;
+  if (++warp.arrived < kWarpSize) return pause(name);
+  compute(warp.lanes);
+  warp.arrived = 0;
+  const int first = current / kWarpSize * kWarpSize;
+  for (int l = 0; l < kWarpSize; ++l) block.fibers[first + l].waits = nullptr;
+}
+
+void start_copy(void* shared, const void* global, int bytes, bool valid) {
+  const auto aligned = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
+  if (!aligned(shared) || (valid && !aligned(global)))
+    fail("cp.async of " + std::to_string(bytes) + " bytes is not aligned");
+  const unsigned char* to = static_cast<unsigned char*>(shared);
+  if (to < block.shared || to + bytes > block.shared + block.shared_bytes)
+    fail("cp.async writes outside of shared memory");
+  if (valid) check_access(global, bytes);
+  const Copy copy{shared, global, bytes, valid};
+  if (lands_at_once()) {
+    copy.land();
+  } else {
+    self().open.push_back(copy);
+  }
+}
+
+void commit_copies() {
+  self().groups.push_back(std::move(self().open));
+  self().open.clear();
+}
+
+void wait_for_copies(int groups) {
+  auto& pending = self().groups;
+  while (int(pending.size()) > groups) {
+    for (const Copy& copy : pending.front()) copy.land();
+    pending.erase(pending.begin());
+  }
+}
+
+void check_access(const void* p, int bytes) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(p), end = begin + bytes;
+  if (begin % bytes) fail("an access of " + std::to_string(bytes) + " bytes is not aligned");
+  if (allowed.empty()) return;
+  const uintptr_t shared = reinterpret_cast<uintptr_t>(block.shared);
+  if (begin >= shared && end <= shared + block.shared_bytes) return;
+  for (const auto& range : allowed) {
+    if (begin >= range.first && end <= range.second) return;
+  }
+  fail("an access of " + std::to_string(bytes) + " bytes outside of every tensor");
+}
+
+}  // namespace emulation
+}  // namespace cuda
+}  // namespace gemma2
+
+// ---- for the tests
+
+using gemma2::cuda::emulation::settings;
+
+extern "C" void emulation_configure(int schedule, int shared_bytes, int multiprocessors,
+                                    int max_blocks, const char* left_out) {
+  settings().schedule = schedule;
+  settings().shared_bytes = shared_bytes;
+  settings().multiprocessors = multiprocessors;
+  settings().max_blocks = max_blocks;
+  settings().left_out = left_out;
+  gemma2::cuda::emulation::places.clear();
+  gemma2::cuda::emulation::allowed.clear();
+}
+
+// Kernels may touch these bytes with 16-byte accesses and copies, and all others so named.
+extern "C" void emulation_allow(const void* p, int64_t bytes) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(p);
+  gemma2::cuda::emulation::allowed.emplace_back(begin, begin + bytes);
+}
+
+// The barriers and waits that were reached, "file:line" each, separated by spaces.
+extern "C" const char* emulation_places() {
+  static std::string text;
+  text.clear();
+  for (const auto& place : gemma2::cuda::emulation::places) text += place.second + " ";
+  return text.c_str();
+}

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from common import assert_accurate
+from gemma2_ext import reference
+from host_cuda.emulator import Refused, assert_needed, check_schedules, guarded, launch, places
+
+FORMATS = ("int8", "int4")
+
+
+def blocks(rows: Tensor, width: int) -> Tensor:
+    """(rows, n) as the kernels read it: blocks of 16 rows, each [n / width][row][width], flat."""
+    parts = [
+        block.view(len(block), -1, width).transpose(0, 1).reshape(-1) for block in rows.split(16)
+    ]
+    return torch.cat(parts)
+
+
+def random_weight(format: str, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """data, scales, and the float32 matrix that they stand for."""
+    padded = -(-columns // 32) * 32
+    if format == "int8":
+        q = torch.randint(-127, 128, (rows, padded), dtype=torch.int8)
+        q[:, columns:] = 0
+        scale = (torch.rand(rows, padded // 32) / 1000).bfloat16()
+        exact = q.float() * scale.float().repeat_interleave(32, dim=1)
+        return blocks(q, 4), blocks(scale, 1), exact[:, :columns]
+    q = torch.randint(0, 16, (rows, padded), dtype=torch.uint8)
+    q[:, columns:] = 8
+    s = torch.randint(-127, 128, (rows, padded // 16), dtype=torch.int8)
+    row = (torch.rand(rows) / 1e6).bfloat16()
+    pieces = q.view(rows, -1, 2, 16)
+    data = (pieces[:, :, 0] | pieces[:, :, 1] << 4).view(rows, -1)
+    scales = torch.cat(
+        [
+            torch.cat((f.view(torch.int8), blocks(g, 1)))
+            for f, g in zip(row.split(16), s.split(16), strict=True)
+        ]
+    )
+    factors = row.float()[:, None] * (s.float() * s.float().abs())
+    exact = (q.float() - 8) * factors.repeat_interleave(16, dim=1)
+    return blocks(data, 4), scales, exact[:, :columns]
+
+
+def linear(
+    format: str,
+    x: Tensor,
+    packed: tuple[Tensor, Tensor, Tensor],
+    *,
+    softcap: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+    **options: Any,
+) -> tuple[Tensor]:
+    data, scales, exact = packed
+    out = guarded((x.shape[0], exact.shape[0]), out_dtype or x.dtype)
+    launch(
+        f"linear_{format}",
+        x=x,
+        x_stride=x.stride(0),
+        weight=data,
+        scales=scales,
+        out=out,
+        out_stride=out.stride(0),
+        rows=x.shape[0],
+        in_features=x.shape[1],
+        out_features=exact.shape[0],
+        softcap=softcap,
+        dtype=x.dtype,
+        out_dtype=out.dtype,
+        **options,
+    )
+    return (out,)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    return reference.linear(x, weight.to(x.dtype))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 8, 9, 16])
+def test_rows(format: str, dtype: torch.dtype, rows: int) -> None:
+    packed, x = random_weight(format, 41, 264), torch.randn(rows, 264).to(dtype)
+    (out,) = check_schedules(lambda **options: linear(format, x, packed, **options))
+    assert_accurate(out, product, x, packed[2])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("in_features", "out_features"), [(1, 1), (31, 15), (33, 17), (41, 33), (1100, 16), (2304, 32)]
+)
+def test_any_size(format: str, in_features: int, out_features: int) -> None:
+    packed = random_weight(format, out_features, in_features)
+    x = torch.randn(3, in_features).bfloat16()
+    assert_accurate(linear(format, x, packed)[0], product, x, packed[2])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_unaligned_x_and_soft_cap(format: str) -> None:
+    packed, x = random_weight(format, 20, 72), 30 * torch.randn(2, 72).bfloat16()
+    moved = torch.empty(2 * 73 + 1).bfloat16()[1:].view(2, 73)[:, :72].copy_(x)
+    options: dict[str, Any] = {"softcap": 30.0, "out_dtype": torch.float32}
+    (out,) = linear(format, x, packed, **options)
+    assert torch.equal(linear(format, moved, packed, **options)[0], out)
+    exact = x.double() @ packed[2].double().T
+    assert (out.double() - 30 * torch.tanh(exact / 30)).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (19, 41), (32, 300), (16, 5000)])
+def test_dequantize(format: str, dtype: torch.dtype, rows: int, columns: int) -> None:
+    data, scales, exact = random_weight(format, rows, columns)
+    out = guarded((rows, columns), dtype)
+    launch(
+        f"dequantize_{format}",
+        data=data,
+        scales=scales,
+        out=out,
+        out_features=rows,
+        in_features=columns,
+        dtype=dtype,
+    )
+    torch.testing.assert_close(out, exact.to(dtype))
+
+
+def test_float32_and_misaligned_data_are_refused() -> None:
+    data, scales, exact = random_weight("int8", 16, 32)
+    x = torch.randn(1, 32)
+    with pytest.raises(Refused, match="linear_int8: the kernel takes 16-bit x"):
+        linear("int8", x, (data, scales, exact))
+    moved = torch.cat((data[:1], data))[1:]
+    with pytest.raises(Refused, match="data must be aligned to 4 bytes"):
+        linear("int8", x.bfloat16(), (moved, scales, exact))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_barrier_is_needed(format: str) -> None:
+    packed, x = random_weight(format, 48, 1024), torch.randn(9, 1024).bfloat16()
+    run = lambda **options: linear(format, x, packed, max_blocks=1, **options)  # noqa: E731
+    assert len(places(run)) == 2
+    for place in places(run):
+        assert_needed(run, place)

@@ -1,0 +1,98 @@
+"""The emulation itself: its products are right, and it finds the mistakes that it is there for."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+
+import pytest
+import torch
+
+from host_cuda.emulator import (
+    DTYPE_NUMBERS,
+    LEAST_SHARED_BYTES,
+    SCHEDULES,
+    library,
+    ops,
+    structs,
+)
+
+
+def configure(schedule: int, left_out: str = "") -> ctypes.CDLL:
+    lib = library()
+    lib.emulation_configure(schedule, LEAST_SHARED_BYTES, 4, 2**31 - 1, left_out.encode())
+    lib.probe_product.restype = lib.probe_mistake.restype = ctypes.c_char_p
+    return lib
+
+
+def address(t: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(t.data_ptr())
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_product_of_matrices(dtype: torch.dtype, transposed: bool) -> None:
+    a, b = torch.randn(16, 16).to(dtype), torch.randn(8, 16).to(dtype)
+    given = b.T.contiguous() if transposed else b
+    for schedule in SCHEDULES:
+        out = torch.full((16, 8), float("nan"))
+        lib = configure(schedule)
+        number = DTYPE_NUMBERS[dtype]
+        error = lib.probe_product(number, address(a), address(given), address(out), transposed)
+        assert error is None
+        torch.testing.assert_close(out, a.float() @ b.float().T)
+
+
+def mistake(number: int, schedule: int = 0, left_out: str = "") -> tuple[str, torch.Tensor]:
+    memory = torch.arange(128.0)
+    values, out = memory[:64], torch.full((68,), float("nan"))
+    lib = configure(schedule, left_out)
+    lib.emulation_allow(values.data_ptr(), 256)
+    lib.emulation_allow(out.data_ptr(), 272)
+    error = lib.probe_mistake(number, address(values), address(out))
+    return (error or b"").decode(), out[:64]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_mistakes_are_found(schedule: int) -> None:
+    error, out = mistake(0, schedule)
+    assert error == ""
+    assert torch.equal(out, torch.arange(64.0).flip(0))
+    for number, message in {
+        1: "shared memory was written at byte 256 of 256",
+        2: "two barriers|waits at",
+        3: "lanes of a warp are at two functions",
+        4: "lanes of a warp are at two|waits at",
+        5: "16 bytes is not aligned",
+        6: "16 bytes outside of every tensor",
+        7: "cp.async writes outside of shared memory",
+        8: "102400 bytes of shared memory, the device has 101376",
+        9: "a block of 48 threads",
+    }.items():
+        error, out = mistake(number, schedule)
+        wrong = not torch.equal(out, torch.arange(64.0).flip(0))
+        if number in (2, 4) and not error:
+            assert wrong, f"mistake {number} is not found"  # the barriers met by chance
+            continue
+        assert re.search(message, error), (number, error)
+
+
+@pytest.mark.parametrize("what", ["cp_async_wait", "__syncthreads"])
+def test_a_barrier_or_wait_left_out_shows(what: str) -> None:
+    source = (__file__.rsplit("/", 1)[0]) + "/probes.cpp"
+    with open(source) as file:
+        lines = file.read().splitlines()
+    start = next(i for i, line in enumerate(lines) if "void mistake_kernel" in line)
+    number = next(i for i, line in enumerate(lines) if i > start + 8 and f"  {what}" in line) + 1
+    place = f"probes.cpp:{number}"
+    results = [mistake(0, schedule, place) for schedule in SCHEDULES]
+    right = torch.arange(64.0).flip(0)
+    assert any(error or not torch.equal(out, right) for error, out in results)
+
+
+def test_structs_are_those_of_the_compiler() -> None:
+    """Sizes by the rules of C; a field that the parser missed would shift all that follow."""
+    for op, struct in ops().items():
+        assert struct in structs(), op
+    assert ctypes.sizeof(structs()["HeadsView"]) == 32
+    assert structs()["RmsNormParams"].weight_dtype.offset == 56

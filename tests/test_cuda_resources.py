@@ -1,0 +1,51 @@
+"""What the compiler says of the CUDA kernels: `scripts/cuda_check.sh` leaves its report."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+REPORTS = ROOT / "build" / "cuda_check"
+
+
+def promised(source: Path) -> dict[str, int]:
+    """Registers that the header allows each kernel of a file."""
+    found = re.findall(r"^// (\w+): at most (\d+) registers", source.read_text(), re.M)
+    return {name: int(count) for name, count in found}
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
+def test_every_kernel_states_its_resources(source: Path) -> None:
+    # A kernel's name comes after __launch_bounds__(...) where it has those.
+    text = re.sub(r"__launch_bounds__\(.*?\)", "", source.read_text())
+    for header in re.findall(r'#include "(\w+\.cuh)"', text):
+        text += re.sub(r"__launch_bounds__\(.*?\)", "", (source.parent / header).read_text())
+    kernels = set(re.findall(r"__global__\s+void\s+(\w+)\(", text))
+    assert kernels
+    assert promised(source).keys() == kernels
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
+def test_no_spills_and_no_more_registers_than_stated(source: Path) -> None:
+    report = REPORTS / f"{source.stem}.cu.o.resources"
+    if not report.exists():
+        pytest.skip("scripts/cuda_check.sh has not compiled the kernels here")
+    text = report.read_text()
+    entries = re.findall(
+        r"Compiling entry function '(\w+)' for '(sm_\w+)'.*?"
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)",
+        text,
+        re.S,
+    )
+    assert len(entries) == text.count("Compiling entry function") > 0
+    limits = promised(source)
+    for mangled, architecture, stores, loads, registers, rest in entries:
+        (kernel,) = [name for name in limits if f"{len(name)}{name}" in mangled]
+        where = f"{kernel} on {architecture} ({mangled})"
+        assert (stores, loads) == ("0", "0"), f"{where} spills"
+        assert int(registers) <= limits[kernel], f"{where}: {registers} registers"
+        assert "smem" not in rest, f"{where}: shared memory that ptx.cuh does not hand out"
