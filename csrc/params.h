@@ -290,7 +290,7 @@ struct ProbeParams {
   const void* data;    // kRead: (bytes,)
   int64_t bytes;       // kRead
   int64_t iterations;  // of the others
-  double* done;        // multiplications and additions, or bytes; 0 where the machine has no such dot
+  double* done;  // multiplications and additions, or bytes; 0 where the machine has no such dot
 };
 
 }  // namespace gemma2

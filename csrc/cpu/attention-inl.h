@@ -394,7 +394,8 @@ void dot_keys(const float* q, const KeyRows<T>& k, const KeyRows<T>& next, int64
         }
       }
     };
-    for (int64_t d = 0; d < whole; d += kLanes) step(d, [&](const T* row) { return load(row + d); });
+    for (int64_t d = 0; d < whole; d += kLanes)
+      step(d, [&](const T* row) { return load(row + d); });
     if (whole < head_dim)
       step(whole, [&](const T* row) { return load_n(row + whole, head_dim - whole); });
     float sums[kVecs * kLanes];

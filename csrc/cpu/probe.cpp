@@ -71,7 +71,8 @@ double multiply_int8(int64_t iterations) {
 #endif
 }
 
-// Four streams, as far from each other as they go: the processor's prefetcher keeps up with several.
+// Four streams, as far from each other as they go: the processor's prefetcher keeps up with
+// several.
 double read_bytes(const char* data, int64_t bytes) {
   constexpr int kStreams = 4, kLine = 64;
   const int64_t part = bytes / kStreams / kLine * kLine;

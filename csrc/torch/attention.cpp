@@ -81,8 +81,8 @@ const T* on_device(const Tensor& t, std::optional<Tensor>& held) {
   return static_cast<const T*>(held->data_ptr());
 }
 
-// The tensor itself where kernels can read it, else a copy: the last dimension is contiguous, and on
-// a GPU each row of 16-bit elements is aligned to 16 bytes and rows are less than 2^31 elements
+// The tensor itself where kernels can read it, else a copy: the last dimension is contiguous, and
+// on a GPU each row of 16-bit elements is aligned to 16 bytes and rows are less than 2^31 elements
 // apart.
 Tensor readable(const Tensor& t) {
   if (t.is_cpu()) return last_dim_contiguous(t);
@@ -132,8 +132,7 @@ void run(const AttentionParams& p, int64_t max_keys, const Tensor& like) {
   if (!like.is_cpu()) return run_attention_on_cuda(p, like);
 #endif
   const int64_t group = p.num_heads / p.num_kv_heads, rows = group * p.seqlen_q;
-  const bool stream =
-      p.seqlen_q <= kAttentionStreamPositions && rows <= kAttentionStreamRows;
+  const bool stream = p.seqlen_q <= kAttentionStreamPositions && rows <= kAttentionStreamRows;
   AttentionWork w{};
   w.p = p;
   w.stream = stream;
@@ -144,7 +143,8 @@ void run(const AttentionParams& p, int64_t max_keys, const Tensor& like) {
   w.splits = 1;
   w.split_keys = max_keys;
   if (w.row_blocks == 1) {
-    // Splits lie at multiples of split_keys, of which max_keys keys can touch one more than fill it.
+    // Splits lie at multiples of split_keys, of which max_keys keys can touch one more than fill
+    // it.
     w.split_keys = stream ? kStreamSplitKeys : kTileSplitKeys;
     w.splits = std::min((max_keys + w.split_keys - 1) / w.split_keys + 1,
                         (p.seqlen_k + w.split_keys - 1) / w.split_keys);
