@@ -3,11 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <map>
-#include <stdexcept>
-#include <string>
-
 #include "cpu/isa.h"
+#include "probe.h"
 
 PYBIND11_MODULE(_C, m) {
   gemma2::cpu_isa();  // an unknown GEMMA2_EXT_CPU_ISA is an error of the import
@@ -16,28 +13,15 @@ PYBIND11_MODULE(_C, m) {
         "Chooses the CPU kernels' instruction set; ValueError where this machine lacks it.");
   m.def("supported_cpu_isas", &gemma2::supported_cpu_isas,
         "The instruction sets that were compiled and that this machine has, lowest first.");
-  m.def(
-      "probe",
-      [](const std::string& name, uintptr_t address, int64_t size) {
-        static const std::map<std::string, gemma2::Probe> probes{
-            {"float32", gemma2::Probe::kFloat32},
-            {"bfloat16", gemma2::Probe::kBFloat16},
-            {"int8", gemma2::Probe::kInt8},
-            {"read", gemma2::Probe::kRead}};
-        const auto found = probes.find(name);
-        if (found == probes.end())
-          throw std::invalid_argument(
-              "gemma2_ext: probe must be one of float32, bfloat16, int8, read, got '" + name + "'");
-        double done = 0;
-        pybind11::gil_scoped_release release;
-        gemma2::cpu_kernels().probe_once(
-            {found->second, reinterpret_cast<const void*>(address), size, size, &done}, 0, 1);
-        return done;
-      },
-      pybind11::arg("name"), pybind11::arg("address"), pybind11::arg("size"),
-      "One thread's work at full speed, without the GIL: \"float32\", \"bfloat16\" or \"int8\" "
-      "multiplications and additions (size: loops; returns how many, 0 where the instruction set "
-      "has none), or \"read\" of size bytes at address (returns size).");
+  // Memory comes as addresses, so that this file needs no torch; `gemma2_ext.bench` calls these.
+  m.def("probe_memory", &gemma2::probe_memory, pybind11::arg("a"), pybind11::arg("b"),
+        pybind11::arg("out"), pybind11::arg("bytes"), pybind11::arg("threads"),
+        pybind11::call_guard<pybind11::gil_scoped_release>(),
+        "Seconds to read `bytes` at a (and b, where not 0) and write as many at out (not 0).");
+  m.def("probe_multiply", &gemma2::probe_multiply, pybind11::arg("dtype"), pybind11::arg("threads"),
+        pybind11::arg("seconds"), pybind11::call_guard<pybind11::gil_scoped_release>(),
+        "Operations a second of multiply-adds in registers; dtype: float32, bfloat16 or int8 (0 "
+        "where there is no such instruction).");
   m.def("build_info", [] {
     pybind11::dict info;
     info["built_with_torch"] = GEMMA2_BUILT_WITH_TORCH;

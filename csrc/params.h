@@ -283,14 +283,18 @@ struct QuantizeParams {
   DType dtype;  // of weight
 };
 
-// What a machine can do, measured: see csrc/cpu/probe.cpp.
-enum class Probe : int32_t { kFloat32, kBFloat16, kInt8, kRead };
+// What the machine itself can do, for benchmarks.
+constexpr int64_t kProbeRun = 64 << 10;  // bytes of one unit of probe_memory
+constexpr int64_t kProbeSteps = 4096;    // of one unit of probe_multiply
 struct ProbeParams {
-  Probe probe;
-  const void* data;    // kRead: (bytes,)
-  int64_t bytes;       // kRead
-  int64_t iterations;  // of the others
-  double* done;  // multiplications and additions, or bytes; 0 where the machine has no such dot
+  const void* a;        // read
+  const void* b;        // read too; may be null
+  void* out;            // written; may be null
+  uint32_t* sink;       // of one thread
+  float factor;         // of probe_multiply
+  DType dtype;          // of probe_multiply: what is multiplied,
+  bool int8;            // or int8
+  int64_t* operations;  // of one thread: additions and multiplications done
 };
 
 }  // namespace gemma2

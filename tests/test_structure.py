@@ -125,7 +125,7 @@ def test_imports_run_one_way() -> None:
     order = [
         *("_C", "quantize", "ops", "nn", "reference", "config", "weights", "packed", "cache"),
         *("speculative", "generate", "model", "models", "threads", "tokenizer", "evaluate"),
-        *("chat", "training", "cli", "__main__"),
+        *("chat", "training", "bench", "cli", "__main__"),
     ]
     found = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__"}
     assert found <= set(order)

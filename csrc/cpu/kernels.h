@@ -39,7 +39,8 @@ namespace gemma2 {
   X(linear_int4_blocks, LinearParams)                        \
   X(quantize_int8_blocks, QuantizeParams)                    \
   X(quantize_int4_blocks, QuantizeParams)                    \
-  X(probe_once, ProbeParams)
+  X(probe_memory, ProbeParams)                               \
+  X(probe_multiply, ProbeParams)
 
 struct CpuKernels {
 #define GEMMA2_MEMBER(name, Params) void (*name)(const Params&, int64_t begin, int64_t end);

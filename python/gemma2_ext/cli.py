@@ -168,7 +168,41 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true")
     command.set_defaults(run=run_info)
     training.add_commands(commands, Parser, whole_number)
+    add_bench(commands)
     return parser
+
+
+def add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
+    """Adds the command `bench`."""
+    command = commands.add_parser(
+        "bench",
+        help="measure the ops against the machine's limits and against others",
+        description="Checks each op's answer, then times it in turns with its peers, and measures "
+        "the machine's limit between them.",
+    )
+    command.add_argument(
+        "ops", nargs="*", metavar="OP", help="default: all ops; `model`: the whole model"
+    )
+    command.add_argument("--size", default="2b", choices=("2b", "9b", "27b"), help="whose shapes")
+    command.add_argument("--phase", choices=("decode", "prefill", "training"), help="default: all")
+    command.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    command.add_argument("--threads", type=whole_number(1, os.cpu_count() or 1), metavar="N")
+    command.add_argument("--shape", default="", metavar="TEXT", help="only shapes that hold it")
+    command.add_argument("--rounds", type=whole_number(3), default=20, metavar="N", help="samples")
+    command.add_argument(
+        "--prompt", type=whole_number(1), default=512, metavar="N", help="of the model's prefill"
+    )
+    command.add_argument("--layers", type=whole_number(1), metavar="N", help="fewer in the model")
+    command.add_argument("--no-peers", action="store_true", help="only this package")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write results here")
+    command.add_argument("--load", type=Path, metavar="FILE", help="show these, measure nothing")
+    command.add_argument("--compare", type=Path, metavar="FILE", help="an earlier run's JSON")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="bars, as PNG or SVG")
+    command.add_argument("--roofline", type=Path, metavar="FILE", help="likewise")
+    command.add_argument("--report", type=Path, metavar="FILE", help="a page in Markdown")
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.set_defaults(run=run_bench, model=None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -455,6 +489,65 @@ def run_perplexity(args: argparse.Namespace) -> None:
         f"[{result.num_tokens} tokens, {result.num_bytes} bytes, "
         f"{result.num_tokens / seconds:.1f} token/s]"
     )
+
+
+def run_bench(args: argparse.Namespace) -> None:
+    """`gemma2-ext bench`."""
+    from .bench import OPS, Result, Settings, _report, _suite, run_suite
+    from .bench.model import ModelSettings, run_model
+
+    for name in args.ops:
+        if name not in (*OPS, "model"):
+            raise ValueError(
+                f"bench: there is no op {name!r}; there are {', '.join(OPS)}, and model"
+            )
+    earlier = _report.read_json(args.compare)[1] if args.compare else None
+
+    def show(result: Result) -> None:
+        print("\n".join(_report.lines(result)), flush=True)
+
+    if args.load:
+        machine, results = _report.read_json(args.load)
+        results = [r for r in results if not args.ops or r.op in args.ops]
+        for result in results:
+            show(result)
+    else:
+        _suite.check_device(args.device)
+        machine = _report.machine_facts(args.device)
+        print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
+        results = run_suite(
+            [name for name in args.ops if name != "model"] if args.ops else OPS,
+            size=args.size,
+            phases=(args.phase,) if args.phase else ("decode", "prefill", "training"),
+            dtype=getattr(torch, args.dtype),
+            device=args.device,
+            settings=Settings(rounds=args.rounds, peers=not args.no_peers),
+            shape=args.shape,
+            show=show,
+        )
+        if "model" in args.ops:
+            if args.device != "cpu":
+                raise ValueError("bench: the model is measured on the CPU only")
+            model = ModelSettings(
+                size=args.size,
+                dtype=getattr(torch, args.dtype),
+                prompt=args.prompt,
+                new_tokens=args.rounds,
+                layers=args.layers,
+                peers=not args.no_peers,
+            )
+            results += run_model(model, show)
+    if args.json:
+        args.json.write_text(_report.to_json(results, args.device), encoding="utf-8")
+    if earlier is not None:
+        print("\n".join(_report.compare(earlier, results)))
+    if args.plot:
+        _report.plot_bars(results, args.plot)
+    if args.roofline:
+        _report.plot_roofline(results, args.roofline)
+    if args.report:
+        pictures = [p.name for p in (args.plot, args.roofline) if p]
+        args.report.write_text(_report.markdown(machine, results, pictures), encoding="utf-8")
 
 
 def run_info(args: argparse.Namespace) -> None:
