@@ -90,15 +90,15 @@ inline void check_same_shape(const char* op, const char* name, const Tensor& t,
   }
 }
 
-// From this size on the C library maps every allocation anew, to be faulted in page by page: a tenth
-// of a GeGLU's time or more. Huge pages take a five hundredth of the faults.
+// From this size on the C library maps every allocation anew, to be faulted in page by page: a
+// tenth of a GeGLU's time or more. Huge pages take a five hundredth of the faults.
 constexpr int64_t kHugePagesFrom = 32 << 20;
 
 inline void use_huge_pages(const Tensor& out) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kPage = 4096;
   const int64_t bytes = out.numel() * int64_t(out.element_size());
-  if (bytes < kHugePagesFrom) return;
+  if (bytes < kHugePagesFrom || !out.is_cpu()) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(out.data_ptr()) + kPage - 1) / kPage * kPage;
   // No error where the system has none.
   madvise(reinterpret_cast<void*>(begin), bytes - kPage, MADV_HUGEPAGE);
