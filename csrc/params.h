@@ -201,6 +201,14 @@ struct DequantizeParams {
   DType dtype;  // of out
 };
 
+// The gradients of attention, of no ring. Those of k and v are zeros at first.
+struct AttentionBackwardParams {
+  AttentionParams forward;  // out and lse are read
+  HeadsView grad_out;
+  const float* grad_lse;             // like lse
+  HeadsView grad_q, grad_k, grad_v;  // like q, k, v
+};
+
 // out[r, n] = sum_k x[r, k] * weight[n, k]; with softcap > 0: softcap * tanh(out / softcap)
 struct LinearParams {
   const void* x;  // (rows, in_features), last dimension contiguous

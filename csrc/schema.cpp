@@ -20,12 +20,12 @@ STABLE_TORCH_LIBRARY(gemma2_ext, m) {
       "-> ()");
   m.def(
       "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-      "int max_seqlen_q, int max_seqlen_k, *, float scale, float? softcap=None, int? window=None, "
-      "bool causal=True, bool return_lse=False) -> (Tensor, Tensor)");
+      "SymInt max_seqlen_q, SymInt max_seqlen_k, *, float scale, float? softcap=None, "
+      "int? window=None, bool causal=True, bool return_lse=False) -> (Tensor, Tensor)");
   m.def(
       "attention_varlen_out(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, "
-      "Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, *, float scale, float? softcap, "
-      "int? window, bool causal, Tensor(a!) out, Tensor(b!)? lse) -> ()");
+      "Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, *, float scale, "
+      "float? softcap, int? window, bool causal, Tensor(a!) out, Tensor(b!)? lse) -> ()");
   m.def(
       "attention_cache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor key_lengths, *, "
       "float scale, float? softcap=None, int? window=None) -> Tensor");
@@ -151,6 +151,25 @@ STABLE_TORCH_LIBRARY(gemma2_ext, m) {
       "Tensor residual_out, Tensor post_weight, Tensor pre_weight, float eps, "
       "Tensor(a!) grad_x, Tensor(b!) grad_residual, Tensor(c!) grad_post_weight, "
       "Tensor(d!) grad_pre_weight) -> ()");
+  m.def(
+      "attention_backward(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, "
+      "Tensor out, Tensor lse, Tensor? key_lengths, Tensor? key_starts, float scale, "
+      "float? softcap, int? window, bool causal) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_backward_out(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, "
+      "Tensor out, Tensor lse, Tensor? key_lengths, Tensor? key_starts, float scale, "
+      "float? softcap, int? window, bool causal, Tensor(a!) grad_q, Tensor(b!) grad_k, "
+      "Tensor(c!) grad_v) -> ()");
+  m.def(
+      "attention_varlen_backward(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, "
+      "Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, "
+      "int max_seqlen_k, float scale, float? softcap, int? window, bool causal) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_varlen_backward_out(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, "
+      "Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+      "int max_seqlen_q, int max_seqlen_k, float scale, float? softcap, int? window, "
+      "bool causal, Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v) -> ()");
   m.def("geglu_backward(Tensor grad_out, Tensor gate, Tensor up) -> (Tensor, Tensor)");
   m.def(
       "geglu_backward_out(Tensor grad_out, Tensor gate, Tensor up, Tensor(a!) grad_gate, "

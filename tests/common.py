@@ -30,6 +30,7 @@ def assert_accurate(
     *tensors: Tensor,
     loosen: float = 1.0,
     roundings: int = 1,
+    noise: float = 0.0,
 ) -> None:
     """Asserts that `actual` is as near the truth as `reference` run in its dtype.
 
@@ -37,7 +38,8 @@ def assert_accurate(
     The largest error may be twice that of the reference run in the dtype, plus `roundings` of the
     largest value (more than one where few elements make the reference's own error a matter of
     luck); and every element is within TOLERANCE (times `loosen`, which needs its derivation where
-    it is used).
+    it is used). `noise` is added to what is allowed, for a result that is a difference of larger
+    terms; it needs its derivation too.
     """
     exact = reference(*(t.double() if t.is_floating_point() else t for t in tensors))
     plain = reference(*tensors)
@@ -48,7 +50,7 @@ def assert_accurate(
     assert torch.isfinite(actual).all()
     error = (actual.double() - exact).abs().max().item()
     allowed = 2 * (plain.double() - exact).abs().max().item()
-    allowed += roundings * torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    allowed += noise + roundings * torch.finfo(actual.dtype).eps * exact.abs().max().item()
     assert error <= allowed, f"error {error:.3e}, the reference's own allows {allowed:.3e}"
     rtol, atol = TOLERANCE[actual.dtype]
     torch.testing.assert_close(

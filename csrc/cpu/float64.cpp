@@ -3,6 +3,9 @@
 
 #include <math.h>
 
+#include <algorithm>
+#include <vector>
+
 namespace gemma2 {
 namespace float64 {
 namespace {
@@ -45,6 +48,54 @@ double half_tanh_plus_half(double g) {
 double* head(const HeadsView& t, int64_t batch, int64_t token, int64_t head) {
   return static_cast<double*>(t.data) + batch * t.batch_stride + token * t.seqlen_stride +
          head * t.head_stride;
+}
+
+double dot(const double* a, const double* b, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+// a += factor * b
+void add(double* a, double factor, const double* b, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) a[i] += factor * b[i];
+}
+
+// A query row and the keys [first, end) that it sees, in rows of q and of k.
+struct Query {
+  int64_t batch, row, head, kv_head, first, end;
+  int64_t lse;  // its place in lse
+};
+
+// f(query) for each query row of each sequence.
+template <class F>
+void for_each_query(const AttentionParams& p, const F& f) {
+  for (int64_t b = 0; b < p.batch; ++b) {
+    int64_t q_offset = 0, k_offset = 0, seqlen_q = p.seqlen_q, length = p.seqlen_k, start = 0;
+    if (p.cu_seqlens_q) {
+      q_offset = p.cu_seqlens_q[b], seqlen_q = p.cu_seqlens_q[b + 1] - q_offset;
+      k_offset = p.cu_seqlens_k[b], length = p.cu_seqlens_k[b + 1] - k_offset;
+    }
+    if (p.key_lengths) length = p.key_lengths[b];
+    if (p.key_starts) start = p.key_starts[b];
+    for (int64_t i = 0; i < seqlen_q; ++i) {
+      const int64_t position = length - seqlen_q + i;
+      const int64_t first = p.window ? std::max(start, position - p.window + 1) : start;
+      const int64_t end = std::max(first, p.causal ? std::min(length, position + 1) : length);
+      for (int64_t h = 0; h < p.num_heads; ++h) {
+        f(Query{b, q_offset + i, h, h / (p.num_heads / p.num_kv_heads), k_offset + first,
+                k_offset + end, b * p.lse_batch_stride + h * p.lse_head_stride + q_offset + i});
+      }
+    }
+  }
+}
+
+// The capped score of a dot product, and the slope of the cap there.
+double score(const AttentionParams& p, double product, double* slope) {
+  const double x = p.scale * product;
+  const double t = p.softcap > 0 ? tanh(x / p.softcap) : 0;
+  *slope = 1 - t * t;
+  return p.softcap > 0 ? p.softcap * t : x;
 }
 
 }  // namespace
@@ -143,6 +194,49 @@ void rope(const RopeParams& p) {
       }
     }
   }
+}
+
+void attention(const AttentionParams& p) {
+  const int64_t n = p.head_dim;
+  for_each_query(p, [&](const Query& query) {
+    const double* q = head(p.q, query.batch, query.row, query.head);
+    double* out = head(p.out, query.batch, query.row, query.head);
+    std::vector<double> weights;
+    double largest = -INFINITY, sum = 0, slope;
+    for (int64_t j = query.first; j < query.end; ++j) {
+      weights.push_back(score(p, dot(q, head(p.k, query.batch, j, query.kv_head), n), &slope));
+      largest = std::max(largest, weights.back());
+    }
+    for (double& weight : weights) sum += weight = exp(weight - largest);
+    fill_zero(out, n);
+    for (int64_t j = query.first; j < query.end; ++j)
+      add(out, weights[j - query.first] / sum, head(p.v, query.batch, j, query.kv_head), n);
+    if (p.lse) reinterpret_cast<double*>(p.lse)[query.lse] = largest + log(sum);
+  });
+}
+
+void attention_backward(const AttentionBackwardParams& p) {
+  const AttentionParams& f = p.forward;
+  const int64_t n = f.head_dim;
+  for_each_query(f, [&](const Query& query) {
+    const double* q = head(f.q, query.batch, query.row, query.head);
+    const double* grad_out = head(p.grad_out, query.batch, query.row, query.head);
+    double* grad_q = head(p.grad_q, query.batch, query.row, query.head);
+    fill_zero(grad_q, n);
+    const double delta = dot(grad_out, head(f.out, query.batch, query.row, query.head), n) -
+                         reinterpret_cast<const double*>(p.grad_lse)[query.lse];
+    const double lse = reinterpret_cast<const double*>(f.lse)[query.lse];
+    for (int64_t j = query.first; j < query.end; ++j) {
+      const double* k = head(f.k, query.batch, j, query.kv_head);
+      double slope;
+      const double weight = exp(score(f, dot(q, k, n), &slope) - lse);
+      const double product = dot(grad_out, head(f.v, query.batch, j, query.kv_head), n);
+      const double grad_score = weight * (product - delta) * slope * f.scale;
+      add(grad_q, grad_score, k, n);
+      add(head(p.grad_k, query.batch, j, query.kv_head), grad_score, q, n);
+      add(head(p.grad_v, query.batch, j, query.kv_head), weight, grad_out, n);
+    }
+  });
 }
 
 }  // namespace float64

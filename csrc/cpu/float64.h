@@ -13,6 +13,8 @@ void add_rms_norm_backward(const AddRmsNormBackwardParams& p);
 void geglu(const GegluParams& p);
 void geglu_backward(const GegluBackwardParams& p);
 void rope(const RopeParams& p);
+void attention(const AttentionParams& p);
+void attention_backward(const AttentionBackwardParams& p);
 
 }  // namespace float64
 }  // namespace gemma2

@@ -40,7 +40,9 @@ namespace gemma2 {
   X(quantize_int8_blocks, QuantizeParams)                    \
   X(quantize_int4_blocks, QuantizeParams)                    \
   X(probe_memory, ProbeParams)                               \
-  X(probe_multiply, ProbeParams)
+  X(probe_multiply, ProbeParams)                             \
+  X(attention_backward_rows, AttentionBackwardWork)          \
+  X(attention_backward_keys, AttentionBackwardWork)
 
 struct CpuKernels {
 #define GEMMA2_MEMBER(name, Params) void (*name)(const Params&, int64_t begin, int64_t end);

@@ -1,4 +1,4 @@
-"""The command line: `gemma2-ext generate | chat | perplexity | info | train | distill | ...`.
+"""The command line: `gemma2-ext generate | chat | perplexity | quantize | bench | train | ...`.
 
 Argument parsing, and what belongs to a terminal: streams of text, Ctrl-C, one line for an error.
 """
@@ -28,11 +28,13 @@ from .evaluate import perplexity, window_sizes
 from .generate import Sampler
 from .model import Gemma2
 from .models import shipped_model
+from .packed import quantize_checkpoint, stored_format
+from .quantize import FORMATS
 from .speculative import Draft, ModelDraft, NgramDraft
 from .threads import default_threads
 from .tokenizer import Tokenizer
 from .training import commands as training
-from .weights import available_memory, memory_needed, stored_dtype
+from .weights import SINGLE, available_memory, memory_needed, stored_dtype
 
 PROGRAM = "gemma2-ext"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,23 +64,33 @@ def whole_number(minimum: int, maximum: int = 2**63 - 1) -> Callable[[str], int]
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; `run` in its result is the command's function."""
-    model = Parser(add_help=False)
+    machine = Parser(add_help=False)
+    machine.add_argument(
+        "--threads", type=whole_number(1, os.cpu_count() or 1), metavar="N", help="default: torch's"
+    )
+    machine.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    model = Parser(add_help=False, parents=[machine])
     group = model.add_argument_group("model")
     group.add_argument(
         "--model", type=Path, metavar="DIR", help="Hugging Face folder; default: the one that ships"
     )
     group.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as stored")
-    group.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    group.add_argument(
+        "--quantize",
+        choices=FORMATS,
+        help="pack the weights while they are read; default: as stored",
+    )
     group.add_argument(
         "--threads",
         type=whole_number(1, os.cpu_count() or 1),
         metavar="N",
         help="default: OMP_NUM_THREADS, or one a core that may be used",
     )
+    group.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     group.add_argument(
         "--sliding-window", type=whole_number(1), metavar="N", help="in place of the model's"
     )
-    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     sampling = Parser(add_help=False)
     group = sampling.add_argument_group("sampling")
@@ -153,6 +165,18 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_perplexity)
 
     command = commands.add_parser(
+        "quantize",
+        parents=[machine],
+        help="write a model with weights in 8 or 4 bits",
+        description="Writes a folder with the model's weights in 8.5 or 4.5 bits each, embedding "
+        "included, matrix by matrix. It loads like any other.",
+    )
+    command.add_argument("folder", type=Path, metavar="DIR", help="Hugging Face folder")
+    command.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    command.add_argument("--to", choices=FORMATS, required=True, dest="format")
+    command.set_defaults(run=run_quantize)
+
+    command = commands.add_parser(
         "info",
         parents=[model],
         help="this build, a model, and the memory it will need",
@@ -220,7 +244,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "replace")):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors=errors)
-        args.model = args.model or shipped_model()
+        if "model" in args:
+            args.model = args.model or shipped_model()
         if args.threads or "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(args.threads or default_threads())
         args.run(args)
@@ -323,6 +348,7 @@ def load_model(args: argparse.Namespace) -> Gemma2:
         args.model,
         dtype=DTYPES.get(args.dtype),
         device=args.device,
+        quantize=args.quantize,
         sliding_window=args.sliding_window,
         progress=sys.stderr is not None and sys.stderr.isatty(),
     )
@@ -550,14 +576,28 @@ def run_bench(args: argparse.Namespace) -> None:
         args.report.write_text(_report.markdown(machine, results, pictures), encoding="utf-8")
 
 
+def run_quantize(args: argparse.Namespace) -> None:
+    """`gemma2-ext quantize`."""
+    start = time.perf_counter()
+    progress = sys.stderr is not None and sys.stderr.isatty()
+    quantize_checkpoint(args.folder, args.out, args.format, progress=progress)
+    seconds = time.perf_counter() - start
+    nbytes = (args.out / SINGLE).stat().st_size
+    print(f"{args.out}: {format_bytes(nbytes)} of weights in {args.format}", flush=True)
+    note(f"[{seconds:.1f} s]")
+
+
 def run_info(args: argparse.Namespace) -> None:
     """`gemma2-ext info`."""
     config = load_config(args)
-    dtype = DTYPES[args.dtype] if args.dtype else stored_dtype(args.model, config)
+    dtype, format = stored_format(args.model, config)
+    if format is not None and args.quantize not in (None, format):
+        raise ValueError(f"{args.model}: is packed in {format}, not in {args.quantize}")
+    dtype, format = DTYPES.get(args.dtype, dtype), format or args.quantize
     max_length = sequence_length(args, config)
     full = replace(config, layer_types=(GLOBAL,) * config.num_hidden_layers)
     weights, cache = (
-        memory_needed(config, dtype),
+        memory_needed(config, dtype, format),
         cache_bytes(config, args.batch, max_length, dtype),
     )
     info = {
@@ -567,6 +607,7 @@ def run_info(args: argparse.Namespace) -> None:
             "folder": str(args.model),
             "parameters": config.num_parameters,
             "dtype": str(dtype).removeprefix("torch."),
+            "quantization": format,
             **config.to_dict(),
         },
         "memory": {
@@ -582,15 +623,21 @@ def run_info(args: argparse.Namespace) -> None:
     print(json.dumps(info) if args.json else describe_info(info))
 
 
+def format_bytes(count: int) -> str:
+    """A number of bytes for a reader."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
 def describe_info(info: dict[str, Any]) -> str:
     """The facts of `info --json` for a reader."""
     build, model, memory = info["build"], info["model"], info["memory"]
     local = model["layer_types"].count(LOCAL)
     available = memory["available_bytes"]
 
-    def size(count: int) -> str:
-        return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
-
+    size = format_bytes
+    dtype = model["dtype"]
+    if model["quantization"]:
+        dtype = f"matrices in {model['quantization']}, the rest in {dtype}"
     return "\n".join(
         (
             f"gemma2_ext {build['version']}, torch {build['torch']} (built with "
@@ -599,7 +646,7 @@ def describe_info(info: dict[str, Any]) -> str:
             f"CPU kernels: {build['cpu_isa']} (this machine can run "
             f"{', '.join(build['supported_cpu_isas'])}), threads: {info['threads']}",
             f"model: {model['folder']}",
-            f"  {model['parameters']:,} parameters, {model['dtype']}, vocabulary of "
+            f"  {model['parameters']:,} parameters, {dtype}, vocabulary of "
             f"{model['vocab_size']}, context of {model['max_position_embeddings']} tokens",
             f"  {model['num_hidden_layers']} layers of {model['hidden_size']} "
             f"({model['intermediate_size']} in the MLP), {local} of them local with a window of "

@@ -104,8 +104,8 @@ class Sampler:
         if self.min_p is not None and self.min_p > 0:
             floor = logits.amax(-1, keepdim=True) + math.log(self.min_p)
             logits = logits.masked_fill(logits < floor, -math.inf)
-        # The first to arrive, where each arrives after a time of mean 1 / probability, is each with
-        # its probability. Times that depend on the draw and the token alone, and not on what else is
+        # Where each arrives after a time of mean 1 / probability, each is the first with its
+        # probability. Times that depend on the draw and the token alone, not on what else is
         # probable, let two distributions that are alike draw alike.
         return (logits.softmax(-1) / _exponential(keys, ids)).argmax(-1)
 

@@ -115,7 +115,8 @@ def test_value(dtype: torch.dtype, head_dim: int, seqlens: tuple[int, int]) -> N
 
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (8, 1), (6, 2), (5, 1)])
 @pytest.mark.parametrize(
-    ("dtype", "seqlen_q"), [(torch.bfloat16, 1), (torch.float16, 3), (torch.bfloat16, 40), (torch.float32, 2)]
+    ("dtype", "seqlen_q"),
+    [(torch.bfloat16, 1), (torch.float16, 3), (torch.bfloat16, 40), (torch.float32, 2)],
 )
 def test_groups(dtype: torch.dtype, heads: tuple[int, int], seqlen_q: int) -> None:
     q, k, v = random_qkv(1, seqlen_q, 50, heads, 24, dtype)
@@ -278,8 +279,7 @@ def varlen(
     """q (total_q, heads, dim) and so on; the bounds are the ends' own."""
     batch = len(q_ends) - 1
     longest = [
-        min(int((ends[1:] - ends[:-1]).max()), t.shape[0])
-        for ends, t in ((q_ends, q), (k_ends, k))
+        min(int((ends[1:] - ends[:-1]).max()), t.shape[0]) for ends, t in ((q_ends, q), (k_ends, k))
     ]
     shared = [t[None].expand(batch, *t.shape) for t in (q, k, v)]
     out, lse = run(

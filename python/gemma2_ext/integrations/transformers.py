@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ _UNSUPPORTED = (
     *("layer_head_mask", "block_mask", "score_mod", "block_table"),
 )
 _Module = TypeVar("_Module", bound=nn.Module)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def register() -> None:
@@ -285,7 +286,7 @@ def attention_forward(
         begins_q, begins_k = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
         return _attention_packed(q, k, v, begins_q, begins_k, options), None
     if attention_mask is None:
-        return ops.attention(q, k, v, **options), None  # type: ignore[return-value]
+        return cast("Tensor", ops.attention(q, k, v, **options)), None
     if attention_mask.dtype != torch.int32 or attention_mask.dim() > 2:
         raise NotImplementedError(
             _refusal(f"an attention_mask of shape {tuple(attention_mask.shape)}")
@@ -294,17 +295,24 @@ def attention_forward(
         return _attention_packed(q, k, v, attention_mask, attention_mask, options), None
     starts, lengths = attention_mask.unbind(0)
     out = ops.attention(q, k, v, key_starts=starts, key_lengths=lengths, **options)
-    return out, None  # type: ignore[return-value]
+    return cast("Tensor", out), None
 
 
 def _attention_packed(
     q: Tensor, k: Tensor, v: Tensor, begins_q: Tensor, begins_k: Tensor, options: dict[str, Any]
 ) -> Tensor:
-    rows = (t.flatten(0, 1) for t in (q, k, v))
-    # No sequence is longer than a row; its true length would cost a sync.
-    lengths = q.shape[1], k.shape[1]
-    out = ops.attention_varlen(*rows, begins_q, begins_k, *lengths, **options)
-    return out.view(q.shape)  # type: ignore[union-attr]
+    out = ops.attention_varlen(
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        begins_q,
+        begins_k,
+        # No sequence is longer than a row; its true length would cost a sync.
+        q.shape[1],
+        k.shape[1],
+        **options,
+    )
+    return cast("Tensor", out).view(q.shape)
 
 
 # ---------------------------------------------------------------------- modules of a patched model
@@ -324,26 +332,31 @@ _CACHE = (
 )
 
 
+def _in_place_of(original: Callable[..., Any]) -> Callable[[_Function], _Function]:
+    """Gives a method the signature that transformers and trainers will look for."""
+    return cast("Callable[[_Function], _Function]", wraps(original))
+
+
 class _RMSNorm(_stock.Gemma2RMSNorm):
-    @wraps(_stock.Gemma2RMSNorm.forward)
+    @_in_place_of(_stock.Gemma2RMSNorm.forward)
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
 
 
 class _Linear(nn.Linear):
-    @wraps(nn.Linear.forward)
+    @_in_place_of(nn.Linear.forward)
     def forward(self, input: Tensor) -> Tensor:
         return ops.linear(input, self.weight)
 
 
 class _MLP(_stock.Gemma2MLP):
-    @wraps(_stock.Gemma2MLP.forward)
+    @_in_place_of(_stock.Gemma2MLP.forward)
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(ops.geglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class _Attention(_stock.Gemma2Attention):
-    @wraps(_stock.Gemma2Attention.forward)
+    @_in_place_of(_stock.Gemma2Attention.forward)
     def forward(
         self,
         hidden_states: Tensor,
@@ -369,7 +382,7 @@ class _Attention(_stock.Gemma2Attention):
             cache_position = kwargs.pop("cache_position", None)
             told = () if cache_position is None else ({"cache_position": cache_position},)
             k, v = cache.update(k, v, self.layer_idx, *told)
-        attend = _stock.eager_attention_forward
+        attend: Callable[..., Any] = _stock.eager_attention_forward
         if self.config._attn_implementation != "eager":
             attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         out, weights = attend(
@@ -388,7 +401,7 @@ class _Attention(_stock.Gemma2Attention):
 
 
 class _DecoderLayer(_stock.Gemma2DecoderLayer):
-    @wraps(_stock.Gemma2DecoderLayer.forward)
+    @_in_place_of(_stock.Gemma2DecoderLayer.forward)
     def forward(
         self,
         hidden_states: Tensor,
@@ -427,7 +440,7 @@ class _ForCausalLM(_stock.Gemma2ForCausalLM):
     gemma2_ext_skip_logits: bool
 
     @can_return_tuple
-    @wraps(_stock.Gemma2ForCausalLM.forward)
+    @_in_place_of(_stock.Gemma2ForCausalLM.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         named = _causal_lm_signature.bind(self, *args, **kwargs).arguments
         named.pop("self")
@@ -456,7 +469,7 @@ class _ForCausalLM(_stock.Gemma2ForCausalLM):
             return CausalLMOutputWithPast(loss=loss, **rest)
         if torch.compiler.is_compiling():
             return CausalLMOutputWithPast(loss=loss, logits=compute(), **rest)
-        return LazyLogitsOutput(loss=loss, logits=compute, **rest)
+        return LazyLogitsOutput(loss=loss, logits=cast("Any", compute), **rest)
 
 
 _causal_lm_signature = inspect.signature(_stock.Gemma2ForCausalLM.forward)
@@ -542,7 +555,7 @@ _TWINS: dict[type[nn.Module], type[nn.Module]] = {
     _stock.Gemma2DecoderLayer: _DecoderLayer,
     _stock.Gemma2ForCausalLM: _ForCausalLM,
 }
-for _original, _twin in (*_TWINS.items(), (nn.Linear, _Linear)):
+for _original, _twin in {**_TWINS, nn.Linear: _Linear}.items():
     # What reads a class's name must find the one it knows: config.json's "architectures", FSDP's
     # wrapping policies, device maps. Pickle goes by the qualified name, which stays.
     _twin.__name__ = _original.__name__

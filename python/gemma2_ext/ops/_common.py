@@ -59,6 +59,11 @@ def through_dispatcher(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(tensors[0].device.type):
         return True
+    return needs_gradient(*tensors)
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd records a call with these tensors."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
