@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import cast_under_autocast, check_tensor, through_dispatcher
+from ._common import cast_under_autocast, check_tensor, refuse_gradient, through_dispatcher
 
 _op = torch.ops.gemma2_ext.linear.default
 _out_op = torch.ops.gemma2_ext.linear_out.default
@@ -86,4 +86,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 
 torch.library.register_autograd("gemma2_ext::linear", _backward, setup_context=_setup_context)
+refuse_gradient("linear_backward_out", "gemma2_ext::linear has no second derivative")
 cast_under_autocast("linear", 0, 1)
