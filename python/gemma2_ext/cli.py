@@ -217,6 +217,7 @@ def add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
     command.add_argument(
         "--prompt", type=whole_number(1), default=512, metavar="N", help="of the model's prefill"
     )
+    command.add_argument("--quantize", choices=FORMATS, help="the model's weights")
     command.add_argument("--layers", type=whole_number(1), metavar="N", help="fewer in the model")
     command.add_argument("--no-peers", action="store_true", help="only this package")
     command.add_argument("--json", type=Path, metavar="FILE", help="write results here")
@@ -557,6 +558,7 @@ def run_bench(args: argparse.Namespace) -> None:
             model = ModelSettings(
                 size=args.size,
                 dtype=getattr(torch, args.dtype),
+                quantize=args.quantize,
                 prompt=args.prompt,
                 new_tokens=args.rounds,
                 layers=args.layers,
