@@ -20,9 +20,9 @@ namespace gemma2 {
   X(linear_pack_panels, LinearParams)     \
   X(linear_many_rows, LinearParams)       \
   X(linear_int8_pack, LinearParams)       \
-  X(linear_int8_blocks, LinearParams)     \
+  X(linear_int8_units, LinearParams)      \
   X(linear_int4_pack, LinearParams)       \
-  X(linear_int4_blocks, LinearParams)     \
+  X(linear_int4_units, LinearParams)      \
   X(quantize_int8_blocks, QuantizeParams) \
   X(quantize_int4_blocks, QuantizeParams) \
   X(add_rms_norm_rows, AddRmsNormParams)  \
