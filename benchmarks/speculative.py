@@ -1,4 +1,4 @@
-"""Speculative decoding: acceptance, tokens a step, and speed-up over plain decoding in the same run.
+"""Speculative decoding: acceptance, tokens a step, speed-up over plain decoding in the same run.
 
     python benchmarks/speculative.py                       # the model that ships
     python benchmarks/speculative.py --size 2b --layers 4  # random weights of published shapes
@@ -21,14 +21,16 @@ from pathlib import Path
 
 import torch
 
-from gemma2_ext import Gemma2, Gemma2Config, _C
+from gemma2_ext import _C, Gemma2, Gemma2Config
 from gemma2_ext.generate import Sampler
 from gemma2_ext.models import shipped_model
 from gemma2_ext.speculative import Draft, ModelDraft, NgramDraft
 from gemma2_ext.tokenizer import Tokenizer
 from gemma2_ext.weights import random_weights
 
-VERSE = "But, soft! what light through yonder window breaks?\nIt is the east, and Juliet is the sun.\n"
+VERSE = (
+    "But, soft! what light through yonder window breaks?\nIt is the east, and Juliet is the sun.\n"
+)
 PROMPTS = {
     "repeats": ("ROMEO:\n" + VERSE) * 4,
     "does not": "ROMEO:\nWhat news from Verona? Dost thou not bring me letters from the friar?\n",
@@ -116,7 +118,10 @@ def main() -> None:
     else:
         model = Gemma2.from_pretrained(shipped_model())
         tokenizer = Tokenizer.from_pretrained(shipped_model())
-        drafts = {"ngram": lambda text: NgramDraft(), "model (itself)": lambda text: ModelDraft(model)}
+        drafts = {
+            "ngram": lambda text: NgramDraft(),
+            "model (itself)": lambda text: ModelDraft(model),
+        }
         for text, prompt in PROMPTS.items():
             ids = torch.tensor([tokenizer.encode(prompt)])
             for options in ({}, {"temperature": 0.8, "seed": 1}):

@@ -28,6 +28,8 @@ PYBIND11_MODULE(_C, m) {
     info["compiler"] = __VERSION__;
 #ifdef GEMMA2_WITH_CUDA
     info["cuda"] = true;
+    info["cuda_version"] = GEMMA2_WITH_CUDA;
+    info["cuda_architectures"] = GEMMA2_CUDA_ARCHS;
 #else
     info["cuda"] = false;
 #endif

@@ -50,6 +50,9 @@ struct RmsNormBackwardParams {
   double eps;
   DType dtype;  // of x, grad_out and grad_x
   DType weight_dtype;
+  // CUDA: (rows, hidden_size) like grad_out, added to grad_x; or null.
+  const void* added;
+  int64_t added_stride;
 };
 
 // residual_out = residual + norm(x; post_weight); out = norm(residual_out; pre_weight)
@@ -235,6 +238,7 @@ struct GemmParams {
   void* out;  // (rows, columns), last dimension contiguous
   int64_t out_stride;
   int64_t rows, columns, depth;
+  int64_t unit_rows;  // rows of out in one unit, at most kGemmRows
   DType a_dtype, b_dtype, out_dtype;
   DType product;   // kBFloat16: factors may be rounded to it; else they are float32
   bool add;        // to out, which is float32 then

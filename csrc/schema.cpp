@@ -39,6 +39,8 @@ STABLE_TORCH_LIBRARY(gemma2_ext, m) {
   m.def(
       "linear_backward_out(Tensor grad_out, Tensor x, Tensor weight, Tensor(a!)? grad_x, "
       "Tensor(b!)? grad_weight) -> ()");
+  m.def("linear_geglu(Tensor x, Tensor weight) -> Tensor");
+  m.def("linear_geglu_out(Tensor x, Tensor weight, Tensor(a!) out) -> ()");
   m.def("logits(Tensor hidden, Tensor weight, float? softcap=None) -> Tensor");
   m.def("logits_out(Tensor hidden, Tensor weight, float? softcap, Tensor(a!) out) -> ()");
   m.def("linear_int8(Tensor x, Tensor data, Tensor scales) -> Tensor");

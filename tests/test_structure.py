@@ -110,6 +110,26 @@ def test_only_bindings_know_torch() -> None:
         assert stable, f"{path} includes what is not of the stable ABI: {of_torch}"
 
 
+def test_only_one_header_has_ptx() -> None:
+    """So that every kernel can run in emulation; and shared memory comes from one place."""
+    for path in (ROOT / "csrc" / "cuda").iterdir():
+        if path.name == "ptx.cuh" or "wgmma" in path.name:
+            continue
+        text = re.sub(r"//[^\n]*", "", path.read_text())
+        for word in (r"\basm\b", "__shared__", r"_sync\(", "<<<"):
+            allowed = word == "<<<" and path.name == "launch.cuh"
+            assert allowed or not re.search(word, text), f"{path.name} has {word}"
+
+
+def test_every_cuda_kernel_is_tested_in_emulation() -> None:
+    for path in (ROOT / "csrc" / "cuda").glob("*.cu"):
+        assert f"csrc/cuda/{path.name}" in (ROOT / "CMakeLists.txt").read_text()
+        if "wgmma" in path.name:  # these instructions are not emulated
+            continue
+        test = "linear" if path.stem == "soft_cap" else path.stem
+        assert (ROOT / "tests" / "host_cuda" / f"test_cuda_{test}.py").exists(), path.name
+
+
 def test_kernels_use_no_templates_of_the_standard_library() -> None:
     """The linker could pick their wide copy for code that runs before the check."""
     free = {"table.cpp", "isa.cpp", "isa.h", "float64.cpp"}
@@ -123,8 +143,18 @@ def test_kernels_use_no_templates_of_the_standard_library() -> None:
 def test_imports_run_one_way() -> None:
     """A module imports only from those before it."""
     order = [
-        *("_C", "quantize", "ops", "nn", "reference", "config", "weights", "packed", "cache"),
-        *("speculative", "generate", "model", "models", "threads", "tokenizer", "evaluate"),
+        *("_C", "quantize", "ops", "nn", "reference", "config", "device", "weights", "packed"),
+        *(
+            "cache",
+            "decode_graph",
+            "speculative",
+            "generate",
+            "model",
+            "models",
+            "threads",
+            "tokenizer",
+            "evaluate",
+        ),
         *("chat", "training", "bench", "cli", "__main__"),
     ]
     found = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__"}

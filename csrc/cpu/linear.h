@@ -10,6 +10,8 @@ namespace gemma2 {
 // Up to this many rows linear_few_rows streams the weights; above, linear_many_rows is a blocked
 // GEMM.
 constexpr int64_t kLinearFewRows = 16;
+// On CUDA up to this many rows' kernels stream the weights; above, cuBLAS serves.
+constexpr int64_t kLinearCudaRows = 16;
 // Columns of out (rows of weight) in one unit of linear_few_rows and of linear_many_rows.
 constexpr int64_t kLinearFewColumns = 24;
 constexpr int64_t kLinearManyColumns = 96;

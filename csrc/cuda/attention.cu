@@ -1,4 +1,13 @@
-// attention: the plan, the plain kernel, instantiations and launches.
+// out = softmax(softcap * tanh(scale * q k^T / softcap) + mask) v, with grouped query heads, causal
+// and window masks, padding, variable lengths, ring and paged caches; shapes as in AttentionParams.
+// Units of work: see attention.cuh. Source: FlashAttention-2 (arXiv 2307.08691), Flash-Decoding.
+//
+// Many rows: bound by the tensor cores and by reading shared memory. Up to 16: by memory. Float32:
+// a warp a row. The splits of a row are added up in their order, so that results repeat exactly.
+// attention_tile_kernel: at most 255 registers, 161 KiB of shared memory (99 on most devices).
+// attention_decode_kernel: at most 255 registers, 97 KiB of shared memory.
+// attention_combine_kernel: at most 64 registers, no shared memory.
+// attention_plain_kernel: at most 128 registers, no shared memory.
 #include "attention.cuh"
 
 #include <stdlib.h>
@@ -16,6 +25,268 @@ void launch_attention_wgmma(const AttentionParams& p, const AttentionPlan& plan,
 
 namespace {
 
+// ---- many rows
+
+// kWarps warps with kMTiles * 16 rows each. K and V tiles of kKeys keys alternate in a ring of
+// kStages: tile t is K of the keys' block t / 2 where t is even, V where it is odd.
+template <class T, int kHeadDim, int kWarps, int kMTiles, int kKeys, int kStages>
+__global__ void __launch_bounds__(kWarps* kWarpSize)
+    attention_tile_kernel(const AttentionParams p, const AttentionPlan plan) {
+  constexpr int kRows = kWarps * kMTiles * 16, kThreads = kWarps * kWarpSize;
+  constexpr int kTileSize = kKeys * kHeadDim, kKeyTiles = kKeys / 8;
+  using Layout = RowLayout<kHeadDim>;
+  constexpr int64_t kTileBytes = kAttentionTileBytes<kHeadDim, kWarps, kMTiles, kKeys, kStages>;
+  clear_rows_of_no_sequence<T>(p);
+  Unit<T> u;
+  if (!make_unit(p, plan, blockIdx.x, u)) return;
+
+  T* const q_tile = reinterpret_cast<T*>(shared_memory());
+  T* const ring = q_tile + kRows * kHeadDim;
+  const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
+  const int tiles = (u.keys + kKeys - 1) / kKeys * 2;
+
+  const auto start_copy = [&](int tile, auto of_v, int stage) {
+    if (tile < tiles) {
+      copy_keys<Layout, kKeys, kThreads, of_v.value>(ring + stage * kTileSize, p, plan, u,
+                                                     tile / 2 * kKeys, thread);
+    }
+    cp_async_commit();  // a group each, of no copies at the end, so that the waits count alike
+  };
+  copy_tile<Layout, kRows, kThreads>(q_tile, u.rows, int(p.head_dim), thread,
+                                     [&](int row) { return query_row(p, u, row); });
+  start_first_copies<kStages - 1>(start_copy);
+
+  // Returns tile t, which is of V or not, once it has landed. The barrier also says that all warps
+  // are through with tile t - 1, whose stage takes the next copy.
+  int stage = 0;
+  const auto next_tile = [&](int t, auto of_v) {
+    cp_async_wait<kStages - 2>();
+    __syncthreads();
+    start_copy(t + kStages - 1, Flag<(of_v.value + kStages - 1) % 2>{},
+               stage == 0 ? kStages - 1 : stage - 1);
+    const T* tile = ring + stage * kTileSize;
+    stage = stage == kStages - 1 ? 0 : stage + 1;
+    return tile;
+  };
+
+  // The keys that the warp's rows see; rows behind the last are as the last one, a warp without
+  // rows is idle.
+  const int warp_row = warp * kMTiles * 16;
+  Unit<T>* const unit = reinterpret_cast<Unit<T>*>(shared_memory() + kTileBytes);
+  if (thread == 0) *unit = u;  // where it leaves the registers to the loop
+  RowKeys* const seen = reinterpret_cast<RowKeys*>(unit + 1) + warp_row;
+  for (int r = lane; r < kMTiles * 16; r += kWarpSize)
+    seen[r] = u.row_keys(p, warp_row + r < u.rows ? warp_row + r : u.rows - 1);
+  __syncwarp();
+  const bool rows_left = warp_row < u.rows;
+  const RowKeys first_seen = seen[0], last_seen = seen[kMTiles * 16 - 1];
+
+  const ScoreScale scale = score_scale(p);
+  float o[kMTiles][kHeadDim / 8][4];
+  QuadRows softmax[kMTiles];
+#pragma unroll
+  for (int m = 0; m < kMTiles; ++m) {
+    softmax[m].clear();
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) o[m][n][0] = o[m][n][1] = o[m][n][2] = o[m][n][3] = 0;
+  }
+
+  for (int t = 0; t < tiles; t += 2) {
+    const int key = t / 2 * kKeys;
+    // Some row of the warp sees some key of the block; not all rows see all keys.
+    const bool busy = rows_left && key < last_seen.end && key + kKeys > first_seen.first;
+    const bool masked = key < last_seen.first || key + kKeys > first_seen.end;
+
+    const T* k_tile = next_tile(t, Flag<false>{});
+    uint32_t weights[kMTiles][kKeyTiles / 2][4];
+    if (busy) {
+      float s[kMTiles][kKeyTiles][4] = {};
+      multiply_keys<T, kHeadDim, kMTiles, kKeyTiles>(
+          s, k_tile, [&](int step, uint32_t(&a)[kMTiles][4]) {
+#pragma unroll
+            for (int m = 0; m < kMTiles; ++m) {
+              const int row = warp_row + 16 * m + lane % 16;
+              ldmatrix_x4(a[m], q_tile + RowLayout<kHeadDim>::offset(row, 2 * step + lane / 16));
+            }
+          });
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m) {
+        scale_scores(s[m], scale);
+        if (masked) {
+          const RowKeys keys[2]{seen[16 * m + lane / 4], seen[16 * m + lane / 4 + 8]};
+          mask_scores(s[m], keys, key);
+        }
+        float factor[2];
+        softmax_tile(s[m], scale, softmax[m], factor);
+        scale_output(o[m], factor);
+        pack_weights<T>(weights[m], s[m]);
+      }
+    }
+    const T* v_tile = next_tile(t + 1, Flag<true>{});
+    if (busy) multiply_values<T, kHeadDim>(o, weights, v_tile);
+  }
+
+  cp_async_wait<0>();
+  __syncthreads();  // the tiles' memory takes the output
+  float* rows = reinterpret_cast<float*>(shared_memory()) + warp_row * kOutputStride<kHeadDim>;
+  float* largest = reinterpret_cast<float*>(shared_memory()) + kRows * kOutputStride<kHeadDim> +
+                   warp_row;
+  float* sum = largest + kRows;
+#pragma unroll
+  for (int m = 0; m < kMTiles; ++m) {
+    spill_output<kHeadDim>(rows + 16 * m * kOutputStride<kHeadDim>, o[m]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float row_sum = quad_sum(softmax[m].sum[i]);
+      if (lane % 4 == 0) {
+        largest[16 * m + 8 * i + lane / 4] = softmax[m].largest[i] * scale.outer;
+        sum[16 * m + 8 * i + lane / 4] = row_sum;
+      }
+    }
+  }
+  __syncwarp();
+  for (int r = 0; r < kMTiles * 16 && warp_row + r < unit->rows; ++r) {
+    RowResult result{{}, largest[r], sum[r]};
+#pragma unroll
+    for (int j = 0; j < kHeadDim / kWarpSize; ++j)
+      result.o[j] = rows[r * kOutputStride<kHeadDim> + lane + j * kWarpSize];
+    finish_row(p, plan, *unit, warp_row + r, result);
+  }
+}
+
+// ---- few rows
+
+// Up to 16 rows. Of each run of kAttentionDecodeStep keys warp w has 16 to itself, with a ring of
+// K and V tiles that no other warp reads: no barrier of the block is met before the end, where the
+// warps' results are added up.
+template <class T, int kHeadDim, int kStages>
+__global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
+    attention_decode_kernel(const AttentionParams p, const AttentionPlan plan) {
+  constexpr int kWarps = kAttentionDecodeWarps, kKeys = 16, kTileSize = kKeys * kHeadDim;
+  clear_rows_of_no_sequence<T>(p);
+  Unit<T> u;
+  if (!make_unit(p, plan, blockIdx.x, u)) return;
+
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  T* const ring = reinterpret_cast<T*>(shared_memory()) + warp * kStages * kTileSize;
+  const int first_key = warp * kKeys;
+  const int tiles = u.keys > first_key
+                        ? (u.keys - first_key + kWarps * kKeys - 1) / (kWarps * kKeys) * 2
+                        : 0;
+  const auto start_copy = [&](int tile, auto of_v, int stage) {
+    if (tile < tiles) {
+      copy_keys<RowLayout<kHeadDim>, kKeys, kWarpSize, of_v.value>(
+          ring + stage * kTileSize, p, plan, u, first_key + tile / 2 * (kWarps * kKeys), lane);
+    }
+    cp_async_commit();
+  };
+  start_first_copies<kStages - 1>(start_copy);
+  int stage = 0;
+  const auto next_tile = [&](int t, auto of_v) {
+    cp_async_wait<kStages - 2>();
+    __syncwarp();
+    start_copy(t + kStages - 1, Flag<(of_v.value + kStages - 1) % 2>{},
+               stage == 0 ? kStages - 1 : stage - 1);
+    const T* tile = ring + stage * kTileSize;
+    stage = stage == kStages - 1 ? 0 : stage + 1;
+    return tile;
+  };
+
+  Unit<T>* const unit =
+      reinterpret_cast<Unit<T>*>(shared_memory() + kAttentionDecodeTileBytes<kHeadDim>);
+  if (threadIdx.x == 0) *unit = u;  // where it leaves the registers to the loop
+  // Q as mma's operand a, for the whole head; zero in rows and columns that do not exist.
+  uint32_t q[kHeadDim / 16][4];
+  RowKeys seen[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int r = lane / 4 + 8 * i;
+    seen[i] = u.row_keys(p, r < u.rows ? r : u.rows - 1);
+    const T* row = query_row(p, u, r < u.rows ? r : u.rows - 1);
+#pragma unroll
+    for (int step = 0; step < kHeadDim / 16; ++step) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int d = 16 * step + 8 * half + lane % 4 * 2;
+        q[step][i + 2 * half] = r < u.rows && d < p.head_dim ? load_4(row + d) : 0;
+      }
+    }
+  }
+
+  const ScoreScale scale = score_scale(p);
+  float o[1][kHeadDim / 8][4] = {};
+  QuadRows softmax;
+  softmax.clear();
+  for (int t = 0; t < tiles; t += 2) {
+    const T* k_tile = next_tile(t, Flag<false>{});
+    float s[1][2][4] = {}, factor[2];
+    multiply_keys<T, kHeadDim, 1, 2>(s, k_tile, [&](int step, uint32_t(&a)[1][4]) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[0][i] = q[step][i];
+    });
+    scale_scores(s[0], scale);
+    mask_scores(s[0], seen, first_key + t / 2 * (kWarps * kKeys));
+    softmax_tile(s[0], scale, softmax, factor);
+    scale_output(o[0], factor);
+    uint32_t weights[1][1][4];
+    pack_weights<T>(weights[0], s[0]);
+    const T* v_tile = next_tile(t + 1, Flag<true>{});
+    multiply_values<T, kHeadDim>(o, weights, v_tile);
+  }
+
+  cp_async_wait<0>();
+  __syncthreads();  // the rings' memory takes the warps' outputs
+  constexpr int kWarpOutput = 16 * kOutputStride<kHeadDim>;
+  float* const outputs = reinterpret_cast<float*>(shared_memory());
+  float* const all_largest = outputs + kWarps * kWarpOutput;  // (warps, 16)
+  float* const all_sums = all_largest + kWarps * 16;
+  spill_output<kHeadDim>(outputs + warp * kWarpOutput, o[0]);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float row_sum = quad_sum(softmax.sum[i]);
+    if (lane % 4 == 0) {
+      all_largest[warp * 16 + 8 * i + lane / 4] = softmax.largest[i] * scale.outer;
+      all_sums[warp * 16 + 8 * i + lane / 4] = row_sum;
+    }
+  }
+  __syncthreads();
+  for (int r = warp; r < unit->rows; r += kWarps) {
+    RowResult result{{}, -INFINITY, 0.0f};
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float* output = outputs + w * kWarpOutput + r * kOutputStride<kHeadDim>;
+      add_result(result, all_largest[w * 16 + r], all_sums[w * 16 + r], [&](int j) {
+        return j < kHeadDim / kWarpSize ? output[lane + j * kWarpSize] : 0.0f;
+      });
+    }
+    finish_row(p, plan, *unit, r, result);
+  }
+}
+
+// A warp a row: the splits' results in their order.
+template <class T>
+__global__ void __launch_bounds__(kAttentionCombineThreads)
+    attention_combine_kernel(const AttentionParams p, const AttentionPlan plan) {
+  const int lane = threadIdx.x % kWarpSize;
+  AttentionPlan whole = plan;
+  whole.splits = 1;
+  Unit<T> u;
+  if (!make_unit(p, whole, blockIdx.x, u)) return;
+  for (int r = threadIdx.x / kWarpSize; r < u.rows; r += kAttentionCombineThreads / kWarpSize) {
+    RowResult result{{}, -INFINITY, 0.0f};
+    for (int64_t split = 0; split < plan.splits; ++split) {
+      const float* part = partial_row(p, plan, u, split, r);
+      add_result(result, part[p.head_dim], part[p.head_dim + 1], [&](int j) {
+        const int d = lane + j * kWarpSize;
+        return d < p.head_dim ? part[d] : 0.0f;
+      });
+    }
+    store_out(p, u, r, result);
+  }
+}
+
+// ---- float32
+
 constexpr int kPlainThreads = kAttentionPlainRows * kWarpSize;
 
 // A warp a row, in float32.
@@ -30,6 +301,8 @@ __global__ void __launch_bounds__(kPlainThreads, 4)
   plain_row(p, plan, u, r, result);
   store_row(p, plan, u, r, result);
 }
+
+// ---- how the work is divided
 
 constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -6,6 +6,7 @@
 // other warpgroup's or this one's earlier scores. Copies are cp.async, not bulk tensor copies: they
 // take any stride, rings and pages, and cost the producer about a twentieth of the issue slots.
 // Not run on hardware; chosen only where GEMMA2_EXT_ATTENTION_WGMMA=1 (see attention.cu).
+// attention_wgmma_kernel: at most 168 registers (40 and 232 by warpgroup), 226 KiB of shared memory.
 // Source: FlashAttention-3 (arXiv 2407.08608), its tile of 128 x 80 for head_dim 256.
 #include "attention.cuh"
 #include "kernels.h"

@@ -70,6 +70,19 @@ inline DType weight_dtype_of(const char* op, const char* name, const Tensor& wei
   return dtype;
 }
 
+inline std::string device_name(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  return (t.is_cuda() ? "cuda:" : "another device, index ") + std::to_string(t.get_device_index());
+}
+
+inline void check_device(const char* op, const char* name, const Tensor& t, const char* other_name,
+                         const Tensor& other) {
+  if (t.is_cpu() != other.is_cpu() || t.get_device_index() != other.get_device_index()) {
+    fail(op, std::string(name) + " must be on " + other_name + "'s device " + device_name(other) +
+                 ", got " + device_name(t));
+  }
+}
+
 inline void check_cpu(const char* op, const char* name, const Tensor& t) {
   if (!t.is_cpu()) fail(op, std::string(name) + " must be on the CPU like the other tensors");
 }
@@ -90,15 +103,15 @@ inline void check_same_shape(const char* op, const char* name, const Tensor& t,
   }
 }
 
-// From this size on the C library maps every allocation anew, to be faulted in page by page: a tenth
-// of a GeGLU's time or more. Huge pages take a five hundredth of the faults.
+// From this size on the C library maps every allocation anew, to be faulted in page by page: a
+// tenth of a GeGLU's time or more. Huge pages take a five hundredth of the faults.
 constexpr int64_t kHugePagesFrom = 32 << 20;
 
 inline void use_huge_pages(const Tensor& out) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kPage = 4096;
   const int64_t bytes = out.numel() * int64_t(out.element_size());
-  if (bytes < kHugePagesFrom) return;
+  if (bytes < kHugePagesFrom || !out.is_cpu()) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(out.data_ptr()) + kPage - 1) / kPage * kPage;
   // No error where the system has none.
   madvise(reinterpret_cast<void*>(begin), bytes - kPage, MADV_HUGEPAGE);
@@ -108,7 +121,7 @@ inline void use_huge_pages(const Tensor& out) {
 // A gradient of another tensor, or a tensor beside it: same device, shape and dtype, any strides.
 inline void check_like(const char* op, const char* name, const Tensor& t, const char* like_name,
                        const Tensor& like) {
-  check_cpu(op, name, t);
+  check_device(op, name, t, like_name, like);
   check_same_shape(op, name, t, like_name, like);
   check_same_dtype(op, name, t, like_name, like);
 }

@@ -9,7 +9,7 @@
 #include <cmath>
 
 #include "../cpu/isa.h"
-#include "common.h"
+#include "cuda.h"
 #include "gemm.h"
 
 namespace gemma2 {
@@ -33,13 +33,36 @@ Tensor as_matrix(const Tensor& t, int64_t rows) {
   return torch::stable::reshape(t, {shape.data(), 2});
 }
 
-// out = a b, out contiguous.
+// out = a b, out contiguous. On CUDA out may be float32 where a and b are 16-bit.
 void torch_mm_out(const Tensor& a, const Tensor& b, const Tensor& out, int64_t rows) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(a), from(b), from(as_matrix(out, rows))};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned handle, to release it
+  const auto call = [](const char* overload, auto stack) {
+    TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::mm", overload, stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned handle, to release it
+  };
+  const Tensor c = as_matrix(out, rows);
+  if (out.scalar_type() == a.scalar_type()) {
+    call("out", std::array<StableIValue, 3>{from(a), from(b), from(c)});
+  } else {
+    call("dtype_out",
+         std::array<StableIValue, 4>{from(a), from(b), from(out.scalar_type()), from(c)});
+  }
 }
+
+#ifdef GEMMA2_WITH_CUDA
+// Few rows of 16 bits by this project's kernel, which streams the weights; all else by cuBLAS.
+void linear_on_cuda(const char* op, const Tensor& x, const Tensor& weight, const Tensor& out,
+                    const LinearParams& p) {
+  if (p.dtype == DType::kFloat64) fail(op, "float64 is for the CPU only");
+  if (p.dtype != DType::kFloat32 && p.rows <= kLinearCudaRows)
+    return run_on_cuda(x, launch_linear, p);
+  torch_mm_out(as_matrix(x, p.rows), torch::stable::transpose(weight, 0, 1), out, p.rows);
+  if (p.softcap == 0) return;
+  run_on_cuda(x, launch_soft_cap,
+              SoftCapParams{static_cast<float*>(out.data_ptr()), out.numel(), p.softcap});
+}
+#endif
 
 void few_rows(LinearParams p, const Tensor& x) {
   const CpuKernels& kernels = cpu_kernels();
@@ -81,9 +104,12 @@ void many_rows(LinearParams p, const Tensor& x) {
   }
 }
 
-// softcap 0: none. `name` is the input's name in the op's schema.
+void linear_then_geglu(const Tensor& x, const Tensor& weight, const Tensor& out);
+
+// softcap 0: none; geglu: `out` is of the two halves of weight. `name` is the input's name in the
+// op's schema.
 void run(const char* op, const char* name, const Tensor& x, const Tensor& weight, double softcap,
-         Tensor out, ScalarType out_type) {
+         Tensor out, ScalarType out_type, bool geglu = false) {
   const DType dtype = dtype_of(op, name, x, Dtypes::kOrFloat64);
   if (x.dim() < 1)
     fail(op, std::string(name) + " must have shape (..., in_features), got a scalar");
@@ -93,9 +119,11 @@ void run(const char* op, const char* name, const Tensor& x, const Tensor& weight
                  std::to_string(in_features) + "), got " + to_string(weight));
   }
   check_same_dtype(op, "weight", weight, name, x);
-  check_cpu(op, "weight", weight);
-  check_cpu(op, "out", out);
-  const int64_t out_features = weight.size(0);
+  check_device(op, "weight", weight, name, x);
+  check_device(op, "out", out, name, x);
+  if (geglu && weight.size(0) % 2)
+    fail(op, "weight must have an even number of rows, got " + to_string(weight));
+  const int64_t out_features = weight.size(0) / (geglu ? 2 : 1);
   bool right = out.dim() == x.dim() && out.size(x.dim() - 1) == out_features;
   for (int64_t i = 0; right && i + 1 < x.dim(); ++i) right = out.size(i) == x.size(i);
   if (!right) {
@@ -116,7 +144,9 @@ void run(const char* op, const char* name, const Tensor& x, const Tensor& weight
   }
 
   const int64_t rows = out.numel() / out_features;
-  if ((softcap == 0 || dtype == DType::kFloat64) && out_type == x.scalar_type() &&
+  if (geglu && (x.is_cpu() || dtype == DType::kFloat32 || rows > kLinearCudaRows))
+    return linear_then_geglu(x, weight, out);
+  if (x.is_cpu() && (softcap == 0 || dtype == DType::kFloat64) && out_type == x.scalar_type() &&
       rows >= torch_rows(dtype)) {
     torch_mm_out(as_matrix(x, rows), torch::stable::transpose(weight, 0, 1), out, rows);
     double* y = static_cast<double*>(out.data_ptr());
@@ -138,6 +168,10 @@ void run(const char* op, const char* name, const Tensor& x, const Tensor& weight
   p.softcap = float(softcap);
   p.dtype = dtype;
   p.out_dtype = dtype_of(op, "out", out);
+  p.geglu = geglu;
+#ifdef GEMMA2_WITH_CUDA
+  if (!x.is_cpu()) return linear_on_cuda(op, x, weight, out, p);
+#endif
   if (rows <= kLinearFewRows) {
     few_rows(p, x);
   } else {
@@ -181,8 +215,8 @@ void linear_backward_out(const Tensor& grad_out, const Tensor& x, const Tensor& 
   check_same_dtype(op, "weight", weight, "x", x);
   if (dtype == DType::kFloat64 || grad_out.scalar_type() != ScalarType::Float)
     check_same_dtype(op, "grad_out", grad_out, "x", x);
-  check_cpu(op, "weight", weight);
-  check_cpu(op, "grad_out", grad_out);
+  check_device(op, "weight", weight, "x", x);
+  check_device(op, "grad_out", grad_out, "x", x);
   if (grad_x) check_out(op, "grad_x", *grad_x, "x", x);
   if (grad_weight) check_out(op, "grad_weight", *grad_weight, "weight", weight);
 
@@ -193,8 +227,9 @@ void linear_backward_out(const Tensor& grad_out, const Tensor& x, const Tensor& 
     if (grad_weight) torch::stable::zero_(*grad_weight);
     return;
   }
-  if (grad_out.scalar_type() == x.scalar_type() && rows >= torch_rows(dtype)) {
-    const Tensor grad = as_matrix(grad_out, rows);
+  if (!x.is_cpu() || (grad_out.scalar_type() == x.scalar_type() && rows >= torch_rows(dtype))) {
+    Tensor grad = as_matrix(grad_out, rows);
+    if (grad.scalar_type() != x.scalar_type()) grad = torch::stable::to(grad, x.scalar_type());
     if (grad_x) torch_mm_out(grad, weight, *grad_x, rows);
     if (grad_weight) {
       torch_mm_out(torch::stable::transpose(grad, 0, 1), as_matrix(x, rows), *grad_weight,
@@ -231,6 +266,29 @@ void linear_backward_out(const Tensor& grad_out, const Tensor& x, const Tensor& 
   }
 }
 
+void linear_then_geglu(const Tensor& x, const Tensor& weight, const Tensor& out) {
+  Tensor both = linear(x, weight);
+  const int64_t columns = weight.size(0) / 2, last = both.dim() - 1;
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(torch::stable::narrow(both, last, 0, columns)),
+                                    from(torch::stable::narrow(both, last, columns, columns)),
+                                    from(out)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("gemma2_ext::geglu_out", "", stack.data(), TORCH_ABI_VERSION));
+}
+
+void linear_geglu_out(const Tensor& x, const Tensor& weight, Tensor out) {
+  run("linear_geglu", "x", x, weight, 0, out, x.scalar_type(), true);
+}
+
+Tensor linear_geglu(const Tensor& x, const Tensor& weight) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  if (!shape.empty() && weight.dim() > 0) shape.back() = weight.size(0) / 2;
+  Tensor out = torch::stable::new_empty(x, {shape.data(), shape.size()});
+  linear_geglu_out(x, weight, out);
+  return out;
+}
+
 ScalarType logits_type(const Tensor& hidden) {
   return hidden.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -249,13 +307,18 @@ Tensor logits(const Tensor& hidden, const Tensor& weight, std::optional<double> 
   return out;
 }
 
+template <class Library>
+void implement(Library& m) {
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_out", TORCH_BOX(&linear_out));
+  m.impl("linear_backward_out", TORCH_BOX(&linear_backward_out));
+  m.impl("linear_geglu", TORCH_BOX(&linear_geglu));
+  m.impl("linear_geglu_out", TORCH_BOX(&linear_geglu_out));
+  m.impl("logits", TORCH_BOX(&logits));
+  m.impl("logits_out", TORCH_BOX(&logits_out));
+}
+
 }  // namespace
 }  // namespace gemma2
 
-STABLE_TORCH_LIBRARY_IMPL(gemma2_ext, CPU, m) {
-  m.impl("linear", TORCH_BOX(&gemma2::linear));
-  m.impl("linear_out", TORCH_BOX(&gemma2::linear_out));
-  m.impl("linear_backward_out", TORCH_BOX(&gemma2::linear_backward_out));
-  m.impl("logits", TORCH_BOX(&gemma2::logits));
-  m.impl("logits_out", TORCH_BOX(&gemma2::logits_out));
-}
+GEMMA2_REGISTER(gemma2::implement)

@@ -1,9 +1,11 @@
 // Binding of linear and logits over packed weights, and of quantize.
+#include <array>
 #include <cmath>
 
 #include "../cpu/isa.h"
+#include "../cpu/linear.h"
 #include "../cpu/quantized.h"
-#include "common.h"
+#include "cuda.h"
 
 namespace gemma2 {
 namespace {
@@ -17,7 +19,17 @@ struct Format {
   void (*CpuKernels::*pack)(const LinearParams&, int64_t, int64_t);
   void (*CpuKernels::*blocks)(const LinearParams&, int64_t, int64_t);
   void (*CpuKernels::*quantize)(const QuantizeParams&, int64_t, int64_t);
+#ifdef GEMMA2_WITH_CUDA
+  void (*launch)(const LinearParams&, cudaStream_t);
+  void (*launch_dequantize)(const DequantizeParams&, cudaStream_t);
+#endif
 };
+
+#ifdef GEMMA2_WITH_CUDA
+#define GEMMA2_LAUNCHERS(format) , &launch_linear_##format, &launch_dequantize_##format
+#else
+#define GEMMA2_LAUNCHERS(format)
+#endif
 
 const Format kInt8{ScalarType::Char,
                    ScalarType::BFloat16,
@@ -26,7 +38,7 @@ const Format kInt8{ScalarType::Char,
                    kQuantDepth / kInt8Group,
                    &CpuKernels::linear_int8_pack,
                    &CpuKernels::linear_int8_blocks,
-                   &CpuKernels::quantize_int8_blocks};
+                   &CpuKernels::quantize_int8_blocks GEMMA2_LAUNCHERS(int8)};
 const Format kInt4{ScalarType::Byte,
                    ScalarType::Char,
                    kInt4RowBytes,
@@ -34,15 +46,16 @@ const Format kInt4{ScalarType::Byte,
                    kQuantDepth / kInt4Group,
                    &CpuKernels::linear_int4_pack,
                    &CpuKernels::linear_int4_blocks,
-                   &CpuKernels::quantize_int4_blocks};
+                   &CpuKernels::quantize_int4_blocks GEMMA2_LAUNCHERS(int4)};
 
 int64_t piece_count(int64_t in_features) { return (in_features + kQuantDepth - 1) / kQuantDepth; }
 int64_t block_count(int64_t out_features) { return (out_features + kQuantRows - 1) / kQuantRows; }
 
 // A packed tensor: dtype, shape (rows, columns) and contiguous.
 void check_packed(const char* op, const char* name, const Tensor& t, ScalarType type, int64_t rows,
-                  int64_t columns, const std::string& why) {
-  check_cpu(op, name, t);
+                  int64_t columns, const std::string& why, const char* like_name,
+                  const Tensor& like) {
+  check_device(op, name, t, like_name, like);
   if (t.scalar_type() != type) {
     fail(op, std::string(name) + " must be " + torch::headeronly::toString(type) + ", got " +
                  torch::headeronly::toString(t.scalar_type()));
@@ -55,14 +68,42 @@ void check_packed(const char* op, const char* name, const Tensor& t, ScalarType 
 }
 
 void check_weight(const char* op, const Format& format, const Tensor& data, const Tensor& scales,
-                  int64_t rows, int64_t in_features) {
+                  int64_t rows, int64_t in_features, const char* like_name, const Tensor& like) {
   const int64_t pieces = piece_count(in_features);
   const std::string why = "for in_features = " + std::to_string(in_features);
-  check_packed(op, "data", data, format.data_type, rows, pieces * format.row_bytes, why);
+  check_packed(op, "data", data, format.data_type, rows, pieces * format.row_bytes, why, like_name,
+               like);
   check_packed(op, "scales", scales, format.scales_type, data.size(0),
                format.scales_first + pieces * format.scales_each,
-               why + " and data of shape " + to_string(data));
+               why + " and data of shape " + to_string(data), like_name, like);
 }
+
+#ifdef GEMMA2_WITH_CUDA
+// Few rows of 16 bits by the kernel that reads packed weights; all else over weights that are
+// unpacked first, into x's dtype.
+void linear_on_cuda(const Format& format, const LinearParams& p, const Tensor& x,
+                    const Tensor& out) {
+  if (p.dtype != DType::kFloat32 && p.rows <= kLinearCudaRows)
+    return run_on_cuda(x, format.launch, p);
+  const Tensor weight = torch::stable::new_empty(x, {p.out_features, p.in_features});
+  run_on_cuda(x, format.launch_dequantize,
+              DequantizeParams{p.weight, p.scales, weight.data_ptr(), p.out_features, p.in_features,
+                               p.dtype});
+  const bool logits = out.scalar_type() != x.scalar_type() || p.softcap != 0;
+  using torch::stable::detail::from;
+  if (logits) {
+    const std::optional<double> softcap =
+        p.softcap == 0 ? std::nullopt : std::optional<double>(p.softcap);
+    std::array<StableIValue, 4> stack{from(x), from(weight), from(softcap), from(out)};
+    TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("gemma2_ext::logits_out", "", stack.data(), TORCH_ABI_VERSION));
+  } else {
+    std::array<StableIValue, 3> stack{from(x), from(weight), from(out)};
+    TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("gemma2_ext::linear_out", "", stack.data(), TORCH_ABI_VERSION));
+  }
+}
+#endif
 
 void run(const char* op, const char* name, const Format& format, const Tensor& x,
          const Tensor& data, const Tensor& scales, double softcap, Tensor out,
@@ -71,9 +112,8 @@ void run(const char* op, const char* name, const Format& format, const Tensor& x
   if (x.dim() < 1)
     fail(op, std::string(name) + " must have shape (..., in_features), got a scalar");
   const int64_t in_features = x.size(x.dim() - 1);
-  check_weight(op, format, data, scales, -1, in_features);
-  check_cpu(op, name, x);
-  check_cpu(op, "out", out);
+  check_weight(op, format, data, scales, -1, in_features, name, x);
+  check_device(op, "out", out, name, x);
   const int64_t out_features = data.size(0);
   bool right = out.dim() == x.dim() && out.size(x.dim() - 1) == out_features;
   for (int64_t i = 0; right && i + 1 < x.dim(); ++i) right = out.size(i) == x.size(i);
@@ -107,6 +147,9 @@ void run(const char* op, const char* name, const Format& format, const Tensor& x
   p.softcap = float(softcap);
   p.dtype = dtype;
   p.out_dtype = dtype_of(op, "out", out);
+#ifdef GEMMA2_WITH_CUDA
+  if (!x.is_cpu()) return linear_on_cuda(format, p, x, out);
+#endif
   const int64_t packed_bytes = p.rows * piece_count(in_features) * kQuantPackedBytes;
   const Tensor packed = torch::stable::new_empty(x, {&packed_bytes, 1}, ScalarType::Byte);
   p.packed_x = packed.data_ptr();
@@ -188,7 +231,7 @@ void quantize_out(const char* op, const Format& format, const Tensor& weight, Te
   check_cpu(op, "weight", weight);
   p.out_features = weight.size(0);
   p.in_features = weight.size(1);
-  check_weight(op, format, data, scales, p.out_features, p.in_features);
+  check_weight(op, format, data, scales, p.out_features, p.in_features, "weight", weight);
   if (p.out_features == 0) return;
   if (p.in_features == 0) {
     if (scales.numel() > 0) torch::stable::zero_(scales);
@@ -212,18 +255,24 @@ void quantize_int4_out(const Tensor& weight, Tensor data, Tensor scales) {
   quantize_out("quantize_int4", kInt4, weight, data, scales);
 }
 
+template <class Library>
+void implement(Library& m) {
+  m.impl("linear_int8", TORCH_BOX(&linear_int8));
+  m.impl("linear_int8_out", TORCH_BOX(&linear_int8_out));
+  m.impl("linear_int4", TORCH_BOX(&linear_int4));
+  m.impl("linear_int4_out", TORCH_BOX(&linear_int4_out));
+  m.impl("logits_int8", TORCH_BOX(&logits_int8));
+  m.impl("logits_int8_out", TORCH_BOX(&logits_int8_out));
+  m.impl("logits_int4", TORCH_BOX(&logits_int4));
+  m.impl("logits_int4_out", TORCH_BOX(&logits_int4_out));
+}
+
 }  // namespace
 }  // namespace gemma2
 
+GEMMA2_REGISTER(gemma2::implement)
+
 STABLE_TORCH_LIBRARY_IMPL(gemma2_ext, CPU, m) {
-  m.impl("linear_int8", TORCH_BOX(&gemma2::linear_int8));
-  m.impl("linear_int8_out", TORCH_BOX(&gemma2::linear_int8_out));
-  m.impl("linear_int4", TORCH_BOX(&gemma2::linear_int4));
-  m.impl("linear_int4_out", TORCH_BOX(&gemma2::linear_int4_out));
-  m.impl("logits_int8", TORCH_BOX(&gemma2::logits_int8));
-  m.impl("logits_int8_out", TORCH_BOX(&gemma2::logits_int8_out));
-  m.impl("logits_int4", TORCH_BOX(&gemma2::logits_int4));
-  m.impl("logits_int4_out", TORCH_BOX(&gemma2::logits_int4_out));
   m.impl("quantize_int8_out", TORCH_BOX(&gemma2::quantize_int8_out));
   m.impl("quantize_int4_out", TORCH_BOX(&gemma2::quantize_int4_out));
 }

@@ -34,7 +34,7 @@ from .speculative import Draft, ModelDraft, NgramDraft
 from .threads import default_threads
 from .tokenizer import Tokenizer
 from .training import commands as training
-from .weights import SINGLE, available_memory, memory_needed, stored_dtype
+from .weights import SINGLE, available_memory, memory_needed
 
 PROGRAM = "gemma2-ext"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="default: OMP_NUM_THREADS, or one a core that may be used",
     )
-    group.add_argument("--device", default="cpu", help="cpu (default)")
+    group.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     group.add_argument(
         "--sliding-window", type=whole_number(1), metavar="N", help="in place of the model's"
     )

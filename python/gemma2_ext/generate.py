@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
+from .decode_graph import DecodeGraph, decode
 from .speculative import Draft, as_draft, speculate
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ class Sampler:
         # Subtracting the largest first keeps a tiny temperature from making inf - inf.
         logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         if self.top_k is None and self.top_p is None:
-            return self._draw(logits, torch.arange(logits.shape[-1], dtype=torch.int32), keys)
+            ids = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)
+            return self._draw(logits, ids, keys)
         vocab_size = logits.shape[-1]
         if self.top_k is not None:
             values, ids = logits.topk(min(self.top_k, vocab_size), dim=-1)
@@ -86,7 +88,10 @@ class Sampler:
             values, ids = logits.topk(min(NUCLEUS_CANDIDATES, vocab_size), dim=-1)
             log_total = logits.logsumexp(-1, keepdim=True)
             probabilities = (values - log_total).exp()
-            if self.top_p is not None and bool((probabilities.sum(-1) < self.top_p).any()):
+            # On a GPU the whole vocabulary is sorted rather than asked: asking would wait for it.
+            if self.top_p is not None and (
+                logits.is_cuda or bool((probabilities.sum(-1) < self.top_p).any())
+            ):
                 values, ids = logits.sort(dim=-1, descending=True)
                 probabilities = (values - log_total).exp()
         if self.top_p is not None:
@@ -99,8 +104,8 @@ class Sampler:
         if self.min_p is not None and self.min_p > 0:
             floor = logits.amax(-1, keepdim=True) + math.log(self.min_p)
             logits = logits.masked_fill(logits < floor, -math.inf)
-        # The first to arrive, where each arrives after a time of mean 1 / probability, is each with
-        # its probability. Times that depend on the draw and the token alone, and not on what else is
+        # Where each arrives after a time of mean 1 / probability, each is the first with its
+        # probability. Times that depend on the draw and the token alone, not on what else is
         # probable, let two distributions that are alike draw alike.
         return (logits.softmax(-1) / _exponential(keys, ids)).argmax(-1)
 
@@ -232,7 +237,7 @@ def _steps(
     batch = input_ids.shape[0]
     counts = torch.full((batch,), input_ids.shape[1])
     if attention_mask is not None:
-        counts = (attention_mask != 0).sum(-1)
+        counts = (attention_mask != 0).sum(-1).cpu()
     if cache is None:
         longest, context = int(counts.max()), model.config.max_position_embeddings
         if longest > context:
@@ -244,15 +249,15 @@ def _steps(
     else:
         cache.check_room(counts)
     stops = list(STOP_IDS if stop_ids is None else stop_ids)
+    if draft is None and model.device.type == "cuda":
+        return _run_on_cuda(model, input_ids, max_new_tokens, sampler, attention_mask, cache, stops)
     if draft is None:
         return _run(model, input_ids, max_new_tokens, sampler, attention_mask, cache, stops)
     if batch != 1:
         raise ValueError(f"generate: a draft serves one row, got {batch}")
     draft = as_draft(draft)
     draft.check(model, cache.length)
-    return speculate(
-        model, input_ids, max_new_tokens, sampler, attention_mask, cache, stops, draft
-    )
+    return speculate(model, input_ids, max_new_tokens, sampler, attention_mask, cache, stops, draft)
 
 
 def _run(
@@ -278,3 +283,21 @@ def _run(
         if not bool(running.any()) or cache.length >= cache.max_length:
             return
         step_ids, step_mask = tokens[:, None], None
+
+
+def _run_on_cuda(
+    model: Gemma2,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    sampler: Sampler,
+    attention_mask: Tensor | None,
+    cache: KVCache,
+    stop_ids: list[int],
+) -> Iterator[Tensor]:
+    """As `_run`: the prompts once, then steps that the device feeds to itself."""
+    if max_new_tokens == 0:
+        return
+    with torch.inference_mode():
+        tokens = sampler(model(input_ids, attention_mask, cache=cache, last_only=True)[:, 0])
+        graph = DecodeGraph(model, cache, sampler, tokens, torch.tensor(stop_ids))
+    yield from decode(graph, max_new_tokens)

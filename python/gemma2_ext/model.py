@@ -27,6 +27,7 @@ from . import generate as _generate
 from . import ops
 from .cache import KVCache
 from .config import Gemma2Config
+from .device import check_device
 from .packed import load_checkpoint
 from .quantize import Format, QuantizedWeight
 from .weights import check_fused, format_of, parameter_shapes, save_weights
@@ -120,7 +121,8 @@ class Gemma2(nn.Module):
         Args:
             folder: where they are.
             dtype: of the weights in memory, and of activations; None: that of the file.
-            device: "cpu".
+            device: "cpu", or "cuda" (Ampere or later). Weights that are not packed go there from
+                the file, piece by piece.
             quantize: "int8" or "int4": packs the matrices, embedding included, while they are
                 read, some rows at a time. None: as the folder has them, which may be packed
                 already (`gemma2-ext quantize`).
@@ -131,13 +133,15 @@ class Gemma2(nn.Module):
             FileNotFoundError, OSError, ValueError, TypeError, NotImplementedError, MemoryError:
                 each names the file, the field or tensor, what was expected and what was found.
         """
-        if torch.device(device).type != "cpu":
-            raise NotImplementedError(f"Gemma2: only the CPU is supported yet, got {device}")
+        device = check_device(device)
         config = Gemma2Config.from_pretrained(folder)
         if sliding_window is not None:
             config = replace(config, sliding_window=sliding_window)
-        weights = load_checkpoint(folder, config, dtype=dtype, quantize=quantize, progress=progress)
-        return cls(config, weights)
+        weights = load_checkpoint(
+            folder, config, dtype=dtype, device=device, quantize=quantize, progress=progress
+        )
+        model = cls(config, weights)
+        return model if device.type == "cpu" else model.to(device)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes config.json and safetensors with Hugging Face's names, for transformers too.
@@ -198,14 +202,15 @@ class Gemma2(nn.Module):
         """
         self._check_input(input_ids, attention_mask, cache)
         batch, seqlen = input_ids.shape
+        input_ids = input_ids.to(self.device)
         if attention_mask is None or bool((attention_mask != 0).all()):
             counts = torch.full((batch,), seqlen, dtype=torch.int64)
             order = None
         else:
             # Tokens to the right, padding to the left, order kept: then each row's last column is
             # its last token, and a token's distance to the right end is the same in every view.
-            attention_mask = attention_mask != 0
-            counts = attention_mask.sum(-1)
+            attention_mask = attention_mask.to(self.device) != 0
+            counts = attention_mask.sum(-1).cpu()
             if int(counts.min()) == 0:
                 row = int(counts.argmin())
                 raise ValueError(f"Gemma2: row {row} of attention_mask holds no token")
@@ -218,7 +223,7 @@ class Gemma2(nn.Module):
             logits = self._forward_cached(input_ids, counts, cache, last_only)
         if order is None or last_only:
             return logits
-        padding = torch.arange(seqlen) < (seqlen - counts)[:, None]
+        padding = (torch.arange(seqlen) < (seqlen - counts)[:, None]).to(self.device)
         logits.masked_fill_(padding[..., None], 0.0)
         index = order[..., None].expand_as(logits)
         return torch.empty_like(logits).scatter_(1, index, logits)
@@ -260,7 +265,8 @@ class Gemma2(nn.Module):
         padded = bool((starts > 0).any())
         positions = (
             torch.arange(seqlen)[None, :] - starts[:, None] if padded else torch.arange(seqlen)
-        )
+        ).to(self.device)
+        starts = starts.to(self.device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k = ops.rope(q, k, positions, config.rope_theta)
@@ -303,7 +309,6 @@ class Gemma2(nn.Module):
 
     def _chunk(self, input_ids: Tensor, starts: Tensor, cache: KVCache) -> Tensor:
         """Runs the layers over a chunk whose first `starts` (batch,) columns are padding."""
-        config = self.config
         seqlen = input_ids.shape[1]
         starts = starts.clamp(max=seqlen)
         counts = seqlen - starts
@@ -311,6 +316,17 @@ class Gemma2(nn.Module):
         positions = torch.where(column < 0, -1, cache.lengths[:, None] + column)
         key_lengths = cache.lengths + counts
         cache.reserve(counts)
+        hidden = self._decode(
+            input_ids, positions.to(self.device), key_lengths.to(self.device), cache
+        )
+        cache.commit(counts)
+        return hidden
+
+    def _decode(
+        self, input_ids: Tensor, positions: Tensor, key_lengths: Tensor, cache: KVCache
+    ) -> Tensor:
+        """The layers over tokens at these places of the cache; touches nothing on the host."""
+        config = self.config
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = cache.keys[layer], cache.values[layer]
@@ -325,9 +341,7 @@ class Gemma2(nn.Module):
                 window=config.sliding_window if config.is_local(layer) else None,
             )
 
-        hidden = self._layers(input_ids, attend)
-        cache.commit(counts)
-        return hidden
+        return self._layers(input_ids, attend)
 
     def _layers(self, input_ids: Tensor, attend: Any) -> Tensor:
         """All layers and the final norm: (batch, seqlen) -> (batch, seqlen, hidden_size)."""
@@ -464,8 +478,12 @@ def run_layer(
         layer.pre_feedforward_layernorm.weight,
         eps,
     )
-    gate_up = ops.linear(hidden, layer.gate_up_proj.weight)
-    mlp = ops.geglu(gate_up[..., :inter], gate_up[..., inter:])
+    gate_up_weight = layer.gate_up_proj.weight
+    if hidden.is_cuda and isinstance(gate_up_weight, Tensor) and not torch.is_grad_enabled():
+        mlp = ops.linear_geglu(hidden, gate_up_weight)
+    else:
+        gate_up = ops.linear(hidden, gate_up_weight)
+        mlp = ops.geglu(gate_up[..., :inter], gate_up[..., inter:])
     mlp = ops.linear(mlp, layer.down_proj.weight)
     return ops.add_rms_norm(mlp, residual, layer.post_feedforward_layernorm.weight, following, eps)
 

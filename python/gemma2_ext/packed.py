@@ -119,6 +119,7 @@ def load_checkpoint(
     config: Gemma2Config,
     *,
     dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
     quantize: Format | None = None,
     progress: bool = False,
 ) -> dict[str, Tensor] | dict[str, Tensor | QuantizedWeight]:
@@ -128,6 +129,7 @@ def load_checkpoint(
         folder: a checkpoint's folder, of Hugging Face's tensors or packed.
         config: what they must fit.
         dtype: float32, bfloat16 or float16, of what is not packed; None: that of the file.
+        device: where weights that are not packed are to be; packed ones are on the CPU.
         quantize: None, or the format wanted.
         progress: whether to show a progress bar on stderr.
 
@@ -143,7 +145,7 @@ def load_checkpoint(
     with open_files(folder) as files:
         format = format_of_files(files)
         if format is None and quantize is None:
-            return load_weights(folder, config, dtype=dtype, progress=progress)
+            return load_weights(folder, config, dtype=dtype, device=device, progress=progress)
         if dtype is not None and dtype not in DTYPES.values():
             raise TypeError(
                 f"load_weights: dtype must be float32, bfloat16 or float16, got {dtype}"

@@ -351,6 +351,22 @@ def linear_int4(x: Tensor, data: Tensor, scales: Tensor) -> Tensor:
     return F.linear(x, _unpack(data, scales, x.shape[-1], 4).to(x.dtype))
 
 
+def linear_geglu(x: Tensor, weight: Tensor) -> Tensor:
+    """`gelu_tanh(x @ gate.T) * (x @ up.T)`, weight being gate above up.
+
+    Args:
+        x: (..., in_features), any float dtype.
+        weight: (2 * out_features, in_features), x's dtype.
+
+    Returns:
+        (..., out_features) in x's dtype.
+
+    Source: transformers, Gemma2MLP without its last product.
+    """
+    gate, up = linear(x, weight).chunk(2, dim=-1)
+    return geglu(gate, up)
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

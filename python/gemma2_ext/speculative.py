@@ -3,10 +3,10 @@
     ids: ... a b           the draft says c d e; one forward pass over b c d e gives what the model
     model draws: c d x     itself draws after each of them: c and d were right, x stands in for e
 
-The model draws every token itself, with the random numbers that it would have used without a draft,
-and a row's logits do not depend on the rows beside it. So the text is the same, token by token, with
-any draft or none, greedy or sampled, and the distribution with it. A draft model that draws with the
-same random numbers guesses right nearly as often as two distributions allow.
+The model draws every token itself, with the random numbers that it would have used without a
+draft, and a row's logits do not depend on the rows beside it. So the text is the same, token by
+token, with any draft or none, greedy or sampled, and the distribution with it. A draft model that
+draws with the same random numbers guesses right nearly as often as two distributions allow.
 Source: prompt look-up as in transformers' prompt_lookup_num_tokens; drafts by a smaller model:
 arXiv 2211.17192; common random numbers in place of its rejections: arXiv 2408.07978.
 """
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 # Tokens that one pass checks at most, the last one drawn included: as many rows as the kernels
 # compute each as if it were alone, and as many as every ring takes back.
 MAX_ROWS = MIN_SLACK
-# Fewest tokens that have to occur again for what followed them to be a draft; most that are looked at.
+# Fewest tokens that have to occur again for what followed them to be a draft, and most that are
+# compared.
 MIN_MATCH, MAX_MATCH = 2, 16
 # Earlier occurrences that are compared.
 CANDIDATES = 16

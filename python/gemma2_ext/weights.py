@@ -298,6 +298,35 @@ class Arena:
         return torch.frombuffer(self.memory, dtype=dtype, count=count, offset=offset)
 
 
+class DeviceArena:
+    """As `Arena`, in one allocation on a GPU, without packed matrices.
+
+    Args:
+        config: gives the tensors' shapes.
+        dtype: of every tensor.
+        device: where the room is.
+
+    Raises:
+        torch.OutOfMemoryError: torch's own.
+    """
+
+    def __init__(self, config: Gemma2Config, dtype: torch.dtype, device: torch.device) -> None:
+        self.memory = torch.empty(memory_needed(config, dtype), dtype=torch.uint8, device=device)
+        self.slots = slots(config, dtype, None)
+        self.offsets: dict[str, int] = {}
+        self.tensors: dict[str, Tensor] = {}
+        offset = 0
+        for name, slot in self.slots.items():
+            self.offsets[name] = offset
+            count = math.prod(slot.shape)
+            self.tensors[name] = self.flat(offset, count, slot.dtype).view(slot.shape)
+            offset += _aligned(slot.nbytes)
+
+    def flat(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
+        """(count,) elements that begin at a byte of the allocation."""
+        return self.memory[offset : offset + count * dtype.itemsize].view(dtype)
+
+
 # Reading
 
 
@@ -632,6 +661,7 @@ def load_weights(
     config: Gemma2Config,
     *,
     dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> dict[str, Tensor]:
     """Loads model.safetensors, or the shards that model.safetensors.index.json names.
@@ -641,11 +671,12 @@ def load_weights(
             "model." in front.
         config: what they must fit.
         dtype: float32, bfloat16 or float16, in memory; None: that of the file.
+        device: where they are to be. On a GPU they are never whole in the host's memory.
         progress: whether to show a progress bar on stderr.
 
     Returns:
-        The tensors of `parameter_shapes(config)`: views of one mapping of huge pages, each 64-byte
-        aligned.
+        The tensors of `parameter_shapes(config)`: views of one mapping of huge pages, or of one
+        allocation on the device, each 64-byte aligned.
 
     Raises:
         FileNotFoundError: the folder, or a file that it must have, is not there.
@@ -660,7 +691,10 @@ def load_weights(
     with open_checkpoint(folder, config) as checkpoint:
         output = checkpoint.pop(OUTPUT, None)
         sources = list(checkpoint.values())
-        arena = Arena(config, dtype or common_dtype(sources))
+        dtype = dtype or common_dtype(sources)
+        device = torch.device(device)
+        arena: Arena | DeviceArena
+        arena = Arena(config, dtype) if device.type == "cpu" else DeviceArena(config, dtype, device)
         if output is not None:
             check_tied(output, checkpoint["embed_tokens.weight"])
         read_all(sources, arena, progress)
@@ -678,7 +712,7 @@ class _Piece(NamedTuple):
     target: int
 
 
-def _pieces(sources: list[Source], arena: Arena) -> Iterator[_Piece]:
+def _pieces(sources: list[Source], arena: Arena | DeviceArena) -> Iterator[_Piece]:
     """All tensors in the order of the files."""
     for source in sorted(sources, key=lambda s: (s.file.path, s.stored.begin)):
         stored, part = source.stored, source.part
@@ -697,7 +731,7 @@ def _pieces(sources: list[Source], arena: Arena) -> Iterator[_Piece]:
             )
 
 
-def read_all(sources: list[Source], arena: Arena, progress: bool) -> None:
+def read_all(sources: list[Source], arena: Arena | DeviceArena, progress: bool) -> None:
     """Reads every tensor to its place, with READERS threads that end with this call."""
     pieces = _pieces(sources, arena)
     lock, stop = threading.Lock(), threading.Event()
@@ -739,18 +773,19 @@ def read_all(sources: list[Source], arena: Arena, progress: bool) -> None:
         raise errors[0]
 
 
-def _read_piece(piece: _Piece, arena: Arena, staging: bytearray) -> int:
-    """Reads a piece, straight to its place or through staging where the dtype changes."""
+def _read_piece(piece: _Piece, arena: Arena | DeviceArena, staging: bytearray) -> int:
+    """Reads a piece, straight to its place, or through staging to a GPU or another dtype."""
     source, offset, elements, target = piece
     dtype, wanted = STORED_DTYPES[source.stored.dtype], arena.slots[source.part.fused].dtype
     nbytes = elements * dtype.itemsize
-    if dtype == wanted:
+    if not isinstance(arena, DeviceArena) and dtype == wanted:
         source.file.read_into(memoryview(arena.memory)[target : target + nbytes], offset)
         return nbytes
     source.file.read_into(memoryview(staging)[:nbytes], offset)
     values = torch.frombuffer(staging, dtype=dtype, count=elements)
     converted = arena.flat(target, elements, wanted).copy_(values)
-    if wanted == torch.float16 and not torch.equal(converted.isfinite(), values.isfinite()):
+    lossy = wanted == torch.float16 and dtype != torch.float16
+    if lossy and not torch.equal(converted.isfinite().cpu(), values.isfinite()):
         raise ValueError(
             f"{source.file.path}: tensor {source.name} has values past float16's range "
             f"(65504): {values.abs().max().item():.4g}"

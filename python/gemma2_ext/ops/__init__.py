@@ -5,6 +5,7 @@ Layout is (batch, seqlen, heads, head_dim). Each function is also `torch.ops.gem
 """
 
 from ..quantize import quantize
+from ._common import refuse_cuda_without_kernels
 from .add_rms_norm import add_rms_norm
 from .attention import attention
 from .attention_cache import attention_cache
@@ -14,6 +15,7 @@ from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_distillation import linear_distillation
 from .linear_distillation_topk import linear_distillation_topk
+from .linear_geglu import linear_geglu
 from .linear_int4 import linear_int4
 from .linear_int8 import linear_int8
 from .logits import logits
@@ -22,6 +24,8 @@ from .logits_int8 import logits_int8
 from .rms_norm import rms_norm
 from .rope import rope
 from .rope_append_cache import rope_append_cache
+
+refuse_cuda_without_kernels()
 
 __all__ = [
     "add_rms_norm",
@@ -33,6 +37,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_distillation",
     "linear_distillation_topk",
+    "linear_geglu",
     "linear_int4",
     "linear_int8",
     "logits",

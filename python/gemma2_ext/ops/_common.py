@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .. import _C
 from ..quantize import QuantizedWeight
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -162,19 +163,39 @@ def cast_under_autocast(op: str, *positions: int) -> None:
     register("cuda", "AutocastCUDA")
 
 
-def refuse_gradient(op: str) -> None:
+def refuse_gradient(op: str, message: str | None = None) -> None:
     """As refuse_backward, for an op that writes into its arguments: the call itself raises.
 
-    torch.library.register_autograd takes no such op.
+    torch.library.register_autograd takes no such op. The message says what is missing.
     """
     overload = getattr(torch.ops.gemma2_ext, op).default
 
     def autograd(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             raise NotImplementedError(
-                f"gemma2_ext::{op} has no backward; run it under torch.no_grad()"
+                message or f"gemma2_ext::{op} has no backward; run it under torch.no_grad()"
             )
         with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     _library.impl(op, autograd, "Autograd", with_keyset=True)
+
+
+def refuse_cuda_without_kernels() -> None:
+    """An op that has no CUDA kernel says so on a GPU, in place of torch's list of backends."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    why = (
+        "has no CUDA kernel yet"
+        if _C.build_info()["cuda"]
+        else "this build of gemma2_ext has no CUDA kernels; install it again where nvcc is on PATH "
+        "or in CUDA_HOME, beside a PyTorch with CUDA"
+    )
+    for name in torch._C._dispatch_get_all_op_names():
+        composite = has(name, "CompositeExplicitAutograd") if "gemma2_ext::" in name else True
+        if composite or not has(name, "CPU") or has(name, "CUDA"):
+            continue
+
+        def refuse(*args: Any, name: str = name, **kwargs: Any) -> NoReturn:
+            raise NotImplementedError(f"{name}: {why}")
+
+        _library.impl(name.removeprefix("gemma2_ext::"), refuse, "CUDA")
