@@ -1,11 +1,12 @@
 // What each kernel is given: pointers with shapes beside them, strides in elements. No torch here;
-// CPU and CUDA kernels share these structs.
+// CPU and CUDA kernels share these structs. eps, scale and softcap are double for the float64
+// kernels; the others narrow them to float once.
 #pragma once
 #include <cstdint>
 
 namespace gemma2 {
 
-enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 // out[r] = x[r] * rsqrt(mean(x[r]^2) + eps) * (1 + weight)
 struct RmsNormParams {
@@ -15,8 +16,39 @@ struct RmsNormParams {
   void* out;           // (rows, hidden_size) contiguous
   int64_t rows;
   int64_t hidden_size;
-  float eps;
+  double eps;
   DType dtype;  // of x and out
+  DType weight_dtype;
+};
+
+// Rows are shared out in blocks, each of which sums its part of grad_weight; the parts are then
+// added in their order, kNormColumns columns at a time. So results do not depend on the number of
+// threads.
+constexpr int64_t kNormMostBlocks = 128;
+constexpr int64_t kNormColumns = 512;
+static constexpr int64_t norm_block_rows(int64_t rows) {
+  const int64_t even = (rows + kNormMostBlocks - 1) / kNormMostBlocks;
+  return even < 8 ? 8 : even;
+}
+static constexpr int64_t norm_blocks(int64_t rows) {
+  return (rows + norm_block_rows(rows) - 1) / norm_block_rows(rows);
+}
+
+// With s = rsqrt(mean(x^2) + eps) and g = grad_out * (1 + weight), row by row:
+// grad_x = s (g - x s^2 mean(g x)); grad_weight = sum over the rows of grad_out x s.
+struct RmsNormBackwardParams {
+  const void* grad_out;  // (rows, hidden_size), last dimension contiguous
+  int64_t grad_out_stride;
+  const void* x;  // likewise
+  int64_t x_stride;
+  const void* weight;  // (hidden_size,) contiguous
+  void* grad_x;        // (rows, hidden_size) contiguous
+  void* grad_weight;   // (hidden_size,)
+  float* partial;      // (blocks, hidden_size): sums of each block of norm_block_rows rows
+  int64_t rows;
+  int64_t hidden_size;
+  double eps;
+  DType dtype;  // of x, grad_out and grad_x
   DType weight_dtype;
 };
 
@@ -32,8 +64,34 @@ struct AddRmsNormParams {
   void* out;
   int64_t rows;
   int64_t hidden_size;
-  float eps;
+  double eps;
   DType dtype;  // of x, residual, residual_out and out
+  DType weight_dtype;
+};
+
+// grad_residual = grad_residual_out + the gradient of norm(residual_out; pre_weight); that is also
+// what comes into norm(x; post_weight).
+struct AddRmsNormBackwardParams {
+  const void* grad_residual_out;  // (rows, hidden_size), last dimension contiguous
+  int64_t grad_residual_out_stride;
+  const void* grad_out;  // likewise
+  int64_t grad_out_stride;
+  const void* x;  // likewise
+  int64_t x_stride;
+  const void* residual_out;  // (rows, hidden_size), the forward's result, last dimension contiguous
+  int64_t residual_out_stride;
+  const void* post_weight;  // (hidden_size,) contiguous
+  const void* pre_weight;
+  void* grad_x;  // (rows, hidden_size) contiguous
+  void* grad_residual;
+  void* grad_post_weight;  // (hidden_size,)
+  void* grad_pre_weight;
+  float* partial;  // (blocks, 3, hidden_size): sums of each block of norm_block_rows rows, for
+                   // post_weight and pre_weight; the gradient of one row of residual_out
+  int64_t rows;
+  int64_t hidden_size;
+  double eps;
+  DType dtype;  // of all but the weights and their gradients
   DType weight_dtype;
 };
 
@@ -45,6 +103,21 @@ struct GegluParams {
   const void* up;  // like gate
   int64_t up_stride;
   void* out;  // (rows, columns) contiguous
+  int64_t rows;
+  int64_t columns;
+  DType dtype;
+};
+
+// grad_up = grad_out * gelu_tanh(gate); grad_gate = grad_out * up * gelu_tanh'(gate)
+struct GegluBackwardParams {
+  const void* grad_out;  // (rows, columns), last dimension contiguous
+  int64_t grad_out_stride;
+  const void* gate;  // likewise
+  int64_t gate_stride;
+  const void* up;  // likewise
+  int64_t up_stride;
+  void* grad_gate;  // (rows, columns) contiguous
+  void* grad_up;
   int64_t rows;
   int64_t columns;
   DType dtype;
@@ -71,6 +144,7 @@ struct RopeParams {
                              // which is neither rotated nor written to the cache
   int64_t positions_batch_stride;  // 0: the same positions for every row of the batch
   const float* inv_freq;           // (head_dim / 2,)
+  bool inverse;                    // by the negative angle: the backward
   int64_t batch, seqlen, num_heads, num_kv_heads, head_dim;
   DType dtype;
 };
@@ -80,7 +154,8 @@ struct RopeParams {
 struct AttentionParams {
   HeadsView q, out;  // (batch, seqlen_q, num_heads, head_dim)
   HeadsView k, v;    // (batch, seqlen_k or capacity, num_kv_heads, head_dim)
-  float* lse;  // (batch, num_heads, seqlen_q), seqlen_q contiguous, natural logarithm; may be null
+  float* lse;  // (batch, num_heads, seqlen_q), seqlen_q contiguous, natural logarithm; may be null.
+               // Of doubles for float64, as the gradients of it
   int64_t lse_batch_stride, lse_head_stride;
   const int64_t* key_lengths;  // (batch,): valid keys end here; null: seqlen_k
   const int64_t* key_starts;   // (batch,): valid keys begin here; null: 0
@@ -93,14 +168,15 @@ struct AttentionParams {
   int64_t batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim;
   int64_t capacity;  // > 0: a ring; key j stands in slot j % capacity, and only the last capacity
                      // keys exist
-  // CUDA: pages of 2^page_shift keys; key j of sequence b is in page block_table[b][j >> page_shift]
-  // of k and v, (pages, page size, num_kv_heads, head_dim), batch_stride a page. Null otherwise.
+  // CUDA: pages of 2^page_shift keys; key j of sequence b is in page block_table[b][j >>
+  // page_shift] of k and v, (pages, page size, num_kv_heads, head_dim), batch_stride a page. Null
+  // otherwise.
   const int32_t* block_table;
   int64_t block_table_stride;
   int32_t page_shift;
   float* partial;  // CUDA: attention_partial_size(p) floats, results of parts of the keys
-  float scale;
-  float softcap;   // 0: none
+  double scale;
+  double softcap;  // 0: none
   int64_t window;  // 0: none
   bool causal;
   DType dtype;
@@ -120,6 +196,15 @@ struct DequantizeParams {
   void* out;  // (out_features, in_features) contiguous
   int64_t out_features, in_features;
   DType dtype;  // of out
+};
+
+// The gradients of attention, of no ring. Those of k and v are zeros at first.
+struct AttentionBackwardParams {
+  AttentionParams forward;  // out and lse are read
+  HeadsView grad_out;
+  const float* grad_lse;             // like lse
+  HeadsView grad_q, grad_k, grad_v;  // like q, k, v
+  float* row_terms;                  // CUDA: like lse, scratch
 };
 
 // out[r, n] = sum_k x[r, k] * weight[n, k]; with softcap > 0: softcap * tanh(out / softcap)

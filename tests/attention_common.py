@@ -38,6 +38,20 @@ def reference_of(**options: Any) -> Callable[..., Tensor]:
     return attend
 
 
+def gradient_noise(q: Tensor, k: Tensor, v: Tensor, scale: float) -> float:
+    """Rounding noise of attention's gradients, for gradients of the output of normal elements.
+
+    A score's gradient is P (grad_out . v_j - grad_out . out), which all but cancels where a row
+    sees few keys, or one: both are sums of head_dim products with a standard deviation of |v|, so
+    up to five of that, with a few roundings of 2^-24 each. It is multiplied by the scale and by
+    an element of k or q.
+    """
+    if 0 in (q.numel(), k.numel()):
+        return 0.0
+    largest = max(q.double().abs().max().item(), k.double().abs().max().item())
+    return 4 * 2.0**-24 * 5 * v.double().norm(dim=-1).max().item() * abs(scale) * largest
+
+
 def assert_lse_accurate(actual: Tensor, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:
     """Against the reference in float64: -inf in the same places, elsewhere within 1e-5 or 2e-6
     relative, which is float32's rounding of a score made of 256 products."""

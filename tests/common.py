@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 import gemma2_ext
@@ -26,6 +30,7 @@ def assert_accurate(
     *tensors: Tensor,
     loosen: float = 1.0,
     roundings: int = 1,
+    noise: float = 0.0,
 ) -> None:
     """Asserts that `actual` is as near the truth as `reference` run in its dtype.
 
@@ -33,7 +38,8 @@ def assert_accurate(
     The largest error may be twice that of the reference run in the dtype, plus `roundings` of the
     largest value (more than one where few elements make the reference's own error a matter of
     luck); and every element is within TOLERANCE (times `loosen`, which needs its derivation where
-    it is used).
+    it is used). `noise` is added to what is allowed, for a result that is a difference of larger
+    terms; it needs its derivation too.
     """
     exact = reference(*(t.double() if t.is_floating_point() else t for t in tensors))
     plain = reference(*tensors)
@@ -44,12 +50,74 @@ def assert_accurate(
     assert torch.isfinite(actual).all()
     error = (actual.double() - exact).abs().max().item()
     allowed = 2 * (plain.double() - exact).abs().max().item()
-    allowed += roundings * torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    allowed += noise + roundings * torch.finfo(actual.dtype).eps * exact.abs().max().item()
     assert error <= allowed, f"error {error:.3e}, the reference's own allows {allowed:.3e}"
     rtol, atol = TOLERANCE[actual.dtype]
     torch.testing.assert_close(
         actual.double(), exact, rtol=rtol * loosen, atol=max(atol * loosen, allowed)
     )
+
+
+def gradients(f: Callable[..., Any], inputs: Sequence[Tensor], *grad_outs: Tensor) -> list[Tensor]:
+    """Gradients of f's outputs, weighed by `grad_outs`, to its floating inputs."""
+    leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
+    outs = f(*leaves)
+    outs = (outs,) if isinstance(outs, Tensor) else outs
+    return list(torch.autograd.grad(outs, [t for t in leaves if t.requires_grad], grad_outs))
+
+
+def assert_gradients_accurate(
+    op: Callable[..., Any], reference: Callable[..., Any], *inputs: Tensor, **how: Any
+) -> None:
+    """assert_accurate of every gradient, for random gradients of the outputs."""
+    with torch.no_grad():
+        outs = op(*inputs)
+    outs = (outs,) if isinstance(outs, Tensor) else outs
+    grad_outs = [torch.randn(out.shape).to(out.dtype) for out in outs]
+    n = len(inputs)
+    for i, actual in enumerate(gradients(op, inputs, *grad_outs)):
+        truth = functools.partial(lambda i, *t: gradients(reference, t[:n], *t[n:])[i], i)
+        assert_accurate(actual, truth, *inputs, *grad_outs, **how)
+
+
+def assert_same_gradients_compiled(op: Callable[..., Any], *inputs: Tensor) -> None:
+    """A function with `op` in it: compiled, and checkpointed, as eager, to the bit."""
+
+    def f(*tensors: Tensor) -> Any:
+        outs = op(*tensors)
+        return outs if isinstance(outs, Tensor) else torch.cat([out.flatten() for out in outs])
+
+    def checkpointed(*tensors: Tensor) -> Any:
+        return torch.utils.checkpoint.checkpoint(f, *tensors, use_reentrant=False)
+
+    grad_out = torch.randn_like(f(*inputs))
+    expected = gradients(f, inputs, grad_out)
+    torch._dynamo.reset()
+    for other in (torch.compile(f, fullgraph=True, backend="aot_eager"), checkpointed):
+        for actual, wanted in zip(gradients(other, inputs, grad_out), expected, strict=True):
+            assert torch.equal(actual, wanted)
+
+
+def assert_no_second_derivative(op: Callable[..., Any], *inputs: Tensor) -> None:
+    leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
+    outs = op(*leaves)
+    outs = (outs,) if isinstance(outs, Tensor) else outs
+    (grad,) = torch.autograd.grad(
+        sum(out.square().sum() for out in outs), leaves[0], create_graph=True
+    )
+    with pytest.raises(NotImplementedError, match=f"{op.__name__} has no second derivative"):
+        grad.sum().backward()
+
+
+def assert_independent_of_threads(f: Callable[[], Sequence[Tensor]]) -> None:
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(f())
+    torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
 def with_strides(t: Tensor, kind: str) -> Tensor:

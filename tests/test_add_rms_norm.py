@@ -7,11 +7,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
-from common import DTYPES, LAYOUTS, assert_accurate, with_strides
+from common import (
+    DTYPES,
+    LAYOUTS,
+    assert_accurate,
+    assert_gradients_accurate,
+    assert_independent_of_threads,
+    assert_no_second_derivative,
+    assert_same_gradients_compiled,
+    gradients,
+    with_strides,
+)
 from gemma2_ext import ops, reference
 
 OP = torch.ops.gemma2_ext.add_rms_norm.default
 OUT_OP = torch.ops.gemma2_ext.add_rms_norm_out.default
+BACKWARD_OP = torch.ops.gemma2_ext.add_rms_norm_backward.default
+BACKWARD_OUT_OP = torch.ops.gemma2_ext.add_rms_norm_backward_out.default
 
 
 def inputs(
@@ -147,18 +159,102 @@ def test_compile_without_graph_breaks() -> None:
     torch.testing.assert_close(compiled(x), both(x))
 
 
-def test_backward_refuses() -> None:
-    x, *rest = inputs(5, 64, torch.float32)
-    with pytest.raises(NotImplementedError, match="add_rms_norm has no backward"):
-        ops.add_rms_norm(x.requires_grad_(), *rest)[1].sum().backward()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden_size", [5, 8, 41, 513, 2304])
+@pytest.mark.parametrize("rows", [0, 1, 9])
+def test_gradients(isa: str, dtype: torch.dtype, hidden_size: int, rows: int) -> None:
+    assert_gradients_accurate(
+        ops.add_rms_norm, reference.add_rms_norm, *inputs(rows, hidden_size, dtype), roundings=2
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_many_rows(isa: str, dtype: torch.dtype) -> None:
+    tensors = inputs(1500, 24, dtype)
+    assert_gradients_accurate(ops.add_rms_norm, reference.add_rms_norm, *tensors)
+
+
+def test_gradients_of_weights_of_another_dtype(isa: str) -> None:
+    tensors = inputs(5, 64, torch.bfloat16, torch.float32)
+    assert_gradients_accurate(ops.add_rms_norm, reference.add_rms_norm, *tensors)
+
+
+def test_gradient_of_one_output(isa: str) -> None:
+    tensors, grad = inputs(5, 64, torch.float32), torch.randn(5, 64)
+    for i in (0, 1):
+        grads = [grad, torch.zeros(5, 64)] if i == 0 else [torch.zeros(5, 64), grad]
+        expected = gradients(ops.add_rms_norm, tensors, *grads)
+
+        def one(*t: Tensor, i: int = i) -> Tensor:
+            return ops.add_rms_norm(*t)[i]
+
+        assert all(map(torch.equal, gradients(one, tensors, grad), expected))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_strided_tensors(isa: str, layout: str) -> None:
+    tensors = [*inputs(15, 41, torch.float32), *torch.randn(2, 15, 41)]
+    expected = gradients(ops.add_rms_norm, tensors[:4], *tensors[4:])
+    strided = [with_strides(t, layout) for t in tensors]
+    actual = gradients(ops.add_rms_norm, strided[:4], *strided[4:])
+    assert all(map(torch.equal, actual, expected))
+
+
+def test_every_element_of_the_gradients_is_written(isa: str) -> None:
+    x, residual, post_weight, pre_weight = inputs(7, 41, torch.float32)
+    r = ops.add_rms_norm(x, residual, post_weight, pre_weight)[0]
+    grads = [torch.full_like(t, float("nan")) for t in (x, x, post_weight, pre_weight)]
+    BACKWARD_OUT_OP(x, residual, x, r, post_weight, pre_weight, 1e-6, *grads)
+    expected = gradients(ops.add_rms_norm, (x, residual, post_weight, pre_weight), x, residual)
+    assert all(map(torch.equal, grads, expected))
+
+
+def test_gradients_independent_of_threads(isa: str) -> None:
+    tensors, grads = inputs(2100, 70, torch.float32), torch.randn(2, 2100, 70)
+    assert_independent_of_threads(lambda: gradients(ops.add_rms_norm, tensors, *grads))
+
+
+def test_gradcheck() -> None:
+    tensors = [t.double().requires_grad_() for t in inputs(6, 11, torch.float32)]
+    exact = reference.add_rms_norm(*tensors)
+    for actual, wanted in zip(ops.add_rms_norm(*tensors), exact, strict=True):
+        torch.testing.assert_close(actual, wanted)
+    assert torch.autograd.gradcheck(ops.add_rms_norm, tensors)
+
+
+def test_backward_opcheck() -> None:
+    x, residual, post_weight, pre_weight = inputs(6, 16, torch.float32)
+    leaves = [t.clone().requires_grad_() for t in (x, residual, post_weight, pre_weight)]
+    opcheck(OP, (*leaves, 1e-6))
+    arguments = (x, x, x, residual, post_weight, pre_weight, 1e-6)
+    opcheck(BACKWARD_OP, arguments)
+    grads = [torch.empty_like(t) for t in (x, x, post_weight, pre_weight)]
+    opcheck(BACKWARD_OUT_OP, (*arguments, *grads))
+
+
+def test_backward_under_transforms() -> None:
+    tensors = inputs(5, 64, torch.float32)
+    assert_same_gradients_compiled(ops.add_rms_norm, *tensors)
+    assert_no_second_derivative(ops.add_rms_norm, *tensors)
+
+
+def test_autocast_widens_to_the_residual(isa: str) -> None:
+    # What a product under autocast gives, added to a float32 stream.
+    x, residual, *weights = inputs(5, 64, torch.float32)
+    expected = ops.add_rms_norm(x.bfloat16().float(), residual, *weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = ops.add_rms_norm(x.bfloat16(), residual, *weights)
+    assert all(map(torch.equal, actual, expected))
+    with pytest.raises(ValueError, match="residual must have x's dtype BFloat16, got Float"):
+        ops.add_rms_norm(x.bfloat16(), residual, *weights)
 
 
 def test_errors() -> None:
     x, residual, post_weight, pre_weight = inputs(5, 64, torch.float32)
     with pytest.raises(TypeError, match=r"add_rms_norm: residual must be a torch\.Tensor, got int"):
         ops.add_rms_norm(x, 0, post_weight, pre_weight)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="pre_weight must be float32, .*, got torch.float64"):
-        ops.add_rms_norm(x, residual, post_weight, pre_weight.double())
+    with pytest.raises(TypeError, match="pre_weight must be float32, .*, got torch.int64"):
+        ops.add_rms_norm(x, residual, post_weight, pre_weight.long())
     with pytest.raises(
         ValueError, match=r"add_rms_norm: residual must have x's shape \(5, 64\), got \(4, 64\)"
     ):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,12 +13,24 @@ from torch import Tensor
 from torch.library import opcheck
 
 import gemma2_ext
-from attention_common import assert_lse_accurate, random_qkv, reference_of
-from common import DTYPES, LAYOUTS, assert_accurate, with_strides
+from attention_common import assert_lse_accurate, gradient_noise, random_qkv, reference_of
+from common import (
+    DTYPES,
+    LAYOUTS,
+    assert_accurate,
+    assert_gradients_accurate,
+    assert_independent_of_threads,
+    assert_no_second_derivative,
+    assert_same_gradients_compiled,
+    gradients,
+    with_strides,
+)
 from gemma2_ext import ops, reference
 
 OP = torch.ops.gemma2_ext.attention.default
 OUT_OP = torch.ops.gemma2_ext.attention_out.default
+BACKWARD_OP = torch.ops.gemma2_ext.attention_backward.default
+BACKWARD_OUT_OP = torch.ops.gemma2_ext.attention_backward_out.default
 NAN = float("nan")
 
 
@@ -318,12 +332,231 @@ def test_compile_without_graph_breaks() -> None:
         torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_backward_refuses(name: str) -> None:
-    tensors = dict(zip("qkv", random_qkv(1, 3, 3), strict=True))
-    tensors[name].requires_grad_()
-    with pytest.raises(NotImplementedError, match="attention has no backward"):
-        attend(**tensors, scale=0.1).sum().backward()
+def with_lse(attention: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`attention` with these options, of q, k and v alone; out and lse."""
+    f = functools.partial(attention, return_lse=True, **options)
+    return functools.update_wrapper(f, attention)
+
+
+def check_gradients(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:
+    ours, theirs = with_lse(ops.attention, **options), with_lse(reference.attention, **options)
+    noise = gradient_noise(q, k, v, options["scale"])
+    assert_gradients_accurate(ours, theirs, q, k, v, roundings=2, noise=noise)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [8, 40, 72, 256])
+@pytest.mark.parametrize("seqlens", [(1, 1), (1, 130), (97, 1), (113, 203), (7, 65)])
+def test_gradients(isa: str, dtype: torch.dtype, head_dim: int, seqlens: tuple[int, int]) -> None:
+    q, k, v = random_qkv(2, *seqlens, (4, 2), head_dim, dtype)
+    check_gradients(q, k, v, scale=head_dim**-0.5, softcap=50.0)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (8, 2), (6, 1), (5, 5)])
+@pytest.mark.parametrize("seqlens", [(2, 70), (95, 96), (97, 97)])
+def test_gradients_of_groups(isa: str, heads: tuple[int, int], seqlens: tuple[int, int]) -> None:
+    check_gradients(*random_qkv(2, *seqlens, heads, 24), scale=0.2)
+
+
+@pytest.mark.parametrize("window", [1, 2, 15, 64, 97])
+@pytest.mark.parametrize("seqlens", [(5, 17), (130, 130), (130, 300)])
+def test_gradients_within_a_window(isa: str, window: int, seqlens: tuple[int, int]) -> None:
+    check_gradients(*random_qkv(2, *seqlens, (4, 2), 16), scale=0.25, softcap=3.0, window=window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [50.0, 5.0, 0.5])
+def test_gradients_where_the_soft_cap_bites(isa: str, dtype: torch.dtype, softcap: float) -> None:
+    q, k, v = random_qkv(2, 50, 80, (4, 2), 64, dtype, q_scale=30.0)
+    check_gradients(q, k, v, scale=0.125, softcap=softcap)
+
+
+def test_gradients_of_huge_scores_are_finite(isa: str) -> None:
+    # Far past the soft-cap the slope is 0; without one a row sees one key.
+    q, k, v = random_qkv(1, 40, 40, q_scale=1e15)
+    for softcap in (50.0, None):
+        grads = gradients(
+            with_lse(ops.attention, scale=1.0, softcap=softcap), (q, k, v), q, v.new_zeros(1, 4, 40)
+        )
+        assert all(torch.isfinite(grad).all() for grad in grads[2:])
+        if softcap:
+            assert not grads[0].any() and not grads[1].any()
+
+
+def test_gradients_not_causal(isa: str) -> None:
+    q, k, v = random_qkv(2, 90, 130)
+    check_gradients(q, k, v, scale=0.1, softcap=30.0, causal=False)
+    check_gradients(q, k, v, scale=0.1, causal=False, key_lengths=torch.tensor([130, 7]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 9])
+def test_gradients_with_padding(isa: str, dtype: torch.dtype, window: int | None) -> None:
+    q, k, v = random_qkv(5, 70, 120, dtype=dtype)
+    starts, lengths = torch.tensor([0, 3, 10, 20, 120]), torch.tensor([120, 110, 11, 20, 120])
+    options = {"scale": 0.1, "window": window, "key_lengths": lengths, "key_starts": starts}
+    check_gradients(q, k, v, **options)
+    # What stands in padding, and in rows that see no key, must not matter, and gets zeros.
+    f = with_lse(ops.attention, **options)
+    grad_out, grad_lse = torch.randn(q.shape).to(dtype), torch.randn(5, 4, 70)
+    expected = gradients(f, (q, k, v), grad_out, grad_lse)
+    assert not any(grad.isnan().any() for grad in expected)
+    position = torch.arange(70) + lengths[:, None] - 70
+    for b in range(5):
+        blind = position[b] < starts[b]
+        q[b, blind], grad_out[b, blind] = NAN, NAN
+        assert not expected[0][b, blind].any()
+        for t, grad in ((k, expected[1]), (v, expected[2])):
+            for padding in (slice(starts[b]), slice(lengths[b], None)):
+                t[b, padding] = NAN
+                assert not grad[b, padding].any()
+    assert all(map(torch.equal, gradients(f, (q, k, v), grad_out, grad_lse), expected))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_strided_tensors(isa: str, layout: str) -> None:
+    q, k, v = random_qkv(2, 37, 61, head_dim=40, dtype=torch.bfloat16)
+    f = functools.partial(ops.attention, scale=0.1)
+    grad_out = torch.randn(q.shape).bfloat16()
+    expected = gradients(f, (q, k, v), grad_out)
+    strided = [with_strides(t, layout) for t in (q, k, v, grad_out)]
+    assert all(map(torch.equal, gradients(f, strided[:3], strided[3]), expected))
+    ones = gradients(f, (q, k, v), torch.ones_like(q))
+    summed = gradients(lambda *t: attend(*t, scale=0.1).sum(), (q, k, v), q.new_tensor(1.0))
+    assert all(map(torch.equal, summed, ones))
+
+
+def test_gradients_of_nothing(isa: str) -> None:
+    for shape in ((0, 4, 4), (2, 0, 4), (2, 4, 0)):
+        q, k, v = random_qkv(*shape)
+        for grad, t in zip(
+            gradients(
+                with_lse(ops.attention, scale=0.1), (q, k, v), q, torch.ones(shape[0], 4, shape[1])
+            ),
+            (q, k, v),
+            strict=True,
+        ):
+            assert torch.equal(grad, torch.zeros_like(t))
+
+
+def test_gradients_without_lse(isa: str) -> None:
+    # The op called by itself keeps no lse: its backward computes it anew.
+    q, k, v = random_qkv(2, 37, 61)
+    expected = gradients(functools.partial(ops.attention, scale=0.1), (q, k, v), q)
+    actual = gradients(lambda *t: OP(*t, scale=0.1)[0], (q, k, v), q)
+    assert all(map(torch.equal, actual, expected))
+
+
+def test_every_element_of_the_gradients_is_written(isa: str) -> None:
+    q, k, v = random_qkv(2, 130, 150)
+    lengths = torch.tensor([150, 100])
+    out, lse = ops.attention(q, k, v, scale=0.1, key_lengths=lengths, return_lse=True)
+    grads = [torch.full_like(t, NAN) for t in (q, k, v)]
+    options = (lengths, None, 0.1, None, None, True)
+    BACKWARD_OUT_OP(q, lse.nan_to_num(neginf=0), q, k, v, out, lse, *options, *grads)
+    assert all(
+        map(
+            torch.equal,
+            grads,
+            BACKWARD_OP(q, lse.nan_to_num(neginf=0), q, k, v, out, lse, *options),
+        )
+    )
+
+
+def test_gradients_independent_of_threads(isa: str) -> None:
+    q, k, v = random_qkv(2, 400, 500, (4, 1), 32)
+    f = functools.partial(ops.attention, scale=0.1, softcap=50.0, window=300)
+    assert_independent_of_threads(lambda: gradients(f, (q, k, v), q))
+
+
+def test_gradients_of_every_isa_agree_with_scalar() -> None:
+    q, k, v = random_qkv(1, 120, 150, head_dim=72)
+    results = {}
+    before = gemma2_ext._C.cpu_isa()
+    for isa in gemma2_ext._C.supported_cpu_isas():
+        gemma2_ext._C.set_cpu_isa(isa)
+        f = functools.partial(ops.attention, scale=0.1, softcap=20.0)
+        results[isa] = gradients(f, (q, k, v), q)
+    gemma2_ext._C.set_cpu_isa(before)
+    for grads in results.values():
+        torch.testing.assert_close(grads, results["scalar"], rtol=2e-5, atol=2e-5)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_gradients_of_any_shape(data: st.DataObject) -> None:
+    kv_heads = data.draw(st.integers(1, 3))
+    heads = kv_heads * data.draw(st.integers(1, 5))
+    batch, seqlen_k = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 220))
+    seqlen_q = data.draw(st.integers(1, 150))
+    head_dim = 8 * data.draw(st.integers(1, 32))
+    causal = data.draw(st.booleans())
+    lengths = [data.draw(st.integers(0, seqlen_k)) for _ in range(batch)]
+    starts = [data.draw(st.integers(0, n)) for n in lengths]
+    q, k, v = random_qkv(batch, seqlen_q, seqlen_k, (heads, kv_heads), head_dim)
+    check_gradients(
+        q,
+        k,
+        v,
+        scale=head_dim**-0.5,
+        softcap=data.draw(st.sampled_from([None, 1.0, 50.0])),
+        window=data.draw(st.none() | st.integers(1, 160)) if causal else None,
+        causal=causal,
+        key_lengths=torch.tensor(lengths),
+        key_starts=torch.tensor(starts),
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"softcap": 2.0, "window": 3},
+        {"softcap": 2.0, "causal": False, "key_lengths": torch.tensor([4, 7])},
+        {"window": 4, "key_lengths": torch.tensor([4, 7]), "key_starts": torch.tensor([3, 1])},
+    ],
+)
+def test_gradcheck(options: dict[str, Any]) -> None:
+    q, k, v = (t.double().requires_grad_() for t in random_qkv(2, 5, 7, (4, 2), 8))
+    out, lse = ops.attention(q, k, v, scale=0.3, return_lse=True, **options)
+    exact, exact_lse = reference.attention(q, k, v, scale=0.3, return_lse=True, **options)
+    torch.testing.assert_close(out, exact)
+    torch.testing.assert_close(lse, exact_lse)
+
+    def f(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = ops.attention(q, k, v, scale=0.3, return_lse=True, **options)
+        return out, lse.masked_fill(lse == -math.inf, 0.0)
+
+    assert torch.autograd.gradcheck(f, (q, k, v), fast_mode=True)
+
+
+def test_backward_opcheck() -> None:
+    q, k, v = random_qkv(2, 5, 9, head_dim=16)
+    lengths, starts = torch.tensor([9, 6]), torch.tensor([0, 2])
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    opcheck(OP, (*leaves, lengths, starts), {"scale": 0.1, "softcap": 5.0, "return_lse": True})
+    out, lse = ops.attention(q, k, v, scale=0.1, return_lse=True)
+    arguments = (q, lse, q, k, v, out, lse, lengths, starts, 0.1, 5.0, 3, True)
+    opcheck(BACKWARD_OP, arguments)
+    opcheck(BACKWARD_OUT_OP, (*arguments, q.clone(), k.clone(), v.clone()))
+
+
+def test_backward_under_transforms() -> None:
+    q, k, v = random_qkv(2, 20, 20)
+    options = {"scale": 0.1, "softcap": 5.0, "window": 9, "key_lengths": torch.tensor([20, 12])}
+    without_lse = functools.partial(ops.attention, **options)
+    for f in (without_lse, with_lse(ops.attention, **options)):
+        assert_same_gradients_compiled(f, q, k, v.abs() + 1)
+    assert_no_second_derivative(functools.update_wrapper(without_lse, ops.attention), q, k, v)
+
+
+def test_autocast_rounds_to_its_dtype(isa: str) -> None:
+    q, k, v = random_qkv(2, 20, 20)
+    expected = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), scale=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attend(q, k.bfloat16(), v, scale=0.1), expected)
+        grads = gradients(functools.partial(ops.attention, scale=0.1), (q, k, v), expected)
+    assert [grad.dtype for grad in grads] == [torch.float32] * 3
 
 
 def error(match: str, *tensors: Any, kind: type[Exception] = ValueError, **options: Any) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
@@ -9,12 +11,24 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from attention_common import assert_lse_accurate
-from common import DTYPES, LAYOUTS, assert_accurate, with_strides
+from attention_common import assert_lse_accurate, gradient_noise
+from common import (
+    DTYPES,
+    LAYOUTS,
+    assert_accurate,
+    assert_gradients_accurate,
+    assert_independent_of_threads,
+    assert_no_second_derivative,
+    assert_same_gradients_compiled,
+    gradients,
+    with_strides,
+)
 from gemma2_ext import ops, reference
 
 OP = torch.ops.gemma2_ext.attention_varlen.default
 OUT_OP = torch.ops.gemma2_ext.attention_varlen_out.default
+BACKWARD_OP = torch.ops.gemma2_ext.attention_varlen_backward.default
+BACKWARD_OUT_OP = torch.ops.gemma2_ext.attention_varlen_backward_out.default
 NAN = float("nan")
 
 
@@ -172,10 +186,92 @@ def test_compile_without_graph_breaks() -> None:
         torch.testing.assert_close(actual, expected)
 
 
-def test_backward_refuses() -> None:
-    q, *rest = packed([3], [3])
-    with pytest.raises(NotImplementedError, match="attention_varlen has no backward"):
-        attend(q.requires_grad_(), *rest, scale=0.1).sum().backward()
+def of_qkv(args: tuple[Any, ...], attention: Any, **options: Any) -> Callable[..., Any]:
+    """`attention` of q, k and v alone."""
+    return functools.update_wrapper(
+        lambda *t: attention(*t, *args[3:], scale=0.25, **options), attention
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("options", [{"softcap": 3.0}, {"window": 17}, {"causal": False}])
+def test_gradients(isa: str, dtype: torch.dtype, lengths: Any, options: dict[str, Any]) -> None:
+    args = packed(*lengths, head_dim=40, dtype=dtype)
+    ours = of_qkv(args, ops.attention_varlen, **options)
+    theirs = of_qkv(args, reference.attention_varlen, **options)
+    noise = gradient_noise(*args[:3], 0.25)
+    assert_gradients_accurate(ours, theirs, *args[:3], roundings=2, noise=noise)
+
+
+def test_gradients_equal_those_of_each_sequence(isa: str) -> None:
+    args = packed([70, 30], [70, 90])
+    q, k, v = args[:3]
+    grad_lse = torch.randn(4, 100)
+    grads = gradients(
+        lambda *t: ops.attention_varlen(*t, *args[3:], scale=0.1, return_lse=True),
+        (q, k, v),
+        *(q, grad_lse),
+    )
+    alone = gradients(
+        lambda *t: ops.attention(*t, scale=0.1, return_lse=True),
+        (q[None, 70:], k[None, 70:], v[None, 70:]),
+        *(q[None, 70:], grad_lse[None, :, 70:]),
+    )
+    for grad, expected in zip(grads, alone, strict=True):
+        assert torch.equal(grad[None, 70:], expected)
+
+
+def test_gradients_of_rows_of_no_sequence_are_zero(isa: str) -> None:
+    args = packed([100, 5], [90, 50])
+    q, k, v, *rest = args
+    longer = [torch.cat((t, torch.full((3, *t.shape[1:]), NAN))) for t in (q, k, v)]
+    f = functools.partial(ops.attention_varlen, scale=0.1)
+    expected = gradients(lambda *t: f(*t, *rest), (q, k, v), q)
+    actual = gradients(lambda *t: f(*t, *rest), longer, longer[0])
+    for grad, wanted in zip(actual, expected, strict=True):
+        assert torch.equal(grad[:-3], wanted)
+        assert not grad[-3:].any()
+
+
+def test_gradients_independent_of_threads(isa: str) -> None:
+    args = packed([300, 1, 90], [300, 200, 90], (4, 1))
+    f = of_qkv(args, ops.attention_varlen, softcap=50.0)
+    assert_independent_of_threads(lambda: gradients(f, args[:3], args[0]))
+
+
+@pytest.mark.parametrize("options", [{"softcap": 2.0, "window": 3}, {"causal": False}])
+def test_gradcheck(options: dict[str, Any]) -> None:
+    args = packed([3, 0, 2], [4, 2, 2], (4, 2), 8)
+    tensors = [t.double().requires_grad_() for t in args[:3]]
+    f = of_qkv(args, ops.attention_varlen, **options)
+    torch.testing.assert_close(
+        f(*tensors), of_qkv(args, reference.attention_varlen, **options)(*tensors)
+    )
+    assert torch.autograd.gradcheck(f, tensors, fast_mode=True)
+
+
+def test_backward_opcheck() -> None:
+    args = packed([4, 7], [9, 7], head_dim=16)
+    q, k, v, *rest = args
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    opcheck(OP, (*leaves, *rest), {"scale": 0.1, "return_lse": True})
+    out, lse = ops.attention_varlen(*args, scale=0.1, return_lse=True)
+    arguments = (q, lse, q, k, v, out, lse, *rest, 0.1, 5.0, 3, True)
+    opcheck(BACKWARD_OP, arguments)
+    opcheck(BACKWARD_OUT_OP, (*arguments, q.clone(), k.clone(), v.clone()))
+
+
+def test_backward_under_transforms() -> None:
+    args = packed([20, 9], [20, 30])
+    f = of_qkv(args, ops.attention_varlen, softcap=5.0, window=9)
+    assert_same_gradients_compiled(f, *args[:3])
+    assert_no_second_derivative(f, *args[:3])
+    expected = gradients(f, args[:3], args[0])
+    without_lse = gradients(
+        lambda *t: OP(*t, *args[3:], scale=0.25, softcap=5.0, window=9)[0], args[:3], args[0]
+    )
+    assert all(map(torch.equal, without_lse, expected))
 
 
 def test_errors() -> None:

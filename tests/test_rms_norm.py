@@ -4,11 +4,23 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from common import DTYPES, LAYOUTS, assert_accurate, with_strides
+from common import (
+    DTYPES,
+    LAYOUTS,
+    assert_accurate,
+    assert_gradients_accurate,
+    assert_independent_of_threads,
+    assert_no_second_derivative,
+    assert_same_gradients_compiled,
+    gradients,
+    with_strides,
+)
 from gemma2_ext import ops, reference
 
 OP = torch.ops.gemma2_ext.rms_norm.default
 OUT_OP = torch.ops.gemma2_ext.rms_norm_out.default
+BACKWARD_OP = torch.ops.gemma2_ext.rms_norm_backward.default
+BACKWARD_OUT_OP = torch.ops.gemma2_ext.rms_norm_backward_out.default
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -73,10 +85,79 @@ def test_compile_without_graph_breaks() -> None:
     torch.testing.assert_close(compiled(x), ops.rms_norm(x, weight) * 2)
 
 
-def test_backward_refuses() -> None:
-    x = torch.randn(5, 64, requires_grad=True)
-    with pytest.raises(NotImplementedError, match="rms_norm has no backward"):
-        ops.rms_norm(x, torch.randn(64)).sum().backward()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden_size", [5, 8, 41, 513, 2304])
+@pytest.mark.parametrize("rows", [0, 1, 9])
+def test_gradients(isa: str, dtype: torch.dtype, hidden_size: int, rows: int) -> None:
+    x, weight = torch.randn(rows, hidden_size).to(dtype), torch.randn(hidden_size).to(dtype)
+    assert_gradients_accurate(ops.rms_norm, reference.rms_norm, x, weight, roundings=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_many_rows(isa: str, dtype: torch.dtype) -> None:
+    # More rows than kNormMostBlocks blocks of 8, so that blocks are longer.
+    x, weight = torch.randn(1500, 24).to(dtype), torch.randn(24).to(dtype)
+    assert_gradients_accurate(ops.rms_norm, reference.rms_norm, x, weight)
+
+
+def test_gradient_of_one_column(isa: str) -> None:
+    # The norm of a single number is its sign: what remains of the gradient is eps / x^2.
+    x, weight = torch.linspace(2, 9, 7)[:, None], torch.randn(1)
+    grad_x, _ = gradients(ops.rms_norm, (x, weight), torch.ones(7, 1))
+    assert (grad_x.abs() < 1e-6).all()
+
+
+def test_gradient_of_a_weight_of_another_dtype(isa: str) -> None:
+    x, weight = torch.randn(5, 64).bfloat16(), torch.randn(64)
+    assert_gradients_accurate(ops.rms_norm, reference.rms_norm, x, weight)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_strided_tensors(isa: str, layout: str) -> None:
+    x, weight, grad_out = torch.randn(3, 5, 41), torch.randn(41), torch.randn(3, 5, 41)
+    expected = gradients(ops.rms_norm, (x, weight), grad_out)
+    strided = [with_strides(t, layout) for t in (x, weight, grad_out)]
+    actual = gradients(ops.rms_norm, strided[:2], strided[2])
+    assert all(map(torch.equal, actual, expected))
+    # A sum's gradient is one number, expanded.
+    ones = gradients(ops.rms_norm, (x, weight), torch.ones(3, 5, 41))
+    summed = gradients(lambda *t: ops.rms_norm(*t).sum(), (x, weight), torch.tensor(1.0))
+    assert all(map(torch.equal, summed, ones))
+
+
+def test_every_element_of_the_gradients_is_written(isa: str) -> None:
+    grad_out, x, weight = torch.randn(7, 41), torch.randn(7, 41), torch.randn(41)
+    grads = torch.full_like(x, float("nan")), torch.full_like(weight, float("nan"))
+    BACKWARD_OUT_OP(grad_out, x, weight, 1e-6, *grads)
+    expected = gradients(ops.rms_norm, (x, weight), grad_out)
+    assert all(map(torch.equal, grads, expected))
+
+
+def test_gradients_independent_of_threads(isa: str) -> None:
+    x, weight, grad_out = torch.randn(2100, 70), torch.randn(70), torch.randn(2100, 70)
+    assert_independent_of_threads(lambda: gradients(ops.rms_norm, (x, weight), grad_out))
+
+
+def test_gradcheck() -> None:
+    x, weight = torch.randn(3, 2, 11).double(), torch.randn(11).double()
+    torch.testing.assert_close(ops.rms_norm(x, weight), reference.rms_norm(x, weight))
+    assert torch.autograd.gradcheck(ops.rms_norm, (x.requires_grad_(), weight.requires_grad_()))
+
+
+def test_backward_opcheck() -> None:
+    x, weight = torch.randn(3, 5, 16), torch.randn(16)
+    opcheck(OP, (x.clone().requires_grad_(), weight.clone().requires_grad_(), 1e-6))
+    opcheck(BACKWARD_OP, (x, x, weight, 1e-6))
+    opcheck(BACKWARD_OUT_OP, (x, x, weight, 1e-6, x.clone(), weight.clone()))
+
+
+def test_backward_under_transforms() -> None:
+    x, weight = torch.randn(5, 64), torch.randn(64)
+    assert_same_gradients_compiled(ops.rms_norm, x, weight)
+    assert_no_second_derivative(ops.rms_norm, x, weight)
+    with torch.autocast("cpu", torch.bfloat16):  # in the dtype that it is given
+        assert torch.equal(ops.rms_norm(x, weight), ops.rms_norm(x.clone(), weight))
+        assert ops.rms_norm(x.bfloat16(), weight).dtype == torch.bfloat16
 
 
 def test_errors() -> None:
@@ -97,3 +178,7 @@ def test_errors() -> None:
         ops.rms_norm(x, weight, eps=-1.0)
     with pytest.raises(ValueError, match="out must have x's shape"):
         OUT_OP(x, weight, 1e-6, torch.empty(5, 63))
+    with pytest.raises(ValueError, match="weight must have x's dtype Double, got Float"):
+        ops.rms_norm(x.double(), weight)
+    with pytest.raises(ValueError, match=r"rms_norm_backward: grad_out must have x's shape"):
+        BACKWARD_OP(x[1:], x, weight, 1e-6)

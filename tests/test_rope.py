@@ -7,11 +7,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
-from common import DTYPES, LAYOUTS, assert_accurate, with_strides
+from common import (
+    DTYPES,
+    LAYOUTS,
+    assert_accurate,
+    assert_gradients_accurate,
+    assert_independent_of_threads,
+    assert_no_second_derivative,
+    assert_same_gradients_compiled,
+    gradients,
+    with_strides,
+)
 from gemma2_ext import ops, reference
 
 OP = torch.ops.gemma2_ext.rope.default
 OUT_OP = torch.ops.gemma2_ext.rope_out.default
+BACKWARD_OP = torch.ops.gemma2_ext.rope_backward.default
+BACKWARD_OUT_OP = torch.ops.gemma2_ext.rope_backward_out.default
 
 
 def inputs(
@@ -173,10 +185,73 @@ def test_compile_without_graph_breaks() -> None:
     torch.testing.assert_close(compiled(*arguments), scores(*arguments))
 
 
-def test_backward_refuses() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [2, 6, 72, 256])
+def test_gradients(isa: str, dtype: torch.dtype, head_dim: int) -> None:
+    q, k = inputs(2, 7, 4, 2, head_dim, dtype)
+    positions = torch.randint(0, 8192, (2, 7))
+    assert_gradients_accurate(ops.rope, reference.rope, q, k, positions)
+    assert_gradients_accurate(ops.rope, reference.rope, q[:, :0], k[:, :0], positions[:, :0])
+
+
+def test_gradients_of_strided_tensors(isa: str) -> None:
+    q, k = inputs(2, 3, 4, 2, 22, torch.float32)
+    positions = torch.arange(3)
+    grad_q, grad_k = torch.randn(q.shape), torch.randn(k.shape)
+    expected = gradients(ops.rope, (q, k, positions), grad_q, grad_k)
+    for layout in LAYOUTS:
+        strided = with_strides(grad_q, layout), with_strides(grad_k, layout)
+        actual = gradients(ops.rope, (q, k, positions), *strided)
+        assert all(map(torch.equal, actual, expected))
+
+
+def test_gradient_of_one_output(isa: str) -> None:
+    q, k = inputs(2, 3, 4, 2, 22, torch.float32)
+    positions, grad = torch.arange(3), torch.randn(q.shape)
+    expected = gradients(ops.rope, (q, k, positions), grad, torch.zeros(k.shape))
+    grads = gradients(lambda q, k: ops.rope(q, k, positions)[0], (q, k), grad)
+    assert all(map(torch.equal, grads, expected))
+
+
+def test_every_element_of_the_gradients_is_written(isa: str) -> None:
+    q, k = inputs(2, 7, 4, 2, 22, torch.float32)
+    grads = torch.full(q.shape, float("nan")), torch.full(k.shape, float("nan"))
+    BACKWARD_OUT_OP(q, k, torch.arange(7), 10000.0, *grads)
+    # The rotation by the negative angle.
+    for grad, expected in zip(grads, ops.rope(q, k, -torch.arange(7)), strict=True):
+        torch.testing.assert_close(grad, expected)
+
+
+def test_gradients_independent_of_threads(isa: str) -> None:
+    q, k = inputs(2, 333, 4, 2, 64, torch.float32)
+    assert_independent_of_threads(lambda: gradients(ops.rope, (q, k, torch.arange(333)), q, k))
+
+
+def test_gradcheck() -> None:
+    q, k = (t.double().requires_grad_() for t in inputs(2, 3, 2, 1, 6, torch.float32))
+    positions = torch.tensor([3, 100, 8000])
+    for actual, exact in zip(
+        ops.rope(q, k, positions), reference.rope(q, k, positions), strict=True
+    ):
+        torch.testing.assert_close(actual, exact)
+    assert torch.autograd.gradcheck(ops.rope, (q, k, positions))
+
+
+def test_backward_opcheck() -> None:
     q, k = inputs(2, 3, 4, 2, 16, torch.float32)
-    with pytest.raises(NotImplementedError, match="rope has no backward"):
-        ops.rope(q.clone().requires_grad_(), k, torch.arange(3))[0].sum().backward()
+    opcheck(OP, (q.clone().requires_grad_(), k.clone().requires_grad_(), torch.arange(3), 10000.0))
+    opcheck(BACKWARD_OP, (q, k, torch.arange(3), 10000.0))
+    grads = torch.empty(q.shape), torch.empty(k.shape)
+    opcheck(BACKWARD_OUT_OP, (q, k, torch.arange(3), 10000.0, *grads))
+
+
+def test_backward_under_transforms() -> None:
+    q, k = inputs(2, 3, 4, 2, 16, torch.float32)
+    assert_same_gradients_compiled(ops.rope, q, k, torch.arange(3))
+    assert_no_second_derivative(ops.rope, q, k, torch.arange(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        rotated = ops.rope(q, k.bfloat16(), torch.arange(3))
+    assert [t.dtype for t in rotated] == [torch.float32, torch.float32]
 
 
 def test_errors() -> None:

@@ -17,7 +17,7 @@ namespace {
 
 template <class T, class W>
 void add_rms_norm_row(const T* x, const T* residual, const W* post_weight, const W* pre_weight,
-                      T* residual_out, T* out, int64_t n, float eps) {
+                      T* residual_out, T* out, int64_t n, double eps) {
   const VecF one = set(1.0f), scale = rms_scale(sum_of_squares(x, n), n, eps);
   VecF sum = zero();
   int64_t i = 0;

@@ -18,14 +18,47 @@ constexpr int64_t kRowBlock = kAttentionRowBlock, kKeyBlock = kAttentionKeyBlock
 constexpr int64_t kDepthBlock = 64;
 constexpr int64_t kQueryStride = kAttentionQueryStride, kScoreStride = kAttentionScoreStride;
 
+GEMMA2_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+GEMMA2_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// One sequence and key head of a batch.
+struct Sequence {
+  int64_t batch, kv_head;
+  int64_t group, seqlen_q, length, start;  // keys [start, length)
+  int64_t q_offset, k_offset;              // of the sequence in q's and k's rows
+
+  // Rows are numbered position * group + head.
+  GEMMA2_INLINE int64_t query(int64_t row) const { return row / group; }
+  GEMMA2_INLINE int64_t head(int64_t row) const { return kv_head * group + row % group; }
+};
+
+GEMMA2_INLINE Sequence make_sequence(const AttentionParams& p, int64_t batch, int64_t kv_head) {
+  Sequence s{batch, kv_head, p.num_heads / p.num_kv_heads, p.seqlen_q, p.seqlen_k, 0, 0, 0};
+  if (p.cu_seqlens_q) {
+    s.q_offset = p.cu_seqlens_q[batch], s.seqlen_q = p.cu_seqlens_q[batch + 1] - s.q_offset;
+    s.k_offset = p.cu_seqlens_k[batch], s.length = p.cu_seqlens_k[batch + 1] - s.k_offset;
+  }
+  if (p.key_lengths) s.length = p.key_lengths[batch];
+  if (p.key_starts) s.start = p.key_starts[batch];
+  return s;
+}
+
+// The first key that query i sees, and the end of those; both rise with i.
+GEMMA2_INLINE int64_t first_key(const AttentionParams& p, const Sequence& s, int64_t i) {
+  int64_t first = s.start;
+  if (p.window) first = max64(first, s.length - s.seqlen_q + i - p.window + 1);
+  return p.capacity ? max64(first, s.length - p.capacity) : first;
+}
+GEMMA2_INLINE int64_t end_key(const AttentionParams& p, const Sequence& s, int64_t i) {
+  const int64_t end = p.causal ? min64(s.length, s.length - s.seqlen_q + i + 1) : s.length;
+  return max64(end, first_key(p, s, i));
+}
+
 // Accumulators of a tile: 12 of 16 registers, or 24 of 32.
 constexpr int kTileRows = kLanes >= 16 ? 12 : 6;
 constexpr int kTileVecs = 2;
 constexpr int kTileCols = kTileVecs * kLanes;
 static_assert(kRowBlock % kTileRows == 0 && kKeyBlock % kTileCols == 0 && 32 % kTileCols == 0, "");
-
-GEMMA2_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-GEMMA2_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // ---- words
 
@@ -85,9 +118,9 @@ struct ScoreScale {
 };
 
 GEMMA2_INLINE ScoreScale score_scale(const AttentionParams& p) {
-  const float log2_e = 0x1.715476p+0f;
-  if (p.softcap > 0) return {p.scale / p.softcap, p.softcap * log2_e, true};
-  return {p.scale * log2_e, 1.0f, false};
+  const float log2_e = 0x1.715476p+0f, scale = float(p.scale), softcap = float(p.softcap);
+  if (p.softcap > 0) return {scale / softcap, softcap * log2_e, true};
+  return {scale * log2_e, 1.0f, false};
 }
 
 // x P(x^2) / Q(x^2), relative error below 2e-8 before rounding; |x| clamped to 9, where tanh is 1.
@@ -316,9 +349,10 @@ GEMMA2_INLINE bool not_finite(const T* row, int64_t n) {
 
 // ---- inner loops
 
-// c (kTileRows, kTileCols) = a (kTileRows, depth) b (depth, kTileCols), plus c with kAdd. The sum
-// over depth starts at zero, so that its rounding errors stay those of a short sum.
-template <int64_t kAStride, bool kAdd, class Word>
+// c (kTileRows, kTileCols) = a (kTileRows, depth) b (depth, kTileCols), plus c with kAdd; element
+// (r, k) of a is a[r * kARow + k * kADepth]. The sum over depth starts at zero, so that its
+// rounding errors stay those of a short sum.
+template <int64_t kARow, int64_t kADepth, int64_t kBStride, bool kAdd, class Word>
 __attribute__((noinline)) void multiply_tile(const Word* a, const float* b, int64_t depth, float* c,
                                              int64_t c_stride) {
   VecF sum[kTileRows][kTileVecs];
@@ -330,10 +364,10 @@ __attribute__((noinline)) void multiply_tile(const Word* a, const float* b, int6
   for (int64_t k = 0; k < depth; ++k) {
     VecF column[kTileVecs];
     GEMMA2_UNROLL
-    for (int v = 0; v < kTileVecs; ++v) column[v] = load(b + k * kTileCols + v * kLanes);
+    for (int v = 0; v < kTileVecs; ++v) column[v] = load(b + k * kBStride + v * kLanes);
     GEMMA2_UNROLL
     for (int r = 0; r < kTileRows; ++r) {
-      const VecF row = broadcast(a[r * kAStride + k]);
+      const VecF row = broadcast(a[r * kARow + k * kADepth]);
       GEMMA2_UNROLL
       for (int v = 0; v < kTileVecs; ++v)
         sum[r][v] = multiply_add(Word{}, row, column[v], sum[r][v]);

@@ -17,56 +17,32 @@ namespace {
 
 // One unit's share of the problem.
 template <class T>
-struct Unit {
-  int64_t batch, kv_head, split;
-  int64_t row_begin, rows;                 // rows of the group, position * group + head
-  int64_t group, seqlen_q, length, start;  // of this sequence; keys [start, length)
-  int64_t key_begin, key_end;              // keys that some row sees, of this split
-  int64_t q_offset;                        // of the sequence in q's rows
-  const T *k, *v;                          // of the sequence and head
+struct Unit : Sequence {
+  int64_t split;
+  int64_t row_begin, rows;     // rows of the group, position * group + head
+  int64_t key_begin, key_end;  // keys that some row sees, of this split
+  const T *k, *v;              // of the sequence and head
 
-  GEMMA2_INLINE int64_t query(int64_t r) const { return (row_begin + r) / group; }
-  GEMMA2_INLINE int64_t head(int64_t r) const { return kv_head * group + (row_begin + r) % group; }
+  GEMMA2_INLINE int64_t query(int64_t r) const { return Sequence::query(row_begin + r); }
+  GEMMA2_INLINE int64_t head(int64_t r) const { return Sequence::head(row_begin + r); }
 };
-
-// The first key that query i sees, and the end of those; both rise with i.
-template <class T>
-GEMMA2_INLINE int64_t first_key(const AttentionParams& p, const Unit<T>& u, int64_t i) {
-  int64_t first = u.start;
-  if (p.window) first = max64(first, u.length - u.seqlen_q + i - p.window + 1);
-  return p.capacity ? max64(first, u.length - p.capacity) : first;
-}
-template <class T>
-GEMMA2_INLINE int64_t end_key(const AttentionParams& p, const Unit<T>& u, int64_t i) {
-  const int64_t end = p.causal ? min64(u.length, u.length - u.seqlen_q + i + 1) : u.length;
-  return max64(end, first_key(p, u, i));
-}
 
 // Returns false where the unit has no rows, as the blocks past the end of a short sequence.
 template <class T>
 bool make_unit(const AttentionWork& w, int64_t index, Unit<T>& u) {
   const AttentionParams& p = w.p;
   u.split = index % w.splits, index /= w.splits;
-  u.kv_head = index % p.num_kv_heads, index /= p.num_kv_heads;
-  u.batch = index % p.batch, index /= p.batch;
-  const int64_t block = w.row_blocks - 1 - index;  // those that see most keys come first
-
-  int64_t k_offset = 0;
-  u.q_offset = 0, u.seqlen_q = p.seqlen_q, u.length = p.seqlen_k, u.start = 0;
-  if (p.cu_seqlens_q) {
-    u.q_offset = p.cu_seqlens_q[u.batch], u.seqlen_q = p.cu_seqlens_q[u.batch + 1] - u.q_offset;
-    k_offset = p.cu_seqlens_k[u.batch], u.length = p.cu_seqlens_k[u.batch + 1] - k_offset;
-  }
-  if (p.key_lengths) u.length = p.key_lengths[u.batch];
-  if (p.key_starts) u.start = p.key_starts[u.batch];
-  u.group = p.num_heads / p.num_kv_heads;
+  const int64_t kv_head = index % p.num_kv_heads;
+  index /= p.num_kv_heads;
+  (Sequence&)u = make_sequence(p, index % p.batch, kv_head);
+  const int64_t block = w.row_blocks - 1 - index / p.batch;  // those that see most keys come first
   u.row_begin = block * w.block_rows;
   u.rows = min64(w.block_rows, u.seqlen_q * u.group - u.row_begin);
   if (u.rows <= 0) return false;
 
-  u.k = (const T*)p.k.data + u.batch * p.k.batch_stride + k_offset * p.k.seqlen_stride +
+  u.k = (const T*)p.k.data + u.batch * p.k.batch_stride + u.k_offset * p.k.seqlen_stride +
         u.kv_head * p.k.head_stride;
-  u.v = (const T*)p.v.data + u.batch * p.v.batch_stride + k_offset * p.v.seqlen_stride +
+  u.v = (const T*)p.v.data + u.batch * p.v.batch_stride + u.k_offset * p.v.seqlen_stride +
         u.kv_head * p.v.head_stride;
   u.key_begin = first_key(p, u, u.query(0));
   u.key_end = end_key(p, u, u.query(u.rows - 1));
@@ -254,10 +230,11 @@ void tile_unit(const AttentionWork& w, const Unit<T>& u) {
         const Word* a = (const Word*)q + r * kQueryStride;
         const float* b = k_packed + c * depth;
         float* to_s = s + r * kScoreStride + c;
-        multiply_tile<kQueryStride, false>(a, b, min64(depth, kDepthBlock), to_s, kScoreStride);
+        multiply_tile<kQueryStride, 1, kTileCols, false>(a, b, min64(depth, kDepthBlock), to_s,
+                                                         kScoreStride);
         for (int64_t d = kDepthBlock; d < depth; d += kDepthBlock)
-          multiply_tile<kQueryStride, true>(a + d, b + d * kTileCols, min64(depth - d, kDepthBlock),
-                                            to_s, kScoreStride);
+          multiply_tile<kQueryStride, 1, kTileCols, true>(
+              a + d, b + d * kTileCols, min64(depth - d, kDepthBlock), to_s, kScoreStride);
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
@@ -274,9 +251,10 @@ void tile_unit(const AttentionWork& w, const Unit<T>& u) {
       for (int64_t r = 0; r < rows; r += kTileRows) {
         const int64_t begin = from(r) / kStep, stop = (to(r + kTileRows - 1) + kStep - 1) / kStep;
         if (begin >= stop) continue;
-        multiply_tile<kScoreStride, true>((const Word*)s + r * kScoreStride + begin,
-                                          v_packed + d * (kKeyBlock / kStep) + begin * kTileCols,
-                                          stop - begin, o + r * o_stride + d, o_stride);
+        multiply_tile<kScoreStride, 1, kTileCols, true>(
+            (const Word*)s + r * kScoreStride + begin,
+            v_packed + d * (kKeyBlock / kStep) + begin * kTileCols, stop - begin,
+            o + r * o_stride + d, o_stride);
       }
     }
     for (int64_t i = 0; apart >> i; ++i) {

@@ -34,4 +34,26 @@ struct AttentionWork {
                    // normalization, maximum, sum
 };
 
+// The backward: blocks of query rows meet blocks of keys of the same size, a multiple of every
+// kTileRows and kTileCols.
+constexpr int64_t kAttentionBackwardBlock = 96;
+constexpr int64_t kAttentionBackwardStride = kAttentionBackwardBlock + 16;
+
+// In floats, of one worker: keys and values in panels, keys, their two gradients, query rows and
+// their grad_out (in both forms), scores and products (in both forms).
+constexpr int64_t attention_backward_scratch(int64_t head_dim) {
+  return kAttentionBackwardBlock *
+         (2 * head_dim + 6 * kAttentionQueryStride + 3 * kAttentionBackwardStride);
+}
+
+struct AttentionBackwardWork {
+  AttentionBackwardParams p;
+  const int64_t* first_row_block;  // (batch + 1,): blocks of query rows of the sequences before
+  float* scratch;                  // this worker's
+  // Of each block of rows, (row blocks, num_kv_heads, ...):
+  float* row_terms;  // (2, block): delta, lse in units of ln 2
+  float* grad_q;     // (block, padded_dim): sums
+  int32_t* turns;    // blocks of keys that are in the sums; 0 at first
+};
+
 }  // namespace gemma2

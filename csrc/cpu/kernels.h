@@ -11,17 +11,24 @@
 
 namespace gemma2 {
 
-#define GEMMA2_CPU_KERNELS(X)            \
-  X(attention_units, AttentionWork)      \
-  X(attention_combine, AttentionWork)    \
-  X(rms_norm_rows, RmsNormParams)        \
-  X(linear_pack_rows, LinearParams)      \
-  X(linear_few_rows, LinearParams)       \
-  X(linear_pack_panels, LinearParams)    \
-  X(linear_many_rows, LinearParams)      \
-  X(add_rms_norm_rows, AddRmsNormParams) \
-  X(geglu_runs, GegluParams)             \
-  X(rope_tokens, RopeParams)
+#define GEMMA2_CPU_KERNELS(X)                                \
+  X(attention_units, AttentionWork)                          \
+  X(attention_combine, AttentionWork)                        \
+  X(rms_norm_rows, RmsNormParams)                            \
+  X(linear_pack_rows, LinearParams)                          \
+  X(linear_few_rows, LinearParams)                           \
+  X(linear_pack_panels, LinearParams)                        \
+  X(linear_many_rows, LinearParams)                          \
+  X(add_rms_norm_rows, AddRmsNormParams)                     \
+  X(geglu_runs, GegluParams)                                 \
+  X(rope_tokens, RopeParams)                                 \
+  X(rms_norm_backward_blocks, RmsNormBackwardParams)         \
+  X(rms_norm_backward_columns, RmsNormBackwardParams)        \
+  X(add_rms_norm_backward_blocks, AddRmsNormBackwardParams)  \
+  X(add_rms_norm_backward_columns, AddRmsNormBackwardParams) \
+  X(geglu_backward_runs, GegluBackwardParams)                \
+  X(attention_backward_rows, AttentionBackwardWork)          \
+  X(attention_backward_keys, AttentionBackwardWork)
 
 struct CpuKernels {
 #define GEMMA2_MEMBER(name, Params) void (*name)(const Params&, int64_t begin, int64_t end);

@@ -25,8 +25,36 @@ GEMMA2_INLINE float sum_of_squares(const T* x, int64_t n) {
 }
 
 // rsqrt(mean + eps) in every lane.
-GEMMA2_INLINE VecF rms_scale(float sum_of_squares, int64_t n, float eps) {
-  return set(1.0f / sqrtf(sum_of_squares / float(n) + eps));
+GEMMA2_INLINE VecF rms_scale(float sum_of_squares, int64_t n, double eps) {
+  return set(1.0f / sqrtf(sum_of_squares / float(n) + float(eps)));
+}
+
+// kLanes elements from i on of a row of n, zeros past its end.
+template <class T>
+GEMMA2_INLINE VecF load_at(const T* row, int64_t i, int64_t n) {
+  return i + kLanes <= n ? load(row + i) : load_n(row + i, n - i);
+}
+template <class T>
+GEMMA2_INLINE void store_at(T* row, int64_t i, int64_t n, VecF v) {
+  if (i + kLanes <= n) {
+    store(row + i, v);
+  } else {
+    store_n(row + i, v, n - i);
+  }
+}
+
+// Sum of count parts of n columns, parts_stride apart, in their order, rounded to T: the columns of
+// one run of kNormColumns.
+template <class T>
+GEMMA2_INLINE void add_parts(const float* parts, int64_t parts_stride, int64_t count, int64_t run,
+                             int64_t n, T* out) {
+  const int64_t begin = run * kNormColumns;
+  const int64_t end = begin + kNormColumns < n ? begin + kNormColumns : n;
+  for (int64_t i = begin; i < end; i += kLanes) {
+    VecF sum = zero();
+    for (int64_t b = 0; b < count; ++b) sum += load_at(parts + b * parts_stride, i, end);
+    store_at(out, i, end, sum);
+  }
 }
 
 // out = x * scale * (1 + weight)

@@ -3,7 +3,8 @@
 // position % capacity of it.
 //
 // A unit is a token: unit u is token u % seqlen of row u / seqlen. Its cosines and sines are
-// computed once, kColumns at a time, for all of its heads. Angle, cosine and sine in float32, one
+// computed once, kColumns at a time, for all of its heads; the backward is the rotation by the
+// negative angle. Angle, cosine and sine in float32, one
 // rounding at the end. Memory bounds it. Source: transformers, apply_rotary_pos_emb.
 #include "kernels.h"
 #include "simd.h"
@@ -60,7 +61,7 @@ void rope_token(const RopeParams& p, int64_t b, int64_t token) {
       VecF s, c;
       sincos(set(float(position)) * f, &s, &c);
       store(cosines + i, c);
-      store(sines + i, s);
+      store(sines + i, p.inverse ? -s : s);
     }
     for (int64_t h = 0; h < p.num_heads; ++h) {
       rotate((const T*)p.q.data + offset(p.q, b, token, h) + begin,

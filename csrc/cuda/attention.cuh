@@ -1,5 +1,5 @@
-// Pieces of attention on CUDA: units of work, results of a row, softmax, tiles in shared memory, and
-// products with them. attention.cu and attention_wgmma.cu make kernels of them.
+// Pieces of attention on CUDA: units of work, results of a row, softmax, tiles in shared memory,
+// and products with them. attention.cu and attention_wgmma.cu make kernels of them.
 //
 // The query heads of one key head are packed into rows, position * group + head, so that a block of
 // rows shares every key it reads. A unit is (block of rows, sequence, key head, split of the keys).
@@ -33,13 +33,13 @@ struct RowKeys {
 template <class T>
 struct Unit {
   int64_t batch, kv_head, block, split;
-  int group, row_begin, rows;  // row r of the unit is row_begin + r of the group
+  int group, row_begin, rows;                 // row r of the unit is row_begin + r of the group
   int64_t q_offset, seqlen_q, length, start;  // of the sequence; its keys are [start, length)
+  int64_t k_offset;                           // of the sequence in k's rows
   int64_t key_begin;                          // that some row sees, of this split
   int keys;
   const T *k, *v;  // of the sequence and head, paged: of the head
   int slot;        // of the first key, from k and v on
-
 
   GEMMA2_DEVICE int query(int r) const { return (row_begin + r) / group; }
   GEMMA2_DEVICE int64_t head(int r) const { return kv_head * group + (row_begin + r) % group; }
@@ -99,13 +99,13 @@ GEMMA2_DEVICE bool make_unit(const AttentionParams& p, const AttentionPlan& plan
   u.batch = next_digit(p.batch);
   u.block = plan.row_blocks - 1 - index;  // those that see most keys come first
 
-  int64_t k_offset = 0;
+  u.k_offset = 0;
   u.q_offset = 0, u.seqlen_q = p.seqlen_q, u.length = p.seqlen_k, u.start = 0;
   if (p.cu_seqlens_q) {
     u.q_offset = clamp(p.cu_seqlens_q[u.batch], 0, p.total_q);
     u.seqlen_q = clamp(p.cu_seqlens_q[u.batch + 1], u.q_offset, p.total_q) - u.q_offset;
-    k_offset = clamp(p.cu_seqlens_k[u.batch], 0, p.total_k);
-    u.length = clamp(p.cu_seqlens_k[u.batch + 1], k_offset, p.total_k) - k_offset;
+    u.k_offset = clamp(p.cu_seqlens_k[u.batch], 0, p.total_k);
+    u.length = clamp(p.cu_seqlens_k[u.batch + 1], u.k_offset, p.total_k) - u.k_offset;
   }
   if (p.key_lengths) {
     u.length = clamp(p.key_lengths[u.batch], 0, p.capacity ? INT64_MAX : p.seqlen_k);
@@ -131,8 +131,8 @@ GEMMA2_DEVICE bool make_unit(const AttentionParams& p, const AttentionPlan& plan
   u.v = static_cast<const T*>(p.v.data) + u.kv_head * p.v.head_stride;
   u.slot = int(p.capacity ? u.key_begin % p.capacity : u.key_begin);
   if (!p.block_table) {
-    u.k += u.batch * p.k.batch_stride + k_offset * p.k.seqlen_stride;
-    u.v += u.batch * p.v.batch_stride + k_offset * p.v.seqlen_stride;
+    u.k += u.batch * p.k.batch_stride + u.k_offset * p.k.seqlen_stride;
+    u.v += u.batch * p.v.batch_stride + u.k_offset * p.v.seqlen_stride;
   }
   return true;
 }
@@ -233,9 +233,10 @@ struct ScoreScale {
 };
 
 GEMMA2_DEVICE ScoreScale score_scale(const AttentionParams& p) {
-  if (p.softcap > 0) return {p.scale / p.softcap, p.softcap * kLog2E, true};
-  if (p.scale == 0) return {0.0f, 1.0f, false};
-  return {p.scale < 0 ? -1.0f : 1.0f, fabsf(p.scale) * kLog2E, false};
+  const float scale = float(p.scale), softcap = float(p.softcap);
+  if (softcap > 0) return {scale / softcap, softcap * kLog2E, true};
+  if (scale == 0) return {0.0f, 1.0f, false};
+  return {scale < 0 ? -1.0f : 1.0f, fabsf(scale) * kLog2E, false};
 }
 
 // 1 - 2 / (e^2x + 1); doubled_x is 2 x / ln 2. Absolute error 3e-7: 1.5e-5 of a score at a soft-cap
@@ -306,8 +307,7 @@ GEMMA2_DEVICE void softmax_tile(float (&s)[kTiles][4], const ScoreScale& c, Quad
   for (int i = 0; i < 2; ++i) {
     float largest = rows.largest[i];
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-      largest = fmaxf(largest, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
+    for (int n = 0; n < kTiles; ++n) largest = fmaxf(largest, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
     largest = quad_max(largest);
     const float base = largest == -INFINITY ? 0.0f : largest * c.outer;  // no key so far
     factor[i] = exp2_approx(rows.largest[i] * c.outer - base);
@@ -360,6 +360,7 @@ GEMMA2_DEVICE void plain_row(const AttentionParams& p, const AttentionPlan& plan
     return p.block_table ? paged_key_row(p, u, u.v, plan.v_stride, p.v.batch_stride, key)
                          : key_row(plan, u, u.v, plan.v_stride, key);
   };
+  const float scale = float(p.scale), softcap = float(p.softcap);
   const RowKeys seen = u.row_keys(p, r);
   for (int begin = seen.first; begin < seen.end; begin += kWarpSize) {
     const int count = seen.end - begin < kWarpSize ? seen.end - begin : kWarpSize;
@@ -372,8 +373,8 @@ GEMMA2_DEVICE void plain_row(const AttentionParams& p, const AttentionPlan& plan
         const int d = lane + j * kWarpSize;
         if (d < p.head_dim) dot += q[j] * to_float(k[d]);
       }
-      dot = warp_sum(dot) * p.scale;
-      if (p.softcap > 0) dot = p.softcap * tanhf(dot / p.softcap);
+      dot = warp_sum(dot) * scale;
+      if (softcap > 0) dot = softcap * tanhf(dot / softcap);
       if (lane == i) score = dot * kLog2E;
     }
     const float largest = fmaxf(result.largest, warp_max(score));
@@ -396,8 +397,8 @@ GEMMA2_DEVICE void plain_row(const AttentionParams& p, const AttentionPlan& plan
   }
 }
 
-// Stores row r. In a tile, weight 0 of a key that the row does not see meets that key's value: where
-// this is NaN or infinite, the row is computed anew from the keys that it does see.
+// Stores row r. In a tile, weight 0 of a key that the row does not see meets that key's value:
+// where this is NaN or infinite, the row is computed anew from the keys that it does see.
 template <class T>
 GEMMA2_DEVICE void finish_row(const AttentionParams& p, const AttentionPlan& plan, const Unit<T>& u,
                               int r, RowResult& result) {
@@ -410,9 +411,9 @@ GEMMA2_DEVICE void finish_row(const AttentionParams& p, const AttentionPlan& pla
 
 // ---- tiles in shared memory
 
-// Where element (row, 8 chunk) of a tile is: rows of kHeadDim elements. The chunks (16 bytes) of each
-// run of 128 bytes are permuted by the row, so that the eight rows of a matrix that ldmatrix reads
-// lie in different banks.
+// Where element (row, 8 chunk) of a tile is: rows of kHeadDim elements. The chunks (16 bytes) of
+// each run of 128 bytes are permuted by the row, so that the eight rows of a matrix that ldmatrix
+// reads lie in different banks.
 template <int kHeadDim>
 struct RowLayout {
   static constexpr int kChunks = kHeadDim / 8;
@@ -422,8 +423,8 @@ struct RowLayout {
 };
 
 // Starts the copy of kRows rows by kThreads threads; zeros from row `end` and column head_dim on.
-// row_pointer(r) is asked for rows below `end` only. kUnroll: copies whose addresses are in registers
-// at once.
+// row_pointer(r) is asked for rows below `end` only. kUnroll: copies whose addresses are in
+// registers at once.
 template <class Layout, int kRows, int kThreads, int kUnroll = kRows, class T, class F>
 GEMMA2_DEVICE void copy_tile(T* tile, int end, int head_dim, int thread, const F& row_pointer) {
   constexpr int kChunks = Layout::kChunks, kStep = kThreads / kChunks;
@@ -461,6 +462,10 @@ GEMMA2_DEVICE void copy_keys(T* tile, const AttentionParams& p, const AttentionP
 template <bool kValue>
 struct Flag {
   static constexpr bool value = kValue;
+};
+template <int kValue>
+struct Count {
+  static constexpr int value = kValue;
 };
 
 // start_copy(tile, of_v, stage) for the tiles that fill the ring.

@@ -1,6 +1,7 @@
-// Binding of add_rms_norm.
+// Bindings of add_rms_norm and its backward.
 #include <tuple>
 
+#include "../cpu/float64.h"
 #include "../cpu/isa.h"
 #include "common.h"
 
@@ -15,21 +16,26 @@ void check_weight(const char* op, const char* name, const Tensor& weight, int64_
   }
 }
 
-void add_rms_norm_out(const Tensor& x, const Tensor& residual, const Tensor& post_weight,
-                      const Tensor& pre_weight, double eps, Tensor residual_out, Tensor out) {
-  const char* op = "add_rms_norm";
-  const DType dtype = dtype_of(op, "x", x);
-  const DType weight_dtype = dtype_of(op, "post_weight", post_weight);
+// What the forward and the backward both check; `residual` is the sum in the backward.
+void check_inputs(const char* op, const Tensor& x, const char* residual_name,
+                  const Tensor& residual, const Tensor& post_weight, const Tensor& pre_weight,
+                  double eps) {
   if (x.dim() < 1) fail(op, "x must have shape (..., hidden_size), got a scalar");
   check_cpu(op, "x", x);
-  check_cpu(op, "residual", residual);
-  check_same_shape(op, "residual", residual, "x", x);
-  check_same_dtype(op, "residual", residual, "x", x);
+  check_like(op, residual_name, residual, "x", x);
   const int64_t hidden_size = x.size(x.dim() - 1);
   check_weight(op, "post_weight", post_weight, hidden_size);
   check_weight(op, "pre_weight", pre_weight, hidden_size);
   check_same_dtype(op, "pre_weight", pre_weight, "post_weight", post_weight);
   if (!(eps >= 0)) fail(op, "eps must be at least 0, got " + std::to_string(eps));
+}
+
+void add_rms_norm_out(const Tensor& x, const Tensor& residual, const Tensor& post_weight,
+                      const Tensor& pre_weight, double eps, Tensor residual_out, Tensor out) {
+  const char* op = "add_rms_norm";
+  const DType dtype = dtype_of(op, "x", x, Dtypes::kOrFloat64);
+  const DType weight_dtype = weight_dtype_of(op, "post_weight", post_weight, x);
+  check_inputs(op, x, "residual", residual, post_weight, pre_weight, eps);
   check_out(op, "residual_out", residual_out, "x", x);
   check_out(op, "out", out, "x", x);
   if (x.numel() == 0) return;
@@ -45,10 +51,11 @@ void add_rms_norm_out(const Tensor& x, const Tensor& residual, const Tensor& pos
                            residual_out.data_ptr(),
                            out.data_ptr(),
                            x_rows.rows,
-                           hidden_size,
-                           float(eps),
+                           x_rows.columns,
+                           eps,
                            dtype,
                            weight_dtype};
+  if (dtype == DType::kFloat64) return float64::add_rms_norm(p);
   const CpuKernels& kernels = cpu_kernels();
   parallel_units(p.rows, p.hidden_size * 8,
                  [&](int64_t begin, int64_t end) { kernels.add_rms_norm_rows(p, begin, end); });
@@ -63,10 +70,63 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
   return {residual_out, out};
 }
 
+void add_rms_norm_backward_out(const Tensor& grad_residual_out, const Tensor& grad_out,
+                               const Tensor& x, const Tensor& residual_out,
+                               const Tensor& post_weight, const Tensor& pre_weight, double eps,
+                               Tensor grad_x, Tensor grad_residual, Tensor grad_post_weight,
+                               Tensor grad_pre_weight) {
+  const char* op = "add_rms_norm_backward";
+  const DType dtype = dtype_of(op, "x", x, Dtypes::kOrFloat64);
+  const DType weight_dtype = weight_dtype_of(op, "post_weight", post_weight, x);
+  check_inputs(op, x, "residual_out", residual_out, post_weight, pre_weight, eps);
+  check_like(op, "grad_residual_out", grad_residual_out, "x", x);
+  check_like(op, "grad_out", grad_out, "x", x);
+  check_out(op, "grad_x", grad_x, "x", x);
+  check_out(op, "grad_residual", grad_residual, "x", x);
+  check_out(op, "grad_post_weight", grad_post_weight, "post_weight", post_weight);
+  check_out(op, "grad_pre_weight", grad_pre_weight, "pre_weight", pre_weight);
+
+  const Rows residual_grads = as_rows(grad_residual_out), grads = as_rows(grad_out),
+             x_rows = as_rows(x), sums = as_rows(residual_out);
+  const Tensor post = last_dim_contiguous(post_weight), pre = last_dim_contiguous(pre_weight);
+  const int64_t blocks = norm_blocks(x_rows.rows);
+  const Tensor partial =
+      torch::stable::new_empty(x, {blocks * 3 * x_rows.columns}, ScalarType::Float);
+  const AddRmsNormBackwardParams p{residual_grads.tensor.data_ptr(),
+                                   residual_grads.stride,
+                                   grads.tensor.data_ptr(),
+                                   grads.stride,
+                                   x_rows.tensor.data_ptr(),
+                                   x_rows.stride,
+                                   sums.tensor.data_ptr(),
+                                   sums.stride,
+                                   post.data_ptr(),
+                                   pre.data_ptr(),
+                                   grad_x.data_ptr(),
+                                   grad_residual.data_ptr(),
+                                   grad_post_weight.data_ptr(),
+                                   grad_pre_weight.data_ptr(),
+                                   static_cast<float*>(partial.data_ptr()),
+                                   x_rows.rows,
+                                   x_rows.columns,
+                                   eps,
+                                   dtype,
+                                   weight_dtype};
+  if (dtype == DType::kFloat64) return float64::add_rms_norm_backward(p);
+  const CpuKernels& kernels = cpu_kernels();
+  parallel_units(
+      blocks, p.hidden_size * norm_block_rows(p.rows) * 16,
+      [&](int64_t begin, int64_t end) { kernels.add_rms_norm_backward_blocks(p, begin, end); });
+  parallel_units(
+      (p.hidden_size + kNormColumns - 1) / kNormColumns, kNormColumns * blocks * 8,
+      [&](int64_t begin, int64_t end) { kernels.add_rms_norm_backward_columns(p, begin, end); });
+}
+
 }  // namespace
 }  // namespace gemma2
 
 STABLE_TORCH_LIBRARY_IMPL(gemma2_ext, CPU, m) {
   m.impl("add_rms_norm", TORCH_BOX(&gemma2::add_rms_norm));
   m.impl("add_rms_norm_out", TORCH_BOX(&gemma2::add_rms_norm_out));
+  m.impl("add_rms_norm_backward_out", TORCH_BOX(&gemma2::add_rms_norm_backward_out));
 }

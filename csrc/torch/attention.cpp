@@ -1,4 +1,5 @@
-// Bindings of attention, attention_varlen and attention_cache: checks, and how the work is divided.
+// Bindings of attention, attention_varlen, their backwards, and attention_cache: checks, and how
+// the work is divided.
 //
 // Lengths, starts and cu_seqlens stay where they are: on a GPU their values are not checked, which
 // would make every call wait for it; the kernels clamp them to what exists.
@@ -9,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../cpu/float64.h"
 #include "../cpu/isa.h"
 #include "cuda.h"
 
@@ -22,6 +24,16 @@ constexpr int64_t kWorkPerThread = 1 << 18;  // multiplications that are worth a
 std::string row_of(const char* name, int64_t b) {
   return std::string(name) + "[" + std::to_string(b) + "]";
 }
+
+// An op's arguments, checked. p points into the vectors and the tensors.
+struct Problem {
+  AttentionParams p{};
+  std::vector<int64_t> lengths, starts;
+  std::vector<int32_t> q_ends, k_ends;
+  std::optional<Tensor> on_device[2];  // in place of those, on a GPU
+  Tensor q, k, v;                      // as `readable` gives them
+  std::vector<int64_t> lse_shape;      // (batch, num_heads, seqlen_q) or (num_heads, total_q)
+};
 
 // Fills in what all forms share. The tensors are held by the caller.
 void check_common(const char* op, AttentionParams& p, double scale, std::optional<double> softcap,
@@ -41,8 +53,8 @@ void check_common(const char* op, AttentionParams& p, double scale, std::optiona
     fail(op, "window must be at least 1, got " + std::to_string(*window));
   }
   if (window && !causal) fail(op, "window needs causal=True, got causal=False");
-  p.scale = float(scale);
-  p.softcap = softcap ? float(*softcap) : 0.0f;
+  p.scale = scale;
+  p.softcap = softcap.value_or(0.0);
   // No window reaches further than any sequence does; below the clamp no position overflows.
   p.window = window ? std::min(*window, int64_t(1) << 48) : 0;
   p.causal = causal;
@@ -81,8 +93,8 @@ const T* on_device(const Tensor& t, std::optional<Tensor>& held) {
   return static_cast<const T*>(held->data_ptr());
 }
 
-// The tensor itself where kernels can read it, else a copy: the last dimension is contiguous, and on
-// a GPU each row of 16-bit elements is aligned to 16 bytes and rows are less than 2^31 elements
+// The tensor itself where kernels can read it, else a copy: the last dimension is contiguous, and
+// on a GPU each row of 16-bit elements is aligned to 16 bytes and rows are less than 2^31 elements
 // apart.
 Tensor readable(const Tensor& t) {
   if (t.is_cpu()) return last_dim_contiguous(t);
@@ -101,19 +113,53 @@ Tensor readable(const Tensor& t) {
   return copy;
 }
 
-void check_lse(const char* op, const Tensor& lse, const std::vector<int64_t>& shape,
-               const Tensor& q) {
-  check_device(op, "lse", lse, "q", q);
+void check_lse(const char* op, const char* name, const Tensor& lse, const Problem& problem) {
+  check_device(op, name, lse, "q", problem.q);
+  const std::vector<int64_t>& shape = problem.lse_shape;
+  const bool wide = problem.p.dtype == DType::kFloat64;
   bool same = lse.dim() == int64_t(shape.size());
   std::string text;
   for (size_t i = 0; i < shape.size(); ++i) {
     same = same && lse.size(i) == shape[i];
     text += (i ? ", " : "") + std::to_string(shape[i]);
   }
-  if (!same || lse.scalar_type() != ScalarType::Float || !lse.is_contiguous()) {
-    fail(op, "lse must be contiguous float32 of shape (" + text + "), got " +
-                 torch::headeronly::toString(lse.scalar_type()) + " " + to_string(lse));
+  same = same && lse.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float);
+  if (!same || !lse.is_contiguous()) {
+    fail(op, std::string(name) + " must be contiguous " + (wide ? "float64" : "float32") +
+                 " of shape (" + text + "), got " + torch::headeronly::toString(lse.scalar_type()) +
+                 " " + to_string(lse));
   }
+}
+
+int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+ScalarType lse_type(const Tensor& q) {
+  return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+int64_t max_keys(const AttentionParams& p) {
+  return p.window ? std::min(p.window + p.seqlen_q - 1, p.seqlen_k) : p.seqlen_k;
+}
+
+// Threads for that many units and multiplications in all.
+int64_t count_workers(int64_t units, int64_t work) {
+  const int64_t threads = torch::stable::get_num_threads();
+  return std::min({threads, units, 1 + work / kWorkPerThread});
+}
+
+// Calls f(worker, unit) for every unit. A worker takes the next unit when it is done with one,
+// since units differ in the keys they see; so units begin in their order.
+template <class F>
+void take_units(int64_t workers, int64_t units, const F& f) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;)
+        f(worker, unit);
+    }
+  });
 }
 
 #ifdef GEMMA2_WITH_CUDA
@@ -126,11 +172,13 @@ void run_attention_on_cuda(AttentionParams p, const Tensor& like) {
 }
 #endif
 
-// Divides the work, allocates scratch, runs. max_keys bounds the keys that one row block sees.
-void run(const AttentionParams& p, int64_t max_keys, const Tensor& like) {
+// Divides the work, allocates scratch, runs.
+void run(const AttentionParams& p, const Tensor& like) {
 #ifdef GEMMA2_WITH_CUDA
   if (!like.is_cpu()) return run_attention_on_cuda(p, like);
 #endif
+  if (p.dtype == DType::kFloat64) return float64::attention(p);
+  const int64_t keys = max_keys(p);  // that one row block sees, at most
   const int64_t group = p.num_heads / p.num_kv_heads, rows = group * p.seqlen_q;
   const bool stream = rows <= kAttentionStreamRows;
   AttentionWork w{};
@@ -140,17 +188,15 @@ void run(const AttentionParams& p, int64_t max_keys, const Tensor& like) {
                                              : kAttentionRowBlock;
   w.row_blocks = (rows + w.block_rows - 1) / w.block_rows;
   w.splits = 1;
-  w.split_keys = max_keys;
+  w.split_keys = keys;
   if (w.row_blocks == 1) {
     w.split_keys = stream ? kStreamSplitKeys : kTileSplitKeys;
-    w.splits = max_keys > w.split_keys ? (max_keys + w.split_keys - 1) / w.split_keys : 1;
+    w.splits = keys > w.split_keys ? (keys + w.split_keys - 1) / w.split_keys : 1;
   }
   const int64_t heads = p.batch * p.num_kv_heads, units = w.row_blocks * heads * w.splits;
-  const int64_t unit_keys = w.splits > 1 ? w.split_keys : max_keys;
+  const int64_t unit_keys = w.splits > 1 ? w.split_keys : keys;
   const int64_t work = units * (w.block_rows + 8) * (unit_keys + 1) * p.head_dim;
-  int64_t workers = torch::stable::get_num_threads();
-  if (workers > units) workers = units;
-  if (workers > 1 + work / kWorkPerThread) workers = 1 + work / kWorkPerThread;
+  const int64_t workers = count_workers(units, work);
 
   const int64_t padded_dim = attention_padded_dim(p.head_dim);
   int64_t scratch = w.block_rows * (kAttentionQueryStride + kAttentionScoreStride + padded_dim);
@@ -162,21 +208,135 @@ void run(const AttentionParams& p, int64_t max_keys, const Tensor& like) {
   float* data = static_cast<float*>(memory.data_ptr());
   w.partial = data + workers * scratch;
 
-  // Each worker takes the next unit when it is done with one: units differ in the keys they see.
   const CpuKernels& kernels = cpu_kernels();
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) {
-      AttentionWork mine = w;
-      mine.scratch = data + worker * scratch;
-      for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;)
-        kernels.attention_units(mine, unit, unit + 1);
-    }
+  take_units(workers, units, [&](int64_t worker, int64_t unit) {
+    AttentionWork mine = w;
+    mine.scratch = data + worker * scratch;
+    kernels.attention_units(mine, unit, unit + 1);
   });
   if (w.splits > 1) {
     parallel_units(heads, w.splits * w.block_rows * p.head_dim * 4,
                    [&](int64_t begin, int64_t end) { kernels.attention_combine(w, begin, end); });
   }
+}
+
+// Views of a (batch, seqlen, heads, head_dim) or (total, heads, head_dim) tensor.
+HeadsView view(const Tensor& t) {
+  return t.dim() == 4 ? heads_view(t) : HeadsView{t.data_ptr(), 0, t.stride(0), t.stride(1)};
+}
+
+void set_inputs(Problem& problem, const Tensor& q, const Tensor& k, const Tensor& v) {
+  problem.q = readable(q);
+  problem.k = readable(k);
+  problem.v = readable(v);
+  problem.p.q = view(problem.q), problem.p.k = view(problem.k), problem.p.v = view(problem.v);
+}
+
+void set_results(AttentionParams& p, const Tensor& out, const std::optional<Tensor>& lse) {
+  p.out = view(out);
+  p.lse = lse ? static_cast<float*>(lse->data_ptr()) : nullptr;
+}
+
+// The results of the forward, the gradients that come in, and those to compute.
+struct BackwardTensors {
+  Tensor grad_out, grad_lse, out, lse, grad_q, grad_k, grad_v;
+};
+
+#ifdef GEMMA2_WITH_CUDA
+// The tensors are as run_backward leaves them.
+void run_backward_on_cuda(const Problem& problem, BackwardTensors& t) {
+  const torch::stable::accelerator::DeviceGuard guard(problem.q.get_device_index());
+  // Keys that no row sees, and rows of no sequence, get zeros.
+  torch::stable::zero_(t.grad_k);
+  torch::stable::zero_(t.grad_v);
+  if (problem.p.cu_seqlens_q) torch::stable::zero_(t.grad_q);
+  if (problem.p.batch == 0) return;
+  const Tensor terms = torch::stable::new_empty(t.lse, t.lse.sizes(), ScalarType::Float);
+  const AttentionBackwardParams p{problem.p,
+                                  view(t.grad_out),
+                                  static_cast<const float*>(t.grad_lse.data_ptr()),
+                                  view(t.grad_q),
+                                  view(t.grad_k),
+                                  view(t.grad_v),
+                                  static_cast<float*>(terms.data_ptr())};
+  run_on_cuda(problem.q, launch_attention_backward, p);
+}
+#endif
+
+void run_backward(const char* op, Problem& problem, BackwardTensors t) {
+  AttentionParams& p = problem.p;
+  check_like(op, "grad_out", t.grad_out, "q", problem.q);
+  check_like(op, "out", t.out, "q", problem.q);
+  t.grad_lse = torch::stable::contiguous(t.grad_lse);
+  check_lse(op, "lse", t.lse, problem);
+  check_lse(op, "grad_lse", t.grad_lse, problem);
+  check_out(op, "grad_q", t.grad_q, "q", problem.q);
+  check_out(op, "grad_k", t.grad_k, "k", problem.k);
+  check_out(op, "grad_v", t.grad_v, "v", problem.v);
+  t.grad_out = readable(t.grad_out);
+  t.out = readable(t.out);
+#ifdef GEMMA2_WITH_CUDA
+  if (!problem.q.is_cpu()) {
+    set_results(p, t.out, t.lse);
+    return run_backward_on_cuda(problem, t);
+  }
+#endif
+  // Keys outside of the valid ones, and rows behind the last sequence, get zeros.
+  const int64_t size = size_of(p.dtype);
+  std::memset(t.grad_k.data_ptr(), 0, t.grad_k.numel() * size);
+  std::memset(t.grad_v.data_ptr(), 0, t.grad_v.numel() * size);
+  if (p.cu_seqlens_q) {
+    const int64_t used = p.cu_seqlens_q[p.batch] * p.num_heads * p.head_dim;
+    std::memset(static_cast<char*>(t.grad_q.data_ptr()) + used * size, 0,
+                (t.grad_q.numel() - used) * size);
+  }
+  if (p.batch == 0 || p.seqlen_q == 0) return;
+  set_results(p, t.out, t.lse);
+
+  AttentionBackwardWork w{};
+  w.p = {p,
+         view(t.grad_out),
+         static_cast<const float*>(t.grad_lse.data_ptr()),
+         view(t.grad_q),
+         view(t.grad_k),
+         view(t.grad_v),
+         nullptr};
+  if (p.dtype == DType::kFloat64) return float64::attention_backward(w.p);
+
+  constexpr int64_t kBlock = kAttentionBackwardBlock;
+  const int64_t group = p.num_heads / p.num_kv_heads, heads = p.batch * p.num_kv_heads;
+  std::vector<int64_t> first_row_block(p.batch + 1);
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t seqlen_q =
+        p.cu_seqlens_q ? p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b] : p.seqlen_q;
+    first_row_block[b + 1] = first_row_block[b] + (seqlen_q * group + kBlock - 1) / kBlock;
+  }
+  const int64_t row_blocks = first_row_block[p.batch] * p.num_kv_heads;
+  const int64_t row_units = (p.seqlen_q * group + kBlock - 1) / kBlock * heads;
+  const int64_t key_units = (p.seqlen_k + kBlock - 1) / kBlock * heads;
+  const int64_t work = p.batch * p.num_heads * p.seqlen_q * max_keys(p) * p.head_dim;
+  const int64_t workers = count_workers(key_units, work);
+
+  const int64_t scratch = attention_backward_scratch(p.head_dim);
+  const int64_t sums = row_blocks * kBlock * attention_padded_dim(p.head_dim);
+  const Tensor memory = torch::stable::new_empty(
+      problem.q, {workers * scratch + sums + row_blocks * 2 * kBlock}, ScalarType::Float);
+  float* data = static_cast<float*>(memory.data_ptr());
+  std::vector<int32_t> turns(row_blocks);
+  w.first_row_block = first_row_block.data();
+  w.grad_q = data + workers * scratch;
+  w.row_terms = w.grad_q + sums;
+  w.turns = turns.data();
+
+  const CpuKernels& kernels = cpu_kernels();
+  parallel_units(row_units, kBlock * p.head_dim * 4, [&](int64_t begin, int64_t end) {
+    kernels.attention_backward_rows(w, begin, end);
+  });
+  take_units(workers, key_units, [&](int64_t worker, int64_t unit) {
+    AttentionBackwardWork mine = w;
+    mine.scratch = data + worker * scratch;
+    kernels.attention_backward_keys(mine, unit, unit + 1);
+  });
 }
 
 void check_keys(const char* op, const char* k_name, const Tensor& k, const char* v_name,
@@ -201,13 +361,13 @@ void check_batched(const char* op, const char* name, const char* seqlen, const T
   }
 }
 
-void attention_out(const Tensor& q, const Tensor& k, const Tensor& v,
-                   std::optional<Tensor> key_lengths, std::optional<Tensor> key_starts,
-                   double scale, std::optional<double> softcap, std::optional<int64_t> window,
-                   bool causal, Tensor out, std::optional<Tensor> lse) {
-  const char* op = "attention";
-  AttentionParams p{};
-  p.dtype = dtype_of(op, "q", q);
+Problem check_attention(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                        const std::optional<Tensor>& key_lengths,
+                        const std::optional<Tensor>& key_starts, double scale,
+                        std::optional<double> softcap, std::optional<int64_t> window, bool causal) {
+  Problem problem;
+  AttentionParams& p = problem.p;
+  p.dtype = dtype_of(op, "q", q, q.is_cpu() ? Dtypes::kOrFloat64 : Dtypes::kCommon);
   check_batched(op, "k", "seqlen_k", q, k);
   check_keys(op, "k", k, "v", v, q);
   p.batch = q.size(0), p.seqlen_q = q.size(1), p.num_heads = q.size(2), p.head_dim = q.size(3);
@@ -215,40 +375,45 @@ void attention_out(const Tensor& q, const Tensor& k, const Tensor& v,
   check_common(op, p, scale, softcap, window, causal);
   if (key_lengths) check_integers(op, "key_lengths", *key_lengths, p.batch, "batch", q);
   if (key_starts) check_integers(op, "key_starts", *key_starts, p.batch, "batch", q);
-  std::vector<int64_t> lengths, starts;
-  std::optional<Tensor> device_lengths, device_starts;
   if (q.is_cpu()) {
-    if (key_lengths) lengths = to_vector(*key_lengths), p.key_lengths = lengths.data();
-    if (key_starts) starts = to_vector(*key_starts), p.key_starts = starts.data();
+    if (key_lengths) problem.lengths = to_vector(*key_lengths);
+    if (key_starts) problem.starts = to_vector(*key_starts);
+    p.key_lengths = key_lengths ? problem.lengths.data() : nullptr;
+    p.key_starts = key_starts ? problem.starts.data() : nullptr;
   } else {
-    if (key_lengths) p.key_lengths = on_device<int64_t>(*key_lengths, device_lengths);
-    if (key_starts) p.key_starts = on_device<int64_t>(*key_starts, device_starts);
+    if (key_lengths) p.key_lengths = on_device<int64_t>(*key_lengths, problem.on_device[0]);
+    if (key_starts) p.key_starts = on_device<int64_t>(*key_starts, problem.on_device[1]);
   }
   for (int64_t b = 0; q.is_cpu() && b < p.batch; ++b) {
-    const int64_t length = key_lengths ? lengths[b] : p.seqlen_k;
+    const int64_t length = key_lengths ? p.key_lengths[b] : p.seqlen_k;
     if (length < 0 || length > p.seqlen_k) {
       fail(op, row_of("key_lengths", b) + " must be from 0 to seqlen_k = " +
                    std::to_string(p.seqlen_k) + ", got " + std::to_string(length));
     }
-    if (key_starts && (starts[b] < 0 || starts[b] > length)) {
+    if (key_starts && (p.key_starts[b] < 0 || p.key_starts[b] > length)) {
       fail(op, row_of("key_starts", b) + " must be from 0 to " +
                    (key_lengths ? row_of("key_lengths", b) : "seqlen_k") + " = " +
-                   std::to_string(length) + ", got " + std::to_string(starts[b]));
+                   std::to_string(length) + ", got " + std::to_string(p.key_starts[b]));
     }
   }
-  check_out(op, "out", out, "q", q);
-  if (lse) check_lse(op, *lse, {p.batch, p.num_heads, p.seqlen_q}, q);
-  if (out.numel() == 0) return;
+  set_inputs(problem, q, k, v);
+  problem.lse_shape = {p.batch, p.num_heads, p.seqlen_q};
+  p.lse_batch_stride = p.num_heads * p.seqlen_q, p.lse_head_stride = p.seqlen_q;
+  return problem;
+}
 
-  const Tensor q_rows = readable(q), k_rows = readable(k), v_rows = readable(v);
-  p.q = heads_view(q_rows), p.k = heads_view(k_rows), p.v = heads_view(v_rows);
-  p.out = heads_view(out);
-  if (lse) {
-    p.lse = static_cast<float*>(lse->data_ptr());
-    p.lse_batch_stride = p.num_heads * p.seqlen_q, p.lse_head_stride = p.seqlen_q;
-  }
-  const int64_t seen = p.window ? p.window + p.seqlen_q - 1 : p.seqlen_k;
-  run(p, std::min(seen, p.seqlen_k), q);
+void attention_out(const Tensor& q, const Tensor& k, const Tensor& v,
+                   std::optional<Tensor> key_lengths, std::optional<Tensor> key_starts,
+                   double scale, std::optional<double> softcap, std::optional<int64_t> window,
+                   bool causal, Tensor out, std::optional<Tensor> lse) {
+  const char* op = "attention";
+  Problem problem =
+      check_attention(op, q, k, v, key_lengths, key_starts, scale, softcap, window, causal);
+  check_out(op, "out", out, "q", q);
+  if (lse) check_lse(op, "lse", *lse, problem);
+  if (out.numel() == 0) return;
+  set_results(problem.p, out, lse);
+  run(problem.p, q);
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -259,10 +424,22 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   Tensor out = torch::stable::new_empty(q, q.sizes());
   std::vector<int64_t> shape{0};
   if (return_lse && q.dim() == 4) shape = {q.size(0), q.size(2), q.size(1)};
-  Tensor lse = torch::stable::new_empty(q, shape, ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(q, shape, lse_type(q));
   attention_out(q, k, v, key_lengths, key_starts, scale, softcap, window, causal, out,
                 return_lse ? std::optional<Tensor>(lse) : std::nullopt);
   return {out, lse};
+}
+
+void attention_backward_out(const Tensor& grad_out, const Tensor& grad_lse, const Tensor& q,
+                            const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                            std::optional<Tensor> key_lengths, std::optional<Tensor> key_starts,
+                            double scale, std::optional<double> softcap,
+                            std::optional<int64_t> window, bool causal, Tensor grad_q,
+                            Tensor grad_k, Tensor grad_v) {
+  const char* op = "attention_backward";
+  Problem problem =
+      check_attention(op, q, k, v, key_lengths, key_starts, scale, softcap, window, causal);
+  run_backward(op, problem, {grad_out, grad_lse, out, lse, grad_q, grad_k, grad_v});
 }
 
 void check_cu_seqlens(const char* op, const char* name, const std::vector<int64_t>& ends,
@@ -287,14 +464,14 @@ void check_total(const char* op, const char* name, int64_t total) {
     fail(op, std::string(name) + " must be below 2^31, got " + std::to_string(total));
 }
 
-void attention_varlen_out(const Tensor& q, const Tensor& k, const Tensor& v,
-                          const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                          int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
-                          std::optional<double> softcap, std::optional<int64_t> window, bool causal,
-                          Tensor out, std::optional<Tensor> lse) {
-  const char* op = "attention_varlen";
-  AttentionParams p{};
-  p.dtype = dtype_of(op, "q", q);
+Problem check_attention_varlen(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                               const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                               int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
+                               std::optional<double> softcap, std::optional<int64_t> window,
+                               bool causal) {
+  Problem problem;
+  AttentionParams& p = problem.p;
+  p.dtype = dtype_of(op, "q", q, q.is_cpu() ? Dtypes::kOrFloat64 : Dtypes::kCommon);
   if (q.dim() != 3)
     fail(op, "q must have shape (total_q, num_heads, head_dim), got " + to_string(q));
   if (k.dim() != 3 || k.size(2) != q.size(2)) {
@@ -313,59 +490,64 @@ void attention_varlen_out(const Tensor& q, const Tensor& k, const Tensor& v,
   check_integers(op, "cu_seqlens_k", cu_seqlens_k, p.batch + 1, "batch + 1", q);
   check_total(op, "total_q", total_q);
   check_total(op, "total_k", total_k);
-  std::vector<int64_t> q_ends, k_ends;
+  p.total_q = total_q, p.total_k = total_k;
   if (q.is_cpu()) {
-    q_ends = to_vector(cu_seqlens_q), k_ends = to_vector(cu_seqlens_k);
+    const std::vector<int64_t> q_ends = to_vector(cu_seqlens_q), k_ends = to_vector(cu_seqlens_k);
     check_cu_seqlens(op, "cu_seqlens_q", q_ends, "total_q", total_q, "max_seqlen_q", max_seqlen_q);
     check_cu_seqlens(op, "cu_seqlens_k", k_ends, "total_k", total_k, "max_seqlen_k", max_seqlen_k);
+    // The work is divided by what the sequences are, however large the callers' bounds.
+    for (int64_t b = 0; b < p.batch; ++b) {
+      p.seqlen_q = std::max(p.seqlen_q, q_ends[b + 1] - q_ends[b]);
+      p.seqlen_k = std::max(p.seqlen_k, k_ends[b + 1] - k_ends[b]);
+    }
+    problem.q_ends.assign(q_ends.begin(), q_ends.end());
+    problem.k_ends.assign(k_ends.begin(), k_ends.end());
+    p.cu_seqlens_q = problem.q_ends.data(), p.cu_seqlens_k = problem.k_ends.data();
+  } else {
+    p.cu_seqlens_q = on_device<int32_t>(cu_seqlens_q, problem.on_device[0]);
+    p.cu_seqlens_k = on_device<int32_t>(cu_seqlens_k, problem.on_device[1]);
+    p.seqlen_q = std::clamp(max_seqlen_q, int64_t(1), std::max(int64_t(1), total_q));
+    p.seqlen_k = std::clamp(max_seqlen_k, int64_t(0), total_k);
   }
-  check_out(op, "out", out, "q", q);
-  if (lse) check_lse(op, *lse, {p.num_heads, total_q}, q);
-  if (out.numel() == 0) return;
+  set_inputs(problem, q, k, v);
+  problem.lse_shape = {p.num_heads, total_q};
+  p.lse_head_stride = total_q;
+  return problem;
+}
 
-  p.total_q = total_q, p.total_k = total_k;
-  const Tensor q_rows = readable(q), k_rows = readable(k), v_rows = readable(v);
-  const auto view = [](const Tensor& t) {
-    return HeadsView{t.data_ptr(), 0, t.stride(0), t.stride(1)};
-  };
-  p.q = view(q_rows), p.k = view(k_rows), p.v = view(v_rows), p.out = view(out);
-  if (lse) {
-    p.lse = static_cast<float*>(lse->data_ptr());
-    p.lse_head_stride = total_q;
-  }
+void attention_varlen_out(const Tensor& q, const Tensor& k, const Tensor& v,
+                          const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                          int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
+                          std::optional<double> softcap, std::optional<int64_t> window, bool causal,
+                          Tensor out, std::optional<Tensor> lse) {
+  const char* op = "attention_varlen";
+  Problem problem = check_attention_varlen(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                                           max_seqlen_k, scale, softcap, window, causal);
+  check_out(op, "out", out, "q", q);
+  if (lse) check_lse(op, "lse", *lse, problem);
+  if (out.numel() == 0) return;
+  const AttentionParams& p = problem.p;
+  set_results(problem.p, out, lse);
 #ifdef GEMMA2_WITH_CUDA
   if (!q.is_cpu()) {
-    if (p.batch == 0) {
-      torch::stable::zero_(out);
-      if (lse) torch::stable::fill_(*lse, -INFINITY);
-      return;
-    }
-    std::optional<Tensor> held_q, held_k;
-    p.cu_seqlens_q = on_device<int32_t>(cu_seqlens_q, held_q);
-    p.cu_seqlens_k = on_device<int32_t>(cu_seqlens_k, held_k);
-    p.seqlen_q = std::clamp(max_seqlen_q, int64_t(1), total_q);
-    p.seqlen_k = std::clamp(max_seqlen_k, int64_t(0), total_k);
-    return run_attention_on_cuda(p, q);
+    if (p.batch > 0) return run_attention_on_cuda(p, q);
+    torch::stable::zero_(out);
+    if (lse) torch::stable::fill_(*lse, -INFINITY);
+    return;
   }
 #endif
-  // The work is divided by what the sequences are, however large the callers' bounds.
-  for (int64_t b = 0; b < p.batch; ++b) {
-    const int64_t seqlen_q = q_ends[b + 1] - q_ends[b], seqlen_k = k_ends[b + 1] - k_ends[b];
-    if (seqlen_q > p.seqlen_q) p.seqlen_q = seqlen_q;
-    if (seqlen_k > p.seqlen_k) p.seqlen_k = seqlen_k;
-  }
-  const std::vector<int32_t> q_offsets(q_ends.begin(), q_ends.end());
-  const std::vector<int32_t> k_offsets(k_ends.begin(), k_ends.end());
-  p.cu_seqlens_q = q_offsets.data(), p.cu_seqlens_k = k_offsets.data();
   // Rows behind the last sequence belong to none.
-  for (int64_t i = q_ends[p.batch]; i < total_q; ++i) {
-    const int64_t row_bytes = out.numel() / total_q * (p.dtype == DType::kFloat32 ? 4 : 2);
+  const int64_t total_q = q.size(0), row_bytes = p.num_heads * p.head_dim * size_of(p.dtype);
+  for (int64_t i = p.cu_seqlens_q[p.batch]; i < total_q; ++i) {
     std::memset(static_cast<char*>(out.data_ptr()) + i * row_bytes, 0, row_bytes);
-    for (int64_t h = 0; lse && h < p.num_heads; ++h) p.lse[h * total_q + i] = -INFINITY;
+    for (int64_t h = 0; lse && h < p.num_heads; ++h) {
+      if (p.dtype == DType::kFloat64)
+        static_cast<double*>(lse->data_ptr())[h * total_q + i] = -INFINITY;
+      else
+        p.lse[h * total_q + i] = -INFINITY;
+    }
   }
-  if (p.seqlen_q == 0) return;
-  const int64_t seen = p.window ? p.window + p.seqlen_q - 1 : p.seqlen_k;
-  run(p, std::min(seen, p.seqlen_k), q);
+  if (p.seqlen_q > 0) run(p, q);
 }
 
 std::tuple<Tensor, Tensor> attention_varlen(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -377,11 +559,24 @@ std::tuple<Tensor, Tensor> attention_varlen(const Tensor& q, const Tensor& k, co
   Tensor out = torch::stable::new_empty(q, q.sizes());
   std::vector<int64_t> shape{0};
   if (return_lse && q.dim() == 3) shape = {q.size(1), q.size(0)};
-  Tensor lse = torch::stable::new_empty(q, shape, ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(q, shape, lse_type(q));
   attention_varlen_out(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,
                        softcap, window, causal, out,
                        return_lse ? std::optional<Tensor>(lse) : std::nullopt);
   return {out, lse};
+}
+
+void attention_varlen_backward_out(const Tensor& grad_out, const Tensor& grad_lse, const Tensor& q,
+                                   const Tensor& k, const Tensor& v, const Tensor& out,
+                                   const Tensor& lse, const Tensor& cu_seqlens_q,
+                                   const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+                                   int64_t max_seqlen_k, double scale,
+                                   std::optional<double> softcap, std::optional<int64_t> window,
+                                   bool causal, Tensor grad_q, Tensor grad_k, Tensor grad_v) {
+  const char* op = "attention_varlen_backward";
+  Problem problem = check_attention_varlen(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                                           max_seqlen_k, scale, softcap, window, causal);
+  run_backward(op, problem, {grad_out, grad_lse, out, lse, grad_q, grad_k, grad_v});
 }
 
 void attention_cache_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
@@ -423,8 +618,7 @@ void attention_cache_out(const Tensor& q, const Tensor& k_cache, const Tensor& v
   const Tensor q_rows = readable(q), k_rows = readable(k_cache), v_rows = readable(v_cache);
   p.q = heads_view(q_rows), p.k = heads_view(k_rows), p.v = heads_view(v_rows);
   p.out = heads_view(out);
-  const int64_t seen = p.window ? p.window + p.seqlen_q - 1 : p.seqlen_k;
-  run(p, std::min(seen, p.seqlen_k), q);
+  run(p, q);
 }
 
 Tensor attention_cache(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
@@ -439,6 +633,8 @@ template <class Library>
 void implement(Library& m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_out", TORCH_BOX(&attention_out));
+  m.impl("attention_backward_out", TORCH_BOX(&attention_backward_out));
+  m.impl("attention_varlen_backward_out", TORCH_BOX(&attention_varlen_backward_out));
   m.impl("attention_varlen", TORCH_BOX(&attention_varlen));
   m.impl("attention_varlen_out", TORCH_BOX(&attention_varlen_out));
   m.impl("attention_cache", TORCH_BOX(&attention_cache));

@@ -30,7 +30,11 @@ inline std::string to_string(const Tensor& t) {
   return s + (t.dim() == 1 ? ",)" : ")");
 }
 
-inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
+// kOrFloat64: of the ops that have kernels in float64, for checks of their gradients.
+enum class Dtypes { kCommon, kOrFloat64 };
+
+inline DType dtype_of(const char* op, const char* name, const Tensor& t,
+                      Dtypes dtypes = Dtypes::kCommon) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
       return DType::kFloat32;
@@ -38,6 +42,9 @@ inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
       return DType::kBFloat16;
     case ScalarType::Half:
       return DType::kFloat16;
+    case ScalarType::Double:
+      if (dtypes == Dtypes::kOrFloat64) return DType::kFloat64;
+      [[fallthrough]];
     default:
       fail(op, std::string(name) + " must be float32, bfloat16 or float16, got " +
                    torch::headeronly::toString(t.scalar_type()));
@@ -50,6 +57,28 @@ inline void check_same_dtype(const char* op, const char* name, const Tensor& t,
     fail(op, std::string(name) + " must have " + other_name + "'s dtype " +
                  torch::headeronly::toString(other.scalar_type()) + ", got " +
                  torch::headeronly::toString(t.scalar_type()));
+  }
+}
+
+// Weights may have another dtype than what they multiply, but for float64.
+inline DType weight_dtype_of(const char* op, const char* name, const Tensor& weight,
+                             const Tensor& x) {
+  const DType dtype = dtype_of(op, name, weight, Dtypes::kOrFloat64);
+  if ((dtype == DType::kFloat64) != (x.scalar_type() == ScalarType::Double))
+    check_same_dtype(op, name, weight, "x", x);
+  return dtype;
+}
+
+inline std::string device_name(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  return (t.is_cuda() ? "cuda:" : "another device, index ") + std::to_string(t.get_device_index());
+}
+
+inline void check_device(const char* op, const char* name, const Tensor& t, const char* other_name,
+                         const Tensor& other) {
+  if (t.is_cpu() != other.is_cpu() || t.get_device_index() != other.get_device_index()) {
+    fail(op, std::string(name) + " must be on " + other_name + "'s device " + device_name(other) +
+                 ", got " + device_name(t));
   }
 }
 
@@ -73,12 +102,18 @@ inline void check_same_shape(const char* op, const char* name, const Tensor& t,
   }
 }
 
+// A gradient of another tensor, or a tensor beside it: same device, shape and dtype, any strides.
+inline void check_like(const char* op, const char* name, const Tensor& t, const char* like_name,
+                       const Tensor& like) {
+  check_device(op, name, t, like_name, like);
+  check_same_shape(op, name, t, like_name, like);
+  check_same_dtype(op, name, t, like_name, like);
+}
+
 // An `_out` op's result: right shape and dtype, contiguous.
 inline void check_out(const char* op, const char* name, const Tensor& out, const char* like_name,
                       const Tensor& like) {
-  check_cpu(op, name, out);
-  check_same_shape(op, name, out, like_name, like);
-  check_same_dtype(op, name, out, like_name, like);
+  check_like(op, name, out, like_name, like);
   if (!out.is_contiguous()) fail(op, std::string(name) + " must be contiguous");
 }
 

@@ -1,35 +1,37 @@
-// Binding of rms_norm.
+// Bindings of rms_norm and its backward.
+#include "../cpu/float64.h"
 #include "../cpu/isa.h"
 #include "common.h"
 
 namespace gemma2 {
 namespace {
 
-void rms_norm_out(const Tensor& x, const Tensor& weight, double eps, Tensor out) {
-  const char* op = "rms_norm";
-  const DType dtype = dtype_of(op, "x", x), weight_dtype = dtype_of(op, "weight", weight);
+void check_inputs(const char* op, const Tensor& x, const Tensor& weight, double eps) {
   if (x.dim() < 1) fail(op, "x must have shape (..., hidden_size), got a scalar");
+  check_cpu(op, "x", x);
+  check_cpu(op, "weight", weight);
   const int64_t hidden_size = x.size(x.dim() - 1);
   if (weight.dim() != 1 || weight.size(0) != hidden_size) {
     fail(op, "weight must have shape (hidden_size,) = (" + std::to_string(hidden_size) +
                  ",), got " + to_string(weight));
   }
   if (!(eps >= 0)) fail(op, "eps must be at least 0, got " + std::to_string(eps));
-  check_cpu(op, "weight", weight);
+}
+
+void rms_norm_out(const Tensor& x, const Tensor& weight, double eps, Tensor out) {
+  const char* op = "rms_norm";
+  const DType dtype = dtype_of(op, "x", x, Dtypes::kOrFloat64);
+  const DType weight_dtype = weight_dtype_of(op, "weight", weight, x);
+  check_inputs(op, x, weight, eps);
   check_out(op, "out", out, "x", x);
   if (x.numel() == 0) return;
 
   const Rows rows = as_rows(x);
   const Tensor w = last_dim_contiguous(weight);
-  const RmsNormParams p{rows.tensor.data_ptr(),
-                        rows.stride,
-                        w.data_ptr(),
-                        out.data_ptr(),
-                        rows.rows,
-                        hidden_size,
-                        float(eps),
-                        dtype,
-                        weight_dtype};
+  const RmsNormParams p{
+      rows.tensor.data_ptr(), rows.stride, w.data_ptr(), out.data_ptr(), rows.rows,
+      rows.columns,           eps,         dtype,        weight_dtype};
+  if (dtype == DType::kFloat64) return float64::rms_norm(p);
   const CpuKernels& kernels = cpu_kernels();
   parallel_units(p.rows, p.hidden_size * 4,
                  [&](int64_t begin, int64_t end) { kernels.rms_norm_rows(p, begin, end); });
@@ -41,10 +43,48 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   return out;
 }
 
+void rms_norm_backward_out(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
+                           double eps, Tensor grad_x, Tensor grad_weight) {
+  const char* op = "rms_norm_backward";
+  const DType dtype = dtype_of(op, "x", x, Dtypes::kOrFloat64);
+  const DType weight_dtype = weight_dtype_of(op, "weight", weight, x);
+  check_inputs(op, x, weight, eps);
+  check_like(op, "grad_out", grad_out, "x", x);
+  check_out(op, "grad_x", grad_x, "x", x);
+  check_out(op, "grad_weight", grad_weight, "weight", weight);
+
+  const Rows rows = as_rows(x), grad_rows = as_rows(grad_out);
+  const Tensor w = last_dim_contiguous(weight);
+  const int64_t blocks = norm_blocks(rows.rows);
+  const Tensor partial = torch::stable::new_empty(x, {blocks * rows.columns}, ScalarType::Float);
+  const RmsNormBackwardParams p{grad_rows.tensor.data_ptr(),
+                                grad_rows.stride,
+                                rows.tensor.data_ptr(),
+                                rows.stride,
+                                w.data_ptr(),
+                                grad_x.data_ptr(),
+                                grad_weight.data_ptr(),
+                                static_cast<float*>(partial.data_ptr()),
+                                rows.rows,
+                                rows.columns,
+                                eps,
+                                dtype,
+                                weight_dtype};
+  if (dtype == DType::kFloat64) return float64::rms_norm_backward(p);
+  const CpuKernels& kernels = cpu_kernels();
+  parallel_units(
+      blocks, p.hidden_size * norm_block_rows(p.rows) * 8,
+      [&](int64_t begin, int64_t end) { kernels.rms_norm_backward_blocks(p, begin, end); });
+  parallel_units(
+      (p.hidden_size + kNormColumns - 1) / kNormColumns, kNormColumns * blocks * 4,
+      [&](int64_t begin, int64_t end) { kernels.rms_norm_backward_columns(p, begin, end); });
+}
+
 }  // namespace
 }  // namespace gemma2
 
 STABLE_TORCH_LIBRARY_IMPL(gemma2_ext, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&gemma2::rms_norm));
   m.impl("rms_norm_out", TORCH_BOX(&gemma2::rms_norm_out));
+  m.impl("rms_norm_backward_out", TORCH_BOX(&gemma2::rms_norm_backward_out));
 }

@@ -1,4 +1,4 @@
-// Bindings of rope and rope_append_cache.
+// Bindings of rope, its backward and rope_append_cache.
 #include <array>
 #include <map>
 #include <mutex>
@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "../cpu/float64.h"
 #include "../cpu/isa.h"
 #include "common.h"
 
@@ -49,10 +50,10 @@ std::string shape(std::initializer_list<int64_t> sizes) {
   return s + ")";
 }
 
-// What both ops check: q, k, positions, theta. Returns int64 positions, contiguous along seqlen.
+// What all of them check: q, k, positions, theta. Returns int64 positions, contiguous along seqlen.
 Tensor check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& positions,
-                    double theta) {
-  dtype_of(op, "q", q);
+                    double theta, Dtypes dtypes) {
+  dtype_of(op, "q", q, dtypes);
   check_cpu(op, "q", q);
   check_cpu(op, "k", k);
   check_cpu(op, "positions", positions);
@@ -87,7 +88,7 @@ Tensor check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tens
   return last_dim_contiguous(wide);
 }
 
-// The part of the parameters that both ops share.
+// The part of the parameters that all share.
 RopeParams make_params(const Tensor& q, const Tensor& k, const Tensor& positions, double theta,
                        const Tensor& q_out) {
   RopeParams p{};
@@ -102,29 +103,47 @@ RopeParams make_params(const Tensor& q, const Tensor& k, const Tensor& positions
   p.num_heads = q.size(2);
   p.num_kv_heads = k.size(2);
   p.head_dim = q.size(3);
-  p.dtype = dtype_of("rope", "q", q);
+  p.dtype = dtype_of("rope", "q", q, Dtypes::kOrFloat64);
   return p;
 }
 
 void run(const RopeParams& p) {
+  if (p.dtype == DType::kFloat64) return float64::rope(p);
   const int64_t elements = (p.num_heads + p.num_kv_heads) * p.head_dim;
   const CpuKernels& kernels = cpu_kernels();
   parallel_units(p.batch * p.seqlen, elements * 8,
                  [&](int64_t begin, int64_t end) { kernels.rope_tokens(p, begin, end); });
 }
 
-void rope_out(const Tensor& q, const Tensor& k, const Tensor& positions, double theta, Tensor q_out,
-              Tensor k_out) {
-  const char* op = "rope";
-  const Tensor wide_positions = check_inputs(op, q, k, positions, theta);
-  check_out(op, "q_out", q_out, "q", q);
-  check_out(op, "k_out", k_out, "k", k);
+void rotate(const Tensor& q, const Tensor& k, const Tensor& wide_positions, double theta,
+            bool inverse, Tensor& q_out, Tensor& k_out) {
   if (q.numel() + k.numel() == 0) return;
 
   const Tensor q_rows = last_dim_contiguous(q), k_rows = last_dim_contiguous(k);
   RopeParams p = make_params(q_rows, k_rows, wide_positions, theta, q_out);
   p.k_out = heads_view(k_out);
+  p.inverse = inverse;
   run(p);
+}
+
+void rope_out(const Tensor& q, const Tensor& k, const Tensor& positions, double theta, Tensor q_out,
+              Tensor k_out) {
+  const char* op = "rope";
+  const Tensor wide_positions = check_inputs(op, q, k, positions, theta, Dtypes::kOrFloat64);
+  check_out(op, "q_out", q_out, "q", q);
+  check_out(op, "k_out", k_out, "k", k);
+  rotate(q, k, wide_positions, theta, false, q_out, k_out);
+}
+
+// Rotates the gradients of q_out and k_out by the negative angle.
+void rope_backward_out(const Tensor& grad_q_out, const Tensor& grad_k_out, const Tensor& positions,
+                       double theta, Tensor grad_q, Tensor grad_k) {
+  const char* op = "rope_backward";
+  const Tensor wide_positions =
+      check_inputs(op, grad_q_out, grad_k_out, positions, theta, Dtypes::kOrFloat64);
+  check_out(op, "grad_q", grad_q, "grad_q_out", grad_q_out);
+  check_out(op, "grad_k", grad_k, "grad_k_out", grad_k_out);
+  rotate(grad_q_out, grad_k_out, wide_positions, theta, true, grad_q, grad_k);
 }
 
 std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& positions,
@@ -174,7 +193,7 @@ void rope_append_cache_out(const Tensor& q, const Tensor& k, const Tensor& v,
                            const Tensor& positions, Tensor k_cache, Tensor v_cache, double theta,
                            Tensor q_out) {
   const char* op = "rope_append_cache";
-  const Tensor wide_positions = check_inputs(op, q, k, positions, theta);
+  const Tensor wide_positions = check_inputs(op, q, k, positions, theta, Dtypes::kCommon);
   check_cpu(op, "v", v);
   check_same_dtype(op, "v", v, "k", k);
   check_same_shape(op, "v", v, "k", k);
@@ -209,6 +228,7 @@ Tensor rope_append_cache(const Tensor& q, const Tensor& k, const Tensor& v, cons
 STABLE_TORCH_LIBRARY_IMPL(gemma2_ext, CPU, m) {
   m.impl("rope", TORCH_BOX(&gemma2::rope));
   m.impl("rope_out", TORCH_BOX(&gemma2::rope_out));
+  m.impl("rope_backward_out", TORCH_BOX(&gemma2::rope_backward_out));
   m.impl("rope_append_cache", TORCH_BOX(&gemma2::rope_append_cache));
   m.impl("rope_append_cache_out", TORCH_BOX(&gemma2::rope_append_cache_out));
 }

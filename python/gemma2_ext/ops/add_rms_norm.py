@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ._common import check_tensor, refuse_backward, through_dispatcher
+from ._common import check_tensor, promote, register_backward, through_dispatcher
 
 _op = torch.ops.gemma2_ext.add_rms_norm.default
 _out_op = torch.ops.gemma2_ext.add_rms_norm_out.default
+_backward_op = torch.ops.gemma2_ext.add_rms_norm_backward.default
 
 
 def add_rms_norm(
@@ -21,17 +24,21 @@ def add_rms_norm(
 
     Args:
         x: (..., hidden_size), a sub-layer's output; float32, bfloat16 or float16, any strides.
-        residual: x's shape and dtype, the stream that it is added to, any strides.
-        post_weight: (hidden_size,), of the norm behind the sub-layer, any of those dtypes.
+            (float64, slow, for checks of gradients.)
+        residual: x's shape and dtype, the stream that it is added to, any strides. Under autocast
+            the dtypes may differ: both are widened to the wider one.
+        post_weight: (hidden_size,), of the norm behind the sub-layer, any of those dtypes; with
+            float64 the same.
         pre_weight: (hidden_size,), of the norm before the next one, post_weight's dtype.
         eps: of both norms, at least 0.
 
     Returns:
-        (r, normed r), contiguous tensors of x's shape and dtype.
+        (r, normed r), contiguous tensors of x's shape and dtype (or the wider one).
 
     Raises:
         TypeError: an argument is not a floating tensor of those dtypes.
         ValueError: shapes, dtypes or devices do not fit, or eps is negative.
+        NotImplementedError: a second derivative is asked for.
 
     Source: Gemma 2 (arXiv 2408.00118); transformers `models/gemma2`, Gemma2DecoderLayer.
     """
@@ -42,7 +49,8 @@ def add_rms_norm(
         "pre_weight": pre_weight,
     }
     for name, tensor in tensors.items():
-        check_tensor("add_rms_norm", name, tensor)
+        check_tensor("add_rms_norm", name, tensor, float64=True)
+    x, residual = promote(x, residual)
     if through_dispatcher(x, residual, post_weight, pre_weight):
         return _op(x, residual, post_weight, pre_weight, eps)
     residual_out, out = x.new_empty(x.shape), x.new_empty(x.shape)
@@ -70,4 +78,30 @@ def _(
     return None
 
 
-refuse_backward("add_rms_norm")
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, _, post_weight, pre_weight, ctx.eps = inputs
+    ctx.save_for_backward(x, output[0], post_weight, pre_weight)
+
+
+def _backward(ctx: Any, grad_residual_out: Tensor, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    return *_backward_op(grad_residual_out, grad_out, *ctx.saved_tensors, ctx.eps), None
+
+
+def _allocate(
+    grad_residual_out: Tensor,
+    grad_out: Tensor,
+    x: Tensor,
+    residual_out: Tensor,
+    post_weight: Tensor,
+    pre_weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape),
+        post_weight.new_empty(post_weight.shape),
+        pre_weight.new_empty(pre_weight.shape),
+    )
+
+
+register_backward("add_rms_norm", _allocate, _setup_context, _backward)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ._common import check_integers, check_tensor, refuse_backward, through_dispatcher
+from ._common import (
+    check_integers,
+    check_tensor,
+    narrow,
+    needs_gradient,
+    register_backward,
+    through_dispatcher,
+)
 
 _op = torch.ops.gemma2_ext.attention.default
 _out_op = torch.ops.gemma2_ext.attention_out.default
+_backward_op = torch.ops.gemma2_ext.attention_backward.default
 
 
 def attention(
@@ -33,9 +43,9 @@ def attention(
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), float32, bfloat16 or float16, any strides;
-            head_dim a multiple of 8 from 8 to 256.
+            head_dim a multiple of 8 from 8 to 256. (float64, slow, for checks of gradients.)
         k: (batch, seqlen_k, num_kv_heads, head_dim), q's dtype, num_kv_heads a divisor of
-            num_heads.
+            num_heads. Under autocast q, k and v in float32 are rounded to autocast's dtype.
         v: k's shape and dtype.
         scale: of the scores, query_pre_attn_scalar ** -0.5 in Gemma 2.
         softcap: bound of the scaled scores, or None.
@@ -48,21 +58,23 @@ def attention(
     Returns:
         A contiguous tensor of q's shape and dtype, 0 in a row that sees no key; with return_lse
         also lse, (batch, num_heads, seqlen_q), float32, natural logarithm, -inf in such a row.
+        Both have gradients, which are 0 in a row or a key without its counterpart.
 
     Raises:
         TypeError: q, k or v is not a floating tensor of those dtypes, or lengths are no tensor.
         ValueError: shapes, dtypes or devices do not fit; scale or softcap is no positive number;
             window is below 1 or goes with causal=False; lengths or starts are out of range.
-        NotImplementedError: a gradient is asked for.
+        NotImplementedError: a second derivative is asked for.
 
     Source: FlashAttention-2 (arXiv 2307.08691); transformers `models/gemma2`,
     eager_attention_forward.
     """
-    check_tensor("attention", "q", q)
-    check_tensor("attention", "k", k)
-    check_tensor("attention", "v", v)
+    check_tensor("attention", "q", q, float64=True)
+    check_tensor("attention", "k", k, float64=True)
+    check_tensor("attention", "v", v, float64=True)
     check_integers("attention", "key_lengths", key_lengths)
     check_integers("attention", "key_starts", key_starts)
+    q, k, v = narrow(q, k, v)
     if through_dispatcher(q, k, v):
         out, lse = _op(
             q,
@@ -74,13 +86,13 @@ def attention(
             softcap=softcap,
             window=window,
             causal=causal,
-            return_lse=return_lse,
+            return_lse=return_lse or needs_gradient(q, k, v),  # which the backward reads
         )
         return (out, lse) if return_lse else out
     out = q.new_empty(q.shape)
     lse = None
     if return_lse:
-        lse = q.new_empty(_lse_shape(q), dtype=torch.float32)
+        lse = q.new_empty(_lse_shape(q), dtype=_lse_dtype(q))
     _out_op(
         q,
         k,
@@ -101,6 +113,10 @@ def _lse_shape(q: Tensor) -> tuple[int, ...]:
     return (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (0,)
 
 
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
 @torch.library.register_fake("gemma2_ext::attention")
 def _(
     q: Tensor,
@@ -116,7 +132,7 @@ def _(
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     lse_shape = _lse_shape(q) if return_lse else (0,)
-    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=_lse_dtype(q))
 
 
 @torch.library.register_fake("gemma2_ext::attention_out")
@@ -137,4 +153,38 @@ def _(
     return None
 
 
-refuse_backward("attention")
+def _setup_context(
+    ctx: Any,
+    inputs: tuple[Any, ...],
+    keyword_only_inputs: dict[str, Any],
+    output: tuple[Tensor, Tensor],
+) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.options = keyword_only_inputs
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, key_lengths, key_starts, out, lse = ctx.saved_tensors
+    options = ctx.options
+    if not options["return_lse"]:
+        # The op was called by itself, without what its backward reads.
+        with torch.no_grad():
+            lse = _op(q, k, v, key_lengths, key_starts, **{**options, "return_lse": True})[1]
+        grad_lse = torch.zeros_like(lse)
+    grads = _backward_op(
+        *(grad_out, grad_lse, q, k, v, out, lse, key_lengths, key_starts),
+        options["scale"],
+        options["softcap"],
+        options["window"],
+        options["causal"],
+    )
+    return *grads, None, None
+
+
+def _allocate(
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+register_backward("attention", _allocate, _setup_context, _backward)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ._common import check_integers, check_tensor, refuse_backward, through_dispatcher
+from ._common import (
+    check_integers,
+    check_tensor,
+    narrow,
+    needs_gradient,
+    register_backward,
+    through_dispatcher,
+)
 
 _op = torch.ops.gemma2_ext.attention_varlen.default
 _out_op = torch.ops.gemma2_ext.attention_varlen_out.default
+_backward_op = torch.ops.gemma2_ext.attention_varlen_backward.default
 
 
 def attention_varlen(
@@ -33,8 +43,9 @@ def attention_varlen(
 
     Args:
         q: (total_q, num_heads, head_dim), float32, bfloat16 or float16, any strides; head_dim a
-            multiple of 8 from 8 to 256.
-        k: (total_k, num_kv_heads, head_dim), q's dtype, num_kv_heads a divisor of num_heads.
+            multiple of 8 from 8 to 256. (float64, slow, for checks of gradients.)
+        k: (total_k, num_kv_heads, head_dim), q's dtype, num_kv_heads a divisor of num_heads. Under
+            autocast q, k and v in float32 are rounded to autocast's dtype.
         v: k's shape and dtype.
         cu_seqlens_q: (batch + 1,) int32 or int64, from 0, ascending, at most total_q.
         cu_seqlens_k: likewise for k and v, at most total_k.
@@ -46,21 +57,23 @@ def attention_varlen(
     Returns:
         A contiguous tensor of q's shape and dtype, 0 in rows that see no key or belong to no
         sequence; with return_lse also lse, (num_heads, total_q), float32, -inf in such rows.
+        Both have gradients.
 
     Raises:
         TypeError: q, k or v is not a floating tensor of those dtypes, or cu_seqlens are no tensor.
         ValueError: shapes, dtypes or devices do not fit; scale or softcap is no positive number;
             window is below 1 or goes with causal=False; cu_seqlens are out of order or range; a
             sequence is longer than max_seqlen_q or max_seqlen_k.
-        NotImplementedError: a gradient is asked for.
+        NotImplementedError: a second derivative is asked for.
 
     Source: FlashAttention-2 (arXiv 2307.08691) and its varlen interface.
     """
-    check_tensor("attention_varlen", "q", q)
-    check_tensor("attention_varlen", "k", k)
-    check_tensor("attention_varlen", "v", v)
+    check_tensor("attention_varlen", "q", q, float64=True)
+    check_tensor("attention_varlen", "k", k, float64=True)
+    check_tensor("attention_varlen", "v", v, float64=True)
     check_integers("attention_varlen", "cu_seqlens_q", cu_seqlens_q, required=True)
     check_integers("attention_varlen", "cu_seqlens_k", cu_seqlens_k, required=True)
+    q, k, v = narrow(q, k, v)
     if through_dispatcher(q, k, v):
         out, lse = _op(
             q,
@@ -74,13 +87,13 @@ def attention_varlen(
             softcap=softcap,
             window=window,
             causal=causal,
-            return_lse=return_lse,
+            return_lse=return_lse or needs_gradient(q, k, v),  # which the backward reads
         )
         return (out, lse) if return_lse else out
     out = q.new_empty(q.shape)
     lse = None
     if return_lse:
-        lse = q.new_empty(_lse_shape(q), dtype=torch.float32)
+        lse = q.new_empty(_lse_shape(q), dtype=_lse_dtype(q))
     _out_op(
         q,
         k,
@@ -103,6 +116,10 @@ def _lse_shape(q: Tensor) -> tuple[int, ...]:
     return (q.shape[1], q.shape[0]) if q.dim() == 3 else (0,)
 
 
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
 @torch.library.register_fake("gemma2_ext::attention_varlen")
 def _(
     q: Tensor,
@@ -120,7 +137,7 @@ def _(
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     lse_shape = _lse_shape(q) if return_lse else (0,)
-    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=_lse_dtype(q))
 
 
 @torch.library.register_fake("gemma2_ext::attention_varlen_out")
@@ -143,4 +160,39 @@ def _(
     return None
 
 
-refuse_backward("attention_varlen")
+def _setup_context(
+    ctx: Any,
+    inputs: tuple[Any, ...],
+    keyword_only_inputs: dict[str, Any],
+    output: tuple[Tensor, Tensor],
+) -> None:
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.longest = inputs
+    ctx.save_for_backward(q, k, v, cu_seqlens_q, cu_seqlens_k, *output)
+    ctx.options = keyword_only_inputs
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, *ends, out, lse = ctx.saved_tensors
+    options = ctx.options
+    if not options["return_lse"]:
+        # The op was called by itself, without what its backward reads.
+        with torch.no_grad():
+            lse = _op(q, k, v, *ends, *ctx.longest, **{**options, "return_lse": True})[1]
+        grad_lse = torch.zeros_like(lse)
+    grads = _backward_op(
+        *(grad_out, grad_lse, q, k, v, out, lse, *ends, *ctx.longest),
+        options["scale"],
+        options["softcap"],
+        options["window"],
+        options["causal"],
+    )
+    return *grads, None, None, None, None
+
+
+def _allocate(
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+register_backward("attention_varlen", _allocate, _setup_context, _backward)

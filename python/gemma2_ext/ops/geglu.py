@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ._common import check_tensor, refuse_backward, through_dispatcher
+from ._common import check_tensor, promote, register_backward, through_dispatcher
 
 _op = torch.ops.gemma2_ext.geglu.default
 _out_op = torch.ops.gemma2_ext.geglu_out.default
+_backward_op = torch.ops.gemma2_ext.geglu_backward.default
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -17,8 +20,10 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     Computed in float32 and rounded once. Two halves of one wider tensor are read where they are.
 
     Args:
-        gate: (..., intermediate_size), float32, bfloat16 or float16, any strides.
-        up: gate's shape and dtype, any strides.
+        gate: (..., intermediate_size), float32, bfloat16 or float16, any strides. (float64, slow,
+            for checks of gradients.)
+        up: gate's shape and dtype, any strides. Under autocast the dtypes may differ: both are
+            widened to the wider one.
 
     Returns:
         A contiguous tensor of gate's shape and dtype.
@@ -26,11 +31,13 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     Raises:
         TypeError: gate or up is not a floating tensor of those dtypes.
         ValueError: shapes, dtypes or devices differ, or gate is a scalar.
+        NotImplementedError: a second derivative is asked for.
 
     Source: Gemma 2 (arXiv 2408.00118); transformers `models/gemma2`, Gemma2MLP.
     """
-    check_tensor("geglu", "gate", gate)
-    check_tensor("geglu", "up", up)
+    check_tensor("geglu", "gate", gate, float64=True)
+    check_tensor("geglu", "up", up, float64=True)
+    gate, up = promote(gate, up)
     if through_dispatcher(gate, up):
         return _op(gate, up)
     out = gate.new_empty(gate.shape)
@@ -48,4 +55,16 @@ def _(gate: Tensor, up: Tensor, out: Tensor) -> None:
     return None
 
 
-refuse_backward("geglu")
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, ...]:
+    return _backward_op(grad_out, *ctx.saved_tensors)
+
+
+def _allocate(grad_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+register_backward("geglu", _allocate, _setup_context, _backward)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ._common import check_tensor, refuse_backward, through_dispatcher
+from ._common import check_tensor, register_backward, through_dispatcher
 
 _op = torch.ops.gemma2_ext.rms_norm.default
 _out_op = torch.ops.gemma2_ext.rms_norm_out.default
+_backward_op = torch.ops.gemma2_ext.rms_norm_backward.default
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """`x * rsqrt(mean(x**2, -1) + eps) * (1 + weight)`, computed in float32 and rounded once.
 
     Args:
-        x: (..., hidden_size), float32, bfloat16 or float16, any strides.
-        weight: (hidden_size,), any of those dtypes.
+        x: (..., hidden_size), float32, bfloat16 or float16, any strides. (float64, slow, for
+            checks of gradients.)
+        weight: (hidden_size,), any of those dtypes; with float64 the same.
         eps: added to the mean of squares, at least 0.
 
     Returns:
@@ -25,11 +29,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     Raises:
         TypeError: x or weight is not a floating tensor of those dtypes.
         ValueError: weight's shape is not (hidden_size,), eps is negative, or devices differ.
+        NotImplementedError: a second derivative is asked for.
 
     Source: Gemma 2 (arXiv 2408.00118); transformers `models/gemma2`, Gemma2RMSNorm.
     """
-    check_tensor("rms_norm", "x", x)
-    check_tensor("rms_norm", "weight", weight)
+    check_tensor("rms_norm", "x", x, float64=True)
+    check_tensor("rms_norm", "weight", weight, float64=True)
     if through_dispatcher(x, weight):
         return _op(x, weight, eps)
     out = x.new_empty(x.shape)
@@ -47,4 +52,18 @@ def _(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
     return None
 
 
-refuse_backward("rms_norm")
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    return *_backward_op(grad_out, x, weight, ctx.eps), None
+
+
+def _allocate(grad_out: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+register_backward("rms_norm", _allocate, _setup_context, _backward)

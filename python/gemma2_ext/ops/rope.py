@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ._common import check_integers, check_tensor, refuse_backward, through_dispatcher
+from ._common import (
+    check_integers,
+    check_tensor,
+    promote,
+    register_backward,
+    through_dispatcher,
+)
 
 _op = torch.ops.gemma2_ext.rope.default
 _out_op = torch.ops.gemma2_ext.rope_out.default
+_backward_op = torch.ops.gemma2_ext.rope_backward.default
 
 
 def rope(q: Tensor, k: Tensor, positions: Tensor, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
@@ -19,8 +28,9 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, theta: float = 10000.0) -> tup
 
     Args:
         q: (batch, seqlen, num_heads, head_dim), float32, bfloat16 or float16, any strides;
-            head_dim even.
-        k: (batch, seqlen, num_kv_heads, head_dim), q's dtype, any strides.
+            head_dim even. (float64, slow, for checks of gradients.)
+        k: (batch, seqlen, num_kv_heads, head_dim), q's dtype, any strides. Under autocast the
+            dtypes may differ: both are widened to the wider one.
         positions: (seqlen,) or (batch, seqlen), int64 or int32, any sign.
         theta: base of the frequencies.
 
@@ -30,11 +40,13 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, theta: float = 10000.0) -> tup
     Raises:
         TypeError: q or k is not a floating tensor of those dtypes, or positions not an integer one.
         ValueError: shapes, dtypes or devices do not fit, head_dim is odd, or theta not positive.
+        NotImplementedError: a second derivative is asked for.
 
     Source: Su et al. (arXiv 2104.09864), half-split form; transformers, apply_rotary_pos_emb.
     """
-    check_tensor("rope", "q", q)
-    check_tensor("rope", "k", k)
+    check_tensor("rope", "q", q, float64=True)
+    check_tensor("rope", "k", k, float64=True)
+    q, k = promote(q, k)
     check_integers("rope", "positions", positions, required=True)
     if through_dispatcher(q, k):
         return _op(q, k, positions, theta)
@@ -53,4 +65,19 @@ def _(q: Tensor, k: Tensor, positions: Tensor, theta: float, q_out: Tensor, k_ou
     return None
 
 
-refuse_backward("rope")
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    positions, ctx.theta = inputs[2:]
+    ctx.save_for_backward(positions)
+
+
+def _backward(ctx: Any, grad_q_out: Tensor, grad_k_out: Tensor) -> tuple[Tensor | None, ...]:
+    return *_backward_op(grad_q_out, grad_k_out, *ctx.saved_tensors, ctx.theta), None, None
+
+
+def _allocate(
+    grad_q_out: Tensor, grad_k_out: Tensor, positions: Tensor, theta: float
+) -> tuple[Tensor, Tensor]:
+    return grad_q_out.new_empty(grad_q_out.shape), grad_k_out.new_empty(grad_k_out.shape)
+
+
+register_backward("rope", _allocate, _setup_context, _backward)

@@ -1,0 +1,415 @@
+// Gradients of attention from its inputs and results. With S the scores before the soft-cap of row
+// i and key j, P = e^(softcap(S) - lse) and delta_i = grad_out_i . out_i - grad_lse_i:
+//   dS_ij = P_ij (grad_out_i . v_j - delta_i) (1 - tanh^2(S_ij / softcap)), 0 where j is not seen;
+//   grad_q_i = sum_j dS_ij k_j, grad_k_j = sum_i dS_ij q_i, grad_v_j = sum_i P_ij grad_out_i,
+// the first two times the scale. P is computed anew: no score matrix is stored.
+//
+// A unit is (block of keys, sequence, key head): it packs its keys and values once, walks over the
+// blocks of query rows that see them, and keeps its sums of grad_k and grad_v. The sums of grad_q
+// are shared: each block of rows takes its blocks of keys in their order, a unit waiting for its
+// turn; units are handed out so that each waits for earlier ones only. So results are equal to the
+// bit for any number of threads. Five products in register tiles: arithmetic bounds it. Source:
+// FlashAttention-2 (arXiv 2307.08691).
+#include <sched.h>
+
+#include "attention-inl.h"
+#include "kernels.h"
+
+namespace gemma2 {
+namespace GEMMA2_ISA {
+namespace {
+
+constexpr int64_t kRows = kAttentionBackwardBlock, kKeys = kAttentionBackwardBlock;
+constexpr int64_t kWeightStride = kAttentionBackwardStride;
+static_assert(kRows % kTileRows == 0 && kKeys % kTileRows == 0 && kKeys % kTileCols == 0, "");
+
+// A block of query rows of one sequence and key head.
+struct RowBlock {
+  int64_t index;               // in the terms of the rows, the sums of grad_q and the turns
+  int64_t begin, rows;         // rows of the group, position * group + head
+  int64_t first_key, end_key;  // keys that some row sees
+
+  GEMMA2_INLINE bool sees(int64_t begin_key, int64_t n) const {
+    return first_key < end_key && first_key < begin_key + n && end_key > begin_key;
+  }
+};
+
+GEMMA2_INLINE int64_t row_blocks(const Sequence& s) {
+  return (s.seqlen_q * s.group + kRows - 1) / kRows;
+}
+
+GEMMA2_INLINE RowBlock row_block(const AttentionBackwardWork& w, const Sequence& s, int64_t block) {
+  const AttentionParams& p = w.p.forward;
+  RowBlock r;
+  r.index = (w.first_row_block[s.batch] + block) * p.num_kv_heads + s.kv_head;
+  r.begin = block * kRows;
+  r.rows = min64(kRows, s.seqlen_q * s.group - r.begin);
+  r.first_key = first_key(p, s, s.query(r.begin));
+  r.end_key = end_key(p, s, s.query(r.begin + r.rows - 1));
+  return r;
+}
+
+template <class T>
+GEMMA2_INLINE T* row_of(const HeadsView& t, const Sequence& s, int64_t row) {
+  return (T*)t.data + s.batch * t.batch_stride + (s.q_offset + s.query(row)) * t.seqlen_stride +
+         s.head(row) * t.head_stride;
+}
+template <class T>
+GEMMA2_INLINE T* key_of(const HeadsView& t, const Sequence& s, int64_t key) {
+  return (T*)t.data + s.batch * t.batch_stride + (s.k_offset + key) * t.seqlen_stride +
+         s.kv_head * t.head_stride;
+}
+
+template <class T>
+GEMMA2_INLINE void store_scaled(const float* sums, float scale, int64_t n, T* out) {
+  for (int64_t d = 0; d < n; d += kLanes) {
+    const VecF y = load(sums + d) * set(scale);
+    if (d + kLanes <= n)
+      store(out + d, y);
+    else
+      store_n(out + d, y, n - d);
+  }
+}
+
+// delta of each row, and lse in units of ln 2; inf in a row that sees no key, so that its weights
+// are 0. Zeros to grad_q where no row of the block sees a key.
+template <class T>
+void prepare_rows(const AttentionBackwardWork& w, const Sequence& s, const RowBlock& block) {
+  const AttentionParams& p = w.p.forward;
+  const float log2_e = 0x1.715476p+0f;
+  float* delta = w.row_terms + block.index * 2 * kRows;
+  float* lse = delta + kRows;
+  for (int64_t r = 0; r < kRows; ++r) {
+    delta[r] = 0.0f;
+    lse[r] = INFINITY;
+    if (r >= block.rows) continue;
+    const int64_t row = block.begin + r, i = s.query(row);
+    if (block.first_key >= block.end_key) {
+      T* grad_q = row_of<T>(w.p.grad_q, s, row);
+      for (int64_t d = 0; d < p.head_dim; ++d) grad_q[d] = from_float<T>(0.0f);
+    }
+    if (first_key(p, s, i) >= end_key(p, s, i)) continue;
+    const T* grad_out = row_of<const T>(w.p.grad_out, s, row);
+    const T* out = row_of<const T>(p.out, s, row);
+    VecF sum = zero();
+    for (int64_t d = 0; d < p.head_dim; d += kLanes) {
+      const VecF y = load_words(0.0f, out, d, p.head_dim);
+      sum = fma(load_words(0.0f, grad_out, d, p.head_dim), y, sum);
+    }
+    const int64_t at =
+        s.batch * p.lse_batch_stride + s.head(row) * p.lse_head_stride + s.q_offset + i;
+    delta[r] = reduce_sum(sum) - w.p.grad_lse[at];
+    lse[r] = p.lse[at] * log2_e;
+  }
+}
+
+// ---- packing; an absent row is null and gives zeros
+
+// A row of a left factor over dimensions, in words; of a right factor over rows where those are
+// floats.
+template <class Word, class T>
+GEMMA2_INLINE void pack_row(const T* row, int64_t depth, int64_t padded, float* out) {
+  for (int64_t d = 0; d < padded; d += kLanes)
+    store(out + d, row && d < depth ? load_words(Word{}, row, d, depth) : zero());
+}
+
+// Two rows of a right factor over rows, as pairs.
+GEMMA2_INLINE void pack_row_pair(const BFloat16* even, const BFloat16* odd, int64_t padded,
+                                 int64_t head_dim, float* out) {
+  for (int64_t d = 0; d < padded; d += kLanes) {
+    const VecF a = even && d < head_dim ? load_words(0.0f, even, d, head_dim) : zero();
+    const VecF b = odd && d < head_dim ? load_words(0.0f, odd, d, head_dim) : zero();
+    store(out + d, value_words(Pair{}, a, b));
+  }
+}
+
+// ---- one block of keys
+
+// P and dS of kLanes scores.
+struct Weights {
+  VecF p, ds;
+};
+
+GEMMA2_INLINE Weights weights_of(VecF dot, VecF product, float lse, float delta,
+                                 const ScoreScale& c) {
+  const VecF x = dot * set(c.inner);
+  const VecF t = c.capped ? tanh_rational(x) : x;
+  VecF above = (c.capped ? set(c.outer) * t : x) - set(lse);
+  above = above > zero() ? zero() : above;  // by rounding only; keeps a NaN
+  const VecF p = exp2_negative(above);
+  const VecF ds = p * (product - set(delta));
+  if (!c.capped) return {p, ds};
+  // Past 9 the slope is below 2^-24, and 1 - t t is but tanh's rounding.
+  const VecF slope = abs(x) > set(9.0f) ? zero() : set(1.0f) - t * t;
+  return {p, ds * slope};
+}
+
+template <class T>
+struct KeyBlock {
+  using Word = typename Packed<T>::Word;
+  static constexpr int kStep = kPerWord<Word>;
+
+  const AttentionBackwardWork& w;
+  const AttentionParams& p;
+  const Sequence s;
+  const int64_t key, n;  // keys [key, key + n) of the sequence
+  const ScoreScale scale;
+  const int64_t depth, padded;  // head_dim in words, and in floats with the padding of a tile
+  // Scratch. Right factors over dimensions: k_panels, v_panels; over keys: k_rows; over query rows:
+  // q_rows, grad_out_rows. Left factors over dimensions: q, grad_out. The scores become P, and the
+  // products of grad_out and v become dS, left factors over query rows; ds_keys is dS as a left
+  // factor over keys. Where words are floats one copy is both.
+  float *k_panels, *v_panels, *k_rows, *grad_k, *grad_v;
+  float *q, *grad_out, *q_rows, *grad_out_rows, *scores, *products, *ds_keys;
+  int64_t from[kRows], to[kRows];  // keys of the block that a row sees; both rise
+
+  KeyBlock(const AttentionBackwardWork& work, const Sequence& sequence, int64_t first,
+           int64_t count)
+      : w(work),
+        p(work.p.forward),
+        s(sequence),
+        key(first),
+        n(count),
+        scale(score_scale(work.p.forward)),
+        depth(work.p.forward.head_dim / kStep),
+        padded(attention_padded_dim(work.p.forward.head_dim)) {
+    float* free = w.scratch;
+    const auto take = [&free](int64_t size) {
+      float* part = free;
+      free += size;
+      return part;
+    };
+    k_panels = take(kKeys * p.head_dim), v_panels = take(kKeys * p.head_dim);
+    k_rows = take(kKeys * kQueryStride);
+    grad_k = take(kKeys * kQueryStride), grad_v = take(kKeys * kQueryStride);
+    q = take(kRows * kQueryStride), grad_out = take(kRows * kQueryStride);
+    scores = take(kRows * kWeightStride), products = take(kRows * kWeightStride);
+    q_rows = q, grad_out_rows = grad_out, ds_keys = products;
+    if (kStep == 2) {
+      q_rows = take(kRows / 2 * kQueryStride), grad_out_rows = take(kRows / 2 * kQueryStride);
+      ds_keys = take(kRows * kWeightStride);
+    }
+  }
+
+  void pack_keys_and_values() {
+    const KeyRows<T> k{key_of<const T>(p.k, s, 0), p.k.seqlen_stride, key, INT64_MAX};
+    const KeyRows<T> v{key_of<const T>(p.v, s, 0), p.v.seqlen_stride, key, INT64_MAX};
+    pack_keys<Word>(k, n, depth, k_panels);
+    pack_keys<Word>(v, n, depth, v_panels);
+    for (int64_t j = 0; j < kKeys; j += kStep) {
+      float* to_row = k_rows + j / kStep * kQueryStride;
+      const T* row = j < n ? k.row(j) : nullptr;
+      if constexpr (kStep == 1) {
+        pack_row<Word>(row, depth, padded, to_row);
+      } else {
+        pack_row_pair(row, j + 1 < n ? k.row(j + 1) : nullptr, padded, p.head_dim, to_row);
+      }
+    }
+    for (int64_t j = 0; j < kKeys; ++j) {
+      memset(grad_k + j * kQueryStride, 0, padded * sizeof(float));
+      memset(grad_v + j * kQueryStride, 0, padded * sizeof(float));
+    }
+  }
+
+  // Rows that see no key, or fill up the last tile, are zeros whatever they hold.
+  void pack_rows(const RowBlock& block, int64_t rows, const float* lse) {
+    const T* q_of[kRows];
+    const T* grad_out_of[kRows];
+    for (int64_t r = 0; r < rows; ++r) {
+      const bool used = r < block.rows && lse[r] != INFINITY;
+      q_of[r] = used ? row_of<const T>(p.q, s, block.begin + r) : nullptr;
+      grad_out_of[r] = used ? row_of<const T>(w.p.grad_out, s, block.begin + r) : nullptr;
+      pack_row<Word>(q_of[r], depth, padded, q + r * kQueryStride);
+      pack_row<Word>(grad_out_of[r], depth, padded, grad_out + r * kQueryStride);
+      if (r < block.rows) {
+        const int64_t i = s.query(block.begin + r);
+        from[r] = min64(n, max64(0, first_key(p, s, i) - key));
+        to[r] = min64(n, max64(0, end_key(p, s, i) - key));
+      } else {
+        from[r] = from[r - 1], to[r] = to[r - 1];
+      }
+    }
+    if constexpr (kStep == 2) {
+      for (int64_t r = 0; r < rows; r += 2) {
+        const int64_t at = r / 2 * kQueryStride;
+        pack_row_pair(q_of[r], q_of[r + 1], padded, p.head_dim, q_rows + at);
+        pack_row_pair(grad_out_of[r], grad_out_of[r + 1], padded, p.head_dim, grad_out_rows + at);
+      }
+    }
+  }
+
+  // out (rows, keys) = a (rows, head_dim) times panels (head_dim, keys), in the tiles where some
+  // row sees some key.
+  void multiply_panels(const float* a, const float* panels, int64_t rows, float* out) {
+    for (int64_t c = 0; c < n; c += kTileCols) {
+      for (int64_t r = 0; r < rows; r += kTileRows) {
+        if (from[r] >= c + kTileCols || to[r + kTileRows - 1] <= c) continue;
+        const Word* left = (const Word*)a + r * kQueryStride;
+        const float* right = panels + c * depth;
+        float* tile = out + r * kWeightStride + c;
+        multiply_tile<kQueryStride, 1, kTileCols, false>(left, right, min64(depth, kDepthBlock),
+                                                         tile, kWeightStride);
+        for (int64_t d = kDepthBlock; d < depth; d += kDepthBlock) {
+          multiply_tile<kQueryStride, 1, kTileCols, true>(
+              left + d, right + d * kTileCols, min64(depth - d, kDepthBlock), tile, kWeightStride);
+        }
+      }
+    }
+  }
+
+  GEMMA2_INLINE Weights visible_weights(int64_t r, int64_t j, const float* lse,
+                                        const float* delta) {
+    const int64_t at = r * kWeightStride + j;
+    Weights y = weights_of(load(scores + at), load(products + at), lse[r], delta[r], scale);
+    if (j < from[r] || j + kLanes > to[r]) {
+      VecI column;
+      for (int i = 0; i < kLanes; ++i) column[i] = int32_t(j) + i;
+      const VecI inside = (column >= int32_t(from[r])) & (column < int32_t(to[r]));
+      y.p = inside ? y.p : zero();
+      y.ds = inside ? y.ds : zero();
+    }
+    return y;
+  }
+
+  // P and dS in the place of scores and products, 0 where a row does not see a key. A pair of rows
+  // takes the place of its first row.
+  void weigh(int64_t rows, const float* lse, const float* delta) {
+    for (int64_t r = 0; r < rows; r += kStep) {
+      float* p_row = scores + r * kWeightStride;
+      float* ds_row = products + r * kWeightStride;
+      BFloat16* even_keys = (BFloat16*)(ds_keys + r * kWeightStride);
+      BFloat16* odd_keys = even_keys + 2 * kWeightStride;
+      const int64_t last = r + kStep - 1;
+      const bool none = from[r] >= to[r] && from[last] >= to[last];
+      const int64_t begin = none ? 0 : from[r] / kLanes * kLanes;
+      const int64_t end = none ? 0 : (to[last] + kLanes - 1) / kLanes * kLanes;
+      for (int64_t j = 0; j < kKeys; j += kLanes) {
+        if (j >= begin && j < end) {
+          const Weights a = visible_weights(r, j, lse, delta);
+          if constexpr (kStep == 1) {
+            store(p_row + j, a.p);
+            store(ds_row + j, a.ds);
+          } else {
+            const Weights b = visible_weights(last, j, lse, delta);
+            const VecF p0 = round_to<BFloat16>(a.p), p1 = round_to<BFloat16>(b.p);
+            const VecF ds0 = round_to<BFloat16>(a.ds), ds1 = round_to<BFloat16>(b.ds);
+            store(p_row + j, value_words(Pair{}, p0, p1));
+            store(ds_row + j, value_words(Pair{}, ds0, ds1));
+            store(even_keys + j, ds0);
+            store(odd_keys + j, ds1);
+          }
+        } else {
+          store(p_row + j, zero());
+          store(ds_row + j, zero());
+          if constexpr (kStep == 2) {
+            store(even_keys + j, zero());
+            store(odd_keys + j, zero());
+          }
+        }
+      }
+    }
+  }
+
+  // sums (keys, head_dim) += weights^T (keys, rows) times right (rows, head_dim).
+  void add_to_keys(const float* weights, const float* right, int64_t rows, float* sums) {
+    for (int64_t d = 0; d < p.head_dim; d += kTileCols) {
+      int64_t begin = 0, end = 0;  // rows that see some key of the tile
+      for (int64_t c = 0; c < n; c += kTileRows) {
+        while (begin < rows && to[begin] <= c) ++begin;
+        while (end < rows && from[end] < c + kTileRows) ++end;
+        const int64_t first = begin / kStep, words = (end + kStep - 1) / kStep - first;
+        if (words <= 0) continue;
+        multiply_tile<1, kStep * kWeightStride, kQueryStride, true>(
+            (const Word*)weights + first * kStep * kWeightStride + c,
+            right + first * kQueryStride + d, words, sums + c * kQueryStride + d, kQueryStride);
+      }
+    }
+  }
+
+  // sums (rows, head_dim) += dS (rows, keys) times k_rows (keys, head_dim).
+  void add_to_rows(int64_t rows, float* sums) {
+    for (int64_t d = 0; d < p.head_dim; d += kTileCols) {
+      for (int64_t r = 0; r < rows; r += kTileRows) {
+        const int64_t first = from[r] / kStep;
+        const int64_t words = (to[r + kTileRows - 1] + kStep - 1) / kStep - first;
+        if (words <= 0) continue;
+        multiply_tile<kWeightStride, 1, kQueryStride, true>(
+            (const Word*)(ds_keys + r * kWeightStride) + first, k_rows + first * kQueryStride + d,
+            words, sums + r * padded + d, padded);
+      }
+    }
+  }
+
+  void meet(const RowBlock& block) {
+    const int64_t rows = (block.rows + kTileRows - 1) / kTileRows * kTileRows;
+    const float* delta = w.row_terms + block.index * 2 * kRows;
+    const float* lse = delta + kRows;
+    pack_rows(block, rows, lse);
+    multiply_panels(q, k_panels, rows, scores);
+    multiply_panels(grad_out, v_panels, rows, products);
+    weigh(rows, lse, delta);
+    add_to_keys(scores, grad_out_rows, rows, grad_v);
+    add_to_keys(products, q_rows, rows, grad_k);
+
+    // Blocks of keys begin at multiples of kKeys from the sequence's first key.
+    const int64_t turn = (key - s.start) / kKeys - (block.first_key - s.start) / kKeys;
+    int32_t* done = w.turns + block.index;
+    for (int tries = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) != turn; ++tries)
+      if (tries > 1000) sched_yield();
+    float* sums = w.grad_q + block.index * kRows * padded;
+    if (turn == 0) memset(sums, 0, rows * padded * sizeof(float));
+    add_to_rows(rows, sums);
+    if (key + n >= block.end_key) {
+      for (int64_t r = 0; r < block.rows; ++r) {
+        store_scaled(sums + r * padded, float(p.scale), p.head_dim,
+                     row_of<T>(w.p.grad_q, s, block.begin + r));
+      }
+    }
+    __atomic_store_n(done, int32_t(turn + 1), __ATOMIC_RELEASE);
+  }
+
+  void store_sums() {
+    for (int64_t j = 0; j < n; ++j) {
+      T* to_k = key_of<T>(w.p.grad_k, s, key + j);
+      T* to_v = key_of<T>(w.p.grad_v, s, key + j);
+      store_scaled(grad_k + j * kQueryStride, float(p.scale), p.head_dim, to_k);
+      store_scaled(grad_v + j * kQueryStride, 1.0f, p.head_dim, to_v);
+    }
+  }
+};
+
+}  // namespace
+
+// A unit is (block of query rows, sequence, key head).
+void attention_backward_rows(const AttentionBackwardWork& w, int64_t begin, int64_t end) {
+  const AttentionParams& p = w.p.forward;
+  dispatch_dtype(p.dtype, [&](auto t) {
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t heads = p.batch * p.num_kv_heads, at = index % heads, block = index / heads;
+      const Sequence s = make_sequence(p, at / p.num_kv_heads, at % p.num_kv_heads);
+      if (block < row_blocks(s)) prepare_rows<decltype(t)>(w, s, row_block(w, s, block));
+    }
+  });
+}
+
+void attention_backward_keys(const AttentionBackwardWork& w, int64_t begin, int64_t end) {
+  const AttentionParams& p = w.p.forward;
+  dispatch_dtype(p.dtype, [&](auto t) {
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t heads = p.batch * p.num_kv_heads, at = index % heads, block = index / heads;
+      const Sequence s = make_sequence(p, at / p.num_kv_heads, at % p.num_kv_heads);
+      const int64_t key = s.start + block * kKeys;
+      if (key >= s.length) continue;
+      KeyBlock<decltype(t)> keys(w, s, key, min64(kKeys, s.length - key));
+      keys.pack_keys_and_values();
+      for (int64_t i = 0; i < row_blocks(s); ++i) {
+        const RowBlock rows = row_block(w, s, i);
+        if (rows.sees(key, keys.n)) keys.meet(rows);
+      }
+      keys.store_sums();
+    }
+  });
+}
+
+}  // namespace GEMMA2_ISA
+}  // namespace gemma2

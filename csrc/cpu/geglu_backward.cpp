@@ -1,0 +1,69 @@
+// Backward of out = gelu_tanh(gate) * up: grad_up = grad_out gelu(gate), grad_gate = grad_out up
+// gelu'(gate), with gelu(g) = g / (1 + e^-2z), z = sqrt(2/pi) (g + 0.044715 g^3).
+//
+// Units as in geglu: a run of kGegluColumns columns of a row. With q = 1 / (1 + e^-2z),
+// gelu' = q + g q (1 - q) 2z'. Everything in float32, one rounding at the end. Memory bounds it in
+// bfloat16 on many cores, the exponential on few. Source: derived from transformers' Gemma2MLP.
+#include "kernels.h"
+#include "simd.h"
+
+namespace gemma2 {
+namespace GEMMA2_ISA {
+namespace {
+
+struct Gelu {
+  VecF value, slope;
+};
+
+GEMMA2_INLINE Gelu gelu_tanh(VecF g) {
+  const float kSqrt2OverPi = 0.7978845608028654f;
+  const VecF one = set(1.0f);
+  const VecF a = set(-2.0f * kSqrt2OverPi), b = set(-2.0f * kSqrt2OverPi * 0.044715f);
+  const VecF e = one + exp(g * fma(b, g * g, a));  // inf far below zero: the quotients are 0
+  const VecF q = one / e;
+  // Past 30 the slope is 0 or 1 to a float's precision, and its factors would overflow. Comparisons
+  // that keep a NaN.
+  VecF h = g < set(-30.0f) ? set(-30.0f) : g;
+  h = h > set(30.0f) ? set(30.0f) : h;
+  const VecF minus_2z_slope = fma(set(3.0f) * b, h * h, a);
+  return {g / e, q - h * q * (one - q) * minus_2z_slope};
+}
+
+template <class T>
+GEMMA2_INLINE void backward_vector(const T* grad_out, const T* gate, const T* up, T* grad_gate,
+                                   T* grad_up, int64_t n) {
+  const bool full = n >= kLanes;
+  const VecF dy = full ? load(grad_out) : load_n(grad_out, n);
+  const Gelu gelu = gelu_tanh(full ? load(gate) : load_n(gate, n));
+  const VecF dg = dy * (full ? load(up) : load_n(up, n)) * gelu.slope, du = dy * gelu.value;
+  if (full) {
+    store(grad_gate, dg);
+    store(grad_up, du);
+  } else {
+    store_n(grad_gate, dg, n);
+    store_n(grad_up, du, n);
+  }
+}
+
+}  // namespace
+
+void geglu_backward_runs(const GegluBackwardParams& p, int64_t begin, int64_t end) {
+  dispatch_dtype(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    const int64_t runs = (p.columns + kGegluColumns - 1) / kGegluColumns;
+    for (int64_t u = begin; u < end; ++u) {
+      const int64_t row = u / runs, first = u % runs * kGegluColumns;
+      const int64_t last = first + kGegluColumns < p.columns ? first + kGegluColumns : p.columns;
+      const T* grad_out = (const T*)p.grad_out + row * p.grad_out_stride;
+      const T* gate = (const T*)p.gate + row * p.gate_stride;
+      const T* up = (const T*)p.up + row * p.up_stride;
+      T* grad_gate = (T*)p.grad_gate + row * p.columns;
+      T* grad_up = (T*)p.grad_up + row * p.columns;
+      for (int64_t i = first; i < last; i += kLanes)
+        backward_vector(grad_out + i, gate + i, up + i, grad_gate + i, grad_up + i, last - i);
+    }
+  });
+}
+
+}  // namespace GEMMA2_ISA
+}  // namespace gemma2
