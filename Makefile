@@ -4,7 +4,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 export PYTHON TORCH
 
-.PHONY: demo test build lint format sanitize emulate scalar check-packages cuda-check clean
+.PHONY: demo test build lint format sanitize emulate scalar oldest-transformers check-packages cuda-check
+.PHONY: distillation clean
 
 demo:
 	@scripts/setup.sh
@@ -31,6 +32,10 @@ sanitize emulate scalar:
 	@scripts/setup.sh test
 	@scripts/test_variant.sh $@ $(PYTEST_ARGS)
 
+oldest-transformers:
+	@scripts/setup.sh test
+	@scripts/test_oldest_transformers.sh $(PYTEST_ARGS)
+
 cuda-check:
 	@scripts/setup.sh
 	@scripts/cuda_check.sh
@@ -38,6 +43,11 @@ cuda-check:
 check-packages:
 	@scripts/setup.sh test
 	@scripts/check_packages.sh
+
+# The runs of docs/distillation.md, those whose result is missing; ARGS="--data FILE --out DIR" for another text.
+distillation:
+	@scripts/setup.sh test
+	.venv/bin/python training/distillation/run.py $(ARGS)
 
 clean:
 	rm -rf build dist python/gemma2_ext.egg-info python/gemma2_ext/_C*.so .venv/gemma2_ext.built

@@ -1,7 +1,10 @@
 """Whole model against transformers, in turns: prefill and decode token/s on random weights.
 
     python benchmarks/model.py --size 2b --prompt 512 --new-tokens 16 --json out.json
+    python benchmarks/model.py --size 27b --quantize int4 --prompt 16
 
+Packed weights are drawn as such, so that sizes run whose bfloat16 weights memory does not hold; they
+have no peer in transformers.
 Both models share one set of weights (transformers' parameters are views of ours). The memory's read
 bandwidth is probed between the decoded tokens, so that a share of it means something on a machine
 whose memory is also used by others.
@@ -19,10 +22,37 @@ from pathlib import Path
 import torch
 
 import gemma2_ext
-from gemma2_ext import Gemma2, Gemma2Config
-from gemma2_ext.weights import random_weights, to_hugging_face_names
+from gemma2_ext import Gemma2, Gemma2Config, QuantizedWeight
+from gemma2_ext.quantize import BLOCK_ROWS, FORMATS, Format
+from gemma2_ext.weights import Arena, parameter_shapes, random_weights, to_hugging_face_names
 
 PROBE_BYTES = 1 << 30
+
+
+def random_packed_weights(
+    config: Gemma2Config, format: Format, dtype: torch.dtype
+) -> dict[str, torch.Tensor | QuantizedWeight]:
+    """Packed weights of standard deviation hidden_size ** -0.5, drawn packed."""
+    arena = Arena(config, dtype, format)
+    weights: dict[str, torch.Tensor | QuantizedWeight] = {}
+    # The largest of a group is taken to 127, or to about 7 by a scale of s = 100.
+    scale = 2 * config.hidden_size**-0.5 / (127 if format == "int8" else 7 * 100**2)
+    for name, shape in parameter_shapes(config).items():
+        if len(shape) == 1:
+            weights[name] = arena.tensors[name].normal_(0, 0.05)
+            continue
+        data, scales = arena.tensors[f"{name}.data"], arena.tensors[f"{name}.scales"]
+        words = data.view(-1).view(torch.int64)
+        words.random_(-(2**63), 2**63 - 1)
+        if format == "int8":
+            scales.fill_(scale)
+        else:
+            scales.random_(80, 120)
+            blocks = scales.view(shape[0] // BLOCK_ROWS, -1)
+            factors = torch.full((len(blocks), BLOCK_ROWS), scale, dtype=torch.bfloat16)
+            blocks[:, : 2 * BLOCK_ROWS] = factors.view(torch.int8)
+        weights[name] = QuantizedWeight(data, scales, format, (shape[0], shape[1]))
+    return weights
 
 
 def read_bandwidth(buffer: torch.Tensor) -> float:
@@ -91,6 +121,7 @@ def main() -> None:
     parser.add_argument("--size", default="2b", choices=("2b", "9b", "27b"))
     parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--quantize", choices=FORMATS)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=1, help="of prefill")
@@ -108,9 +139,12 @@ def main() -> None:
         config = replace(
             config, num_hidden_layers=args.layers, layer_types=config.layer_types[: args.layers]
         )
-    weights = random_weights(config, dtype, seed=0)
+    if args.quantize:
+        weights = random_packed_weights(config, args.quantize, dtype)
+    else:
+        weights = random_weights(config, dtype, seed=0)
     sides = [Ours(Gemma2(config, weights), args.prompt + args.new_tokens)]
-    if not args.no_peer:
+    if not args.no_peer and not args.quantize:
         sides.append(Transformers(transformers_model(config, weights)))
     probe = torch.ones(PROBE_BYTES // 8, dtype=torch.int64)
     weight_bytes = sum(w.nbytes for w in weights.values())
@@ -139,13 +173,14 @@ def main() -> None:
         "size": args.size,
         "layers": config.num_hidden_layers,
         "dtype": args.dtype,
+        "quantize": args.quantize,
         "prompt": args.prompt,
         "read_bandwidth_gb_s": statistics.median(bandwidth),
         "decode_limit_token_s": limit,
         "sides": {},
     }
     layers, threads = config.num_hidden_layers, torch.get_num_threads()
-    print(f"{args.size} {args.dtype}, {layers} layers, {threads} threads")
+    print(f"{args.size} {args.quantize or args.dtype}, {layers} layers, {threads} threads")
     print(f"read bandwidth {result['read_bandwidth_gb_s']:.1f} GB/s: at most {limit:.1f} token/s")
     for side in sides:
         row = {

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/isa.h"
+#include "probe.h"
 
 PYBIND11_MODULE(_C, m) {
   gemma2::cpu_isa();  // an unknown GEMMA2_EXT_CPU_ISA is an error of the import
@@ -12,12 +13,23 @@ PYBIND11_MODULE(_C, m) {
         "Chooses the CPU kernels' instruction set; ValueError where this machine lacks it.");
   m.def("supported_cpu_isas", &gemma2::supported_cpu_isas,
         "The instruction sets that were compiled and that this machine has, lowest first.");
+  // Memory comes as addresses, so that this file needs no torch; `gemma2_ext.bench` calls these.
+  m.def("probe_memory", &gemma2::probe_memory, pybind11::arg("a"), pybind11::arg("b"),
+        pybind11::arg("out"), pybind11::arg("bytes"), pybind11::arg("threads"),
+        pybind11::call_guard<pybind11::gil_scoped_release>(),
+        "Seconds to read `bytes` at a (and b, where not 0) and write as many at out (not 0).");
+  m.def("probe_multiply", &gemma2::probe_multiply, pybind11::arg("dtype"), pybind11::arg("threads"),
+        pybind11::arg("seconds"), pybind11::call_guard<pybind11::gil_scoped_release>(),
+        "Operations a second of multiply-adds in registers; dtype: float32, bfloat16 or int8 (0 "
+        "where there is no such instruction).");
   m.def("build_info", [] {
     pybind11::dict info;
     info["built_with_torch"] = GEMMA2_BUILT_WITH_TORCH;
     info["compiler"] = __VERSION__;
 #ifdef GEMMA2_WITH_CUDA
     info["cuda"] = true;
+    info["cuda_version"] = GEMMA2_WITH_CUDA;
+    info["cuda_architectures"] = GEMMA2_CUDA_ARCHS;
 #else
     info["cuda"] = false;
 #endif

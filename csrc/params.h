@@ -50,6 +50,9 @@ struct RmsNormBackwardParams {
   double eps;
   DType dtype;  // of x, grad_out and grad_x
   DType weight_dtype;
+  // CUDA: (rows, hidden_size) like grad_out, added to grad_x; or null.
+  const void* added;
+  int64_t added_stride;
 };
 
 // residual_out = residual + norm(x; post_weight); out = norm(residual_out; pre_weight)
@@ -211,19 +214,99 @@ struct AttentionBackwardParams {
 struct LinearParams {
   const void* x;  // (rows, in_features), last dimension contiguous
   int64_t x_stride;
-  const void* weight;  // (out_features, in_features), last dimension contiguous
+  const void* weight;  // (out_features, in_features), last dimension contiguous; or packed, as
+                       // cpu/quantized.h says
   int64_t weight_stride;
   const void* scales;  // of packed weights
   void* out;           // (rows, out_features), last dimension contiguous
   int64_t out_stride;
   int64_t rows, in_features, out_features;
   float softcap;  // 0: none
-  DType dtype;    // of x and weight
+  DType dtype;    // of x, and of weight where that is not packed
   DType out_dtype;
   void* packed_x;  // CPU: x in the kernel's own layout, shared by all threads
   float* scratch;  // CPU: of one thread
   // CUDA: weight is (2 * out_features, in_features), and out = gelu_tanh(first half) * second half
   bool geglu;
+};
+
+// out[i, j] = sum_k a[i, k] * b[j, k], or that added to out.
+struct GemmParams {
+  const void* a;  // (rows, depth), one of its strides 1
+  int64_t a_row, a_k;
+  const void* b;  // (columns, depth), one of its strides 1
+  int64_t b_row, b_k;
+  void* out;  // (rows, columns), last dimension contiguous
+  int64_t out_stride;
+  int64_t rows, columns, depth;
+  DType a_dtype, b_dtype, out_dtype;
+  DType product;   // kBFloat16: factors may be rounded to it; else they are float32
+  bool add;        // to out, which is float32 then
+  void* packed_b;  // b in the kernel's own layout, shared by all threads
+  float* scratch;  // of one thread
+};
+
+// One side of a loss over a linear layer: s = softcap * tanh(hidden weight^T / softcap).
+struct LossSide {
+  const void* weight;  // (vocab_size, hidden_size), last dimension contiguous
+  int64_t weight_stride;
+  int64_t vocab_size;  // 0: there is no such side
+  int64_t hidden_size;
+  double softcap;             // 0: none
+  DType dtype;                // of weight and hidden
+  const void* packed_hidden;  // CPU: all tokens, by gemm_pack_panels
+  float*
+      kept;  // (kept_words, stride): soft-capped logits of the first words that the forward keeps
+};
+
+// With p = softmax(s / tau) of the student, q of the teacher, h = softmax(s), token by token:
+// the gradient of s is scale p + hard_scale h - uniform - teacher_scale q, less entry_weight *
+// entry_scale at the words of the token's entries. A per-token array has `stride` floats.
+struct LinearLossParams {
+  LossSide student, teacher;
+  int64_t tokens, stride;  // of hidden; of everything with a token dimension
+  int64_t kept_words;
+  double temperature;  // tau
+  bool hard, uniform;
+  int64_t word_begin, word_end;  // the words that units are counted in
+  const int64_t* entries;        // token * entries_per_token + i, ordered by their words' units
+  const int64_t* entry_begin;    // where those of each unit of the whole vocabulary begin; the end
+  int64_t entries_per_token;
+  const int64_t* entry_word;                  // (tokens, entries_per_token)
+  const double* entry_weight;                 // likewise
+  float* entry_logit;                         // likewise: s of the entry's word, from the forward
+  float* partial;                             // forward: (units, kLossStats, stride)
+  float* total;                               // forward: (kLossStats, stride)
+  const float *lse, *hard_lse, *teacher_lse;  // backward: log of the sums of exp(s / tau), ...
+  const float *scale, *hard_scale, *uniform_scale, *teacher_scale, *entry_scale;
+  float* gradient;         // backward: (word_end - word_begin, stride), of the student's products
+  GemmParams grad_weight;  // backward: but for a; out null where it is not asked for
+  int64_t grad_weight_begin;  // the word that row 0 of its out stands for
+  float* scratch;             // of one thread
+};
+
+// weight (out_features, in_features) to packed data and scales, as cpu/quantized.h says.
+struct QuantizeParams {
+  const void* weight;  // last dimension contiguous
+  int64_t weight_stride;
+  void* data;
+  void* scales;
+  int64_t out_features, in_features;
+  DType dtype;  // of weight
+};
+
+// What the machine itself can do, for benchmarks.
+constexpr int64_t kProbeRun = 64 << 10;  // bytes of one unit of probe_memory
+constexpr int64_t kProbeSteps = 4096;    // of one unit of probe_multiply
+struct ProbeParams {
+  const void* a;        // read
+  const void* b;        // read too; may be null
+  void* out;            // written; may be null
+  uint32_t* sink;       // of one thread
+  float factor;         // of probe_multiply
+  DType dtype;          // of probe_multiply: what is multiplied,
+  bool int8;            // or int8
+  int64_t* operations;  // of one thread: additions and multiplications done
 };
 
 }  // namespace gemma2

@@ -19,6 +19,8 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+from packaging.metadata import Metadata
+
 folder = Path(sys.argv[1])
 (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
 with tarfile.open(sdist) as file:
@@ -38,6 +40,11 @@ stray = {n for n in in_wheel if not n.startswith(("gemma2_ext/", "gemma2_ext-"))
 assert not stray, f"the wheel has {stray}"
 libraries = [n for n in in_wheel if n.endswith(".so")]
 assert len(libraries) == 1 and libraries[0].startswith("gemma2_ext/_C."), libraries
+# What `twine check` and an index look at: the metadata, strictly.
+with zipfile.ZipFile(wheel) as file:
+    text = file.read(next(n for n in in_wheel if n.endswith(".dist-info/METADATA")))
+metadata = Metadata.from_email(text, validate=True)
+assert metadata.description_content_type == "text/markdown" and metadata.description.startswith("# gemma2_ext")
 print(f"{sdist.name}: {len(in_sdist)} files; {wheel.name}: {len(in_wheel)} files, {wheel.stat().st_size / 1e6:.1f} MB")
 EOP
 "$python" -m pip install -q --disable-pip-version-check --no-deps --target "$folder/site" "$folder"/*.whl

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd -P "$(dirname "$0")/.."
 export PATH=$PWD/.venv/bin:$PATH
-python_files=(build_backend benchmarks python scripts setup.py tests training)
+python_files=(build_backend benchmarks examples python scripts setup.py tests training)
 mapfile -t cpp_files < <(git ls-files --cached --others --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
 if [[ ${1:-} == --fix ]]; then
   ruff check -q --no-cache --fix-only "${python_files[@]}"

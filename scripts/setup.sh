@@ -102,6 +102,8 @@ make_venv() {
   check_machine
   say "creating $VENV for $wanted"
   rm -rf "$VENV"
+  mkdir -p "$VENV"
+  echo "nothing, since that was interrupted" >"$key" # until it is whole
   "$PYTHON" -m venv "$VENV"
   if is_recent "${facts[1]}"; then
     see_packages_in "${facts[@]:2}"

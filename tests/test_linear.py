@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -147,6 +150,7 @@ def test_independent_of_the_rows_beside(isa: str, dtype: torch.dtype) -> None:
 def test_opcheck(dtype: torch.dtype) -> None:
     x, weight = operands(6, 16, 10, dtype)
     opcheck(OP, (x.view(2, 3, 16), weight))
+    opcheck(OP, (x.clone().requires_grad_(), weight.clone().requires_grad_()))
     opcheck(OUT_OP, (x, weight, x.new_empty(6, 10)))
 
 
@@ -156,12 +160,127 @@ def test_compile_without_graph_breaks() -> None:
     torch.testing.assert_close(compiled(x), ops.linear(x, weight) * 2)
 
 
-def test_backward_refuses() -> None:
+def gradients(
+    function: Callable[..., Tensor], x: Tensor, weight: Tensor, grad: Tensor
+) -> tuple[Tensor, ...]:
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    return torch.autograd.grad(function(x, weight), (x, weight), grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_features, out_features", [(1, 7), (41, 111), (300, 130), (64, 1)])
+def test_backward(isa: str, dtype: torch.dtype, in_features: int, out_features: int) -> None:
+    for rows in (1, 7, 33, 100):
+        x, weight = operands(rows, in_features, out_features, dtype)
+        grad = torch.randn(rows, out_features).to(dtype)
+        grad_x, grad_weight = gradients(ops.linear, x, weight, grad)
+        assert grad_x.dtype == grad_weight.dtype == dtype
+        assert_product(grad_x, grad, weight.T)
+        assert_product(grad_weight, grad.T, x.T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_in_blocks(isa: str, dtype: torch.dtype) -> None:
+    # Beyond what is packed at a time: 1024 columns of a result, 4096 elements of depth.
+    x, weight = operands(20, 1100, 4500, dtype)
+    grad = torch.randn(20, 4500).to(dtype)
+    grad_x, grad_weight = gradients(ops.linear, x, weight, grad)
+    assert_product(grad_x, grad, weight.T)
+    assert_product(grad_weight, grad.T, x.T)
+    x, weight = operands(4300, 33, 5, dtype)
+    grad = torch.randn(4300, 5).to(dtype)
+    assert_product(gradients(ops.linear, x, weight, grad)[1], grad.T, x.T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_independent_of_threads(isa: str, dtype: torch.dtype) -> None:
+    if isa == "avx512_bf16" and dtype == torch.bfloat16:
+        pytest.skip("torch's GEMM, which does not promise it")
+    x, weight = operands(300, 333, 500, dtype)
+    grad = torch.randn(300, 500).to(dtype)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(gradients(ops.linear, x, weight, grad))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert torch.equal(results[0][0], other[0])
+        assert torch.equal(results[0][1], other[1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_backward_strides(isa: str, layout: str) -> None:
+    x, weight = operands(6, 41, 30)
+    x, grad = x.view(2, 3, 41), torch.randn(2, 3, 30)
+    expected = gradients(ops.linear, x, weight, grad)
+    actual = gradients(
+        ops.linear,
+        with_strides(x, layout),
+        with_strides(weight, layout),
+        with_strides(grad, layout),
+    )
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
+    ones = gradients(ops.linear, x, weight, torch.ones(()).expand(2, 3, 30))
+    assert torch.equal(ones[0], gradients(ops.linear, x, weight, torch.ones(2, 3, 30))[0])
+
+
+def test_backward_of_one_or_none(isa: str) -> None:
     x, weight = operands(5, 64, 33)
-    with pytest.raises(NotImplementedError, match="linear has no backward"):
-        ops.linear(x.requires_grad_(), weight).sum().backward()
-    with pytest.raises(NotImplementedError, match="linear has no backward"):
-        ops.linear(x.detach(), weight.requires_grad_()).sum().backward()
+    grad_x, grad_weight = gradients(ops.linear, x, weight, torch.ones(5, 33))
+    x1, weight1 = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    ops.linear(x1, weight).sum().backward()
+    ops.linear(x, weight1).sum().backward()
+    assert torch.equal(x1.grad, grad_x)
+    assert torch.equal(weight1.grad, grad_weight)
+    for shape, wide in (((0, 64), (33, 64)), ((5, 0), (33, 0)), ((5, 64), (0, 64))):
+        grads = gradients(
+            ops.linear, torch.ones(shape), torch.ones(wide), torch.ones(shape[0], wide[0])
+        )
+        assert grads[0].shape == shape
+        assert grads[1].shape == wide
+        assert not any(g.any() for g in grads)
+
+
+def test_gradcheck() -> None:
+    x, weight = (t.double().requires_grad_() for t in operands(6, 5, 4))
+    assert torch.autograd.gradcheck(ops.linear, (x.view(2, 3, 5), weight))
+
+
+def test_backward_through_compile_autocast_and_checkpoint() -> None:
+    x, weight = operands(20, 64, 33)
+    grad = torch.randn(20, 33)
+    expected = gradients(ops.linear, x, weight, grad)
+    checkpoint = torch.utils.checkpoint.checkpoint
+    for function in (
+        torch.compile(ops.linear, fullgraph=True),
+        lambda x, w: checkpoint(ops.linear, x, w, use_reentrant=False),
+    ):
+        for one, other in zip(gradients(function, x, weight, grad), expected, strict=True):
+            assert torch.equal(one, other)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.linear(x, weight).dtype == torch.bfloat16
+        assert ops.linear(x.double(), weight.double()).dtype == torch.float64
+        narrow = gradients(ops.linear, x, weight, grad.bfloat16())
+    expected = gradients(ops.linear, x.bfloat16(), weight.bfloat16(), grad.bfloat16())
+    for one, other in zip(narrow, expected, strict=True):
+        assert torch.equal(one, other.float())
+
+
+def test_backward_errors() -> None:
+    x, weight = operands(5, 64, 33)
+    op = torch.ops.gemma2_ext.linear_backward_out.default
+    with pytest.raises(ValueError, match=r"grad_out must have shape .* got \(5, 32\)"):
+        op(torch.ones(5, 32), x, weight, None, None)
+    with pytest.raises(ValueError, match="grad_out must have x's dtype Float, got Half"):
+        op(torch.ones(5, 33).half(), x, weight, None, None)
+    with pytest.raises(ValueError, match="must fit, got"):
+        op(torch.ones(5, 33), x, weight[:, 1:], None, None)
+    with pytest.raises(ValueError, match="grad_x must have x's shape"):
+        op(torch.ones(5, 33), x, weight, x[:, 1:], None)
+    with pytest.raises(ValueError, match="grad_weight must be contiguous"):
+        op(torch.ones(5, 33), x, weight, None, torch.ones(64, 33).t())
 
 
 def test_errors() -> None:

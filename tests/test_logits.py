@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -113,6 +115,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     hidden, weight = operands(6, 16, 10, dtype)
     opcheck(OP, (hidden.view(2, 3, 16), weight, 30.0))
     opcheck(OP, (hidden, weight))
+    opcheck(OP, (hidden.clone().requires_grad_(), weight, 30.0))
     opcheck(OUT_OP, (hidden, weight, None, torch.empty(6, 10)))
 
 
@@ -122,10 +125,30 @@ def test_compile_without_graph_breaks() -> None:
     torch.testing.assert_close(compiled(hidden), ops.logits(hidden, weight, 30.0) * 2)
 
 
-def test_backward_refuses() -> None:
-    hidden, weight = operands(5, 64, 33, torch.float32)
-    with pytest.raises(NotImplementedError, match="logits has no backward"):
-        ops.logits(hidden.requires_grad_(), weight, 30.0).sum().backward()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_backward(isa: str, dtype: torch.dtype, softcap: float | None) -> None:
+    tensors = operands(35, 64, 250, dtype)
+    grad = torch.randn(35, 250)
+
+    def gradient(function: Callable[..., Tensor], i: int, *tensors: Tensor) -> Tensor:
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        out = function(*leaves, softcap)
+        return torch.autograd.grad(out, leaves[i], grad.to(out.dtype))[0]
+
+    for i in range(2):
+        assert_accurate(
+            gradient(ops.logits, i, *tensors),
+            lambda *t, i=i: gradient(reference_logits, i, *t),
+            *tensors,
+            roundings=2,
+        )
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradcheck(softcap: float | None) -> None:
+    hidden, weight = (t.double().requires_grad_() for t in operands(4, 5, 6, torch.float32))
+    assert torch.autograd.gradcheck(lambda h, w: ops.logits(h, w, softcap), (hidden, weight))
 
 
 def test_errors() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tiny
-from gemma2_ext import Gemma2, Gemma2Config, KVCache
+from gemma2_ext import Gemma2, Gemma2Config, KVCache, ops
 
 
 def test_presets_have_the_published_sizes() -> None:
@@ -128,8 +128,6 @@ def test_round_trip_and_sliding_window(tmp_path: Path) -> None:
 
 def test_what_is_not_supported_is_said(tmp_path: Path) -> None:
     tiny.small_model().save_pretrained(tmp_path)
-    with pytest.raises(NotImplementedError, match="quantized weights are not supported yet"):
-        Gemma2.from_pretrained(tmp_path, quantize="int8")
     with pytest.raises(NotImplementedError, match="only the CPU is supported yet, got cuda"):
         Gemma2.from_pretrained(tmp_path, device="cuda")
     for wrong in (0, -3):
@@ -177,3 +175,31 @@ def test_half_precision_runs_in_every_mode() -> None:
         second = model(ids[:, :1], cache=cache, last_only=True)  # a cache outlives the mode
         assert torch.isfinite(first).all()
         assert torch.isfinite(second).all()
+
+
+def test_packed_sequences_see_themselves_only() -> None:
+    model = tiny.small_model()
+    rows = [tiny.random_ids(model.config, 1, n, seed=n) for n in (30, 1, 50, 17)]
+    ids = torch.cat(rows, dim=1)[0]
+    for dtype in (torch.int32, torch.int64):
+        hidden = model.hidden(ids, torch.tensor([0, 30, 31, 81, 98], dtype=dtype), 64)
+        assert hidden.shape == (98, model.config.hidden_size)
+        softcap = model.config.final_logit_softcapping
+        logits = ops.logits(hidden, model.embed_tokens.weight, softcap)
+        expected = torch.cat([model(row)[0] for row in rows])
+        assert tiny.relative_error(logits, expected) < 1e-5
+
+
+def test_wrong_packed_sequences_are_named() -> None:
+    model = tiny.small_model()
+    ids, ends = torch.zeros(9, dtype=torch.int64), torch.tensor([0, 4, 9])
+    with pytest.raises(ValueError, match=r"packed input_ids must have shape \(tokens,\).*\(1, 9\)"):
+        model.hidden(ids[None], ends, 9)
+    with pytest.raises(TypeError, match="cu_seqlens must be an int64 or int32 tensor, got list"):
+        model.hidden(ids, [0, 9], 9)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"cu_seqlens must .* end with 9, the number of tokens"):
+        model.hidden(ids, ends[:2], 9)
+    with pytest.raises(ValueError, match="max_position_embeddings = 256, got 257"):
+        model.hidden(ids, ends, 257)
+    with pytest.raises(ValueError, match=r"vocab_size = 151\), got 151"):
+        model.hidden(ids + 151, ends, 9)

@@ -23,6 +23,8 @@ def test_one_version() -> None:
     stated = re.search(r'^version = "(.+)"$', text, re.M)
     assert stated
     assert stated[1] == gemma2_ext.__version__ == version("gemma2_ext")
+    assert f"\nversion: {stated[1]}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {stated[1]}" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_the_command_is_installed() -> None:

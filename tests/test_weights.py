@@ -1060,7 +1060,7 @@ def test_interrupted_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         yield update
 
     write(tmp_path, make_tensors(), 3)
-    monkeypatch.setattr(weights, "_progress_bar", bar)
+    monkeypatch.setattr(weights, "progress_bar", bar)
     assert_refused(tmp_path, KeyboardInterrupt, "^$")
 
 

@@ -24,7 +24,7 @@ void add_rms_norm_row(const T* x, const T* residual, const W* post_weight, const
   for (; i + kLanes <= n; i += kLanes) {
     const VecF normed = round_to<T>(load(x + i) * scale * (one + load(post_weight + i)));
     const VecF r = round_to<T>(load(residual + i) + normed);
-    store(residual_out + i, r);
+    store_rounded(residual_out + i, r);
     sum = fma(r, r, sum);
   }
   if (i < n) {

@@ -349,6 +349,21 @@ GEMMA2_INLINE bool not_finite(const T* row, int64_t n) {
 
 // ---- inner loops
 
+// All lines of a row of K or V.
+template <class T>
+GEMMA2_INLINE void prefetch_row(const T* row, int64_t n) {
+  for (int64_t d = 0; d < n; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + d);
+}
+
+// reduce_sum of each of the vectors, with the same order of additions.
+GEMMA2_INLINE VecF reduce_sums(VecF (&v)[kLanes]) {
+  transpose(v);
+  GEMMA2_UNROLL
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  return v[0];
+}
+
 // c (kTileRows, kTileCols) = a (kTileRows, depth) b (depth, kTileCols), plus c with kAdd; element
 // (r, k) of a is a[r * kARow + k * kADepth]. The sum over depth starts at zero, so that its
 // rounding errors stay those of a short sum.
@@ -383,37 +398,46 @@ __attribute__((noinline)) void multiply_tile(const Word* a, const float* b, int6
   }
 }
 
-// s[r, j] = q[r] . k[j] for kRows rows and the n keys. kKeys keys at a time: eight sums hide the
-// latency of an addition.
+// s[r, j] = q[r] . k[j] for kRows rows and the n keys. kKeys keys at a time: their sums hide the
+// latency of an addition and fill whole vectors. `next` is what will be read after them.
 template <int kRows, class T>
-void dot_keys(const float* q, const KeyRows<T>& k, int64_t n, int64_t head_dim, float* s) {
-  constexpr int kKeys = 8 / kRows;
+void dot_keys(const float* q, const KeyRows<T>& k, const KeyRows<T>& next, int64_t n,
+              int64_t head_dim, float* s) {
+  constexpr int kVecs = kLanes < 8 ? 2 : 1, kKeys = kVecs * kLanes / kRows;
+  const int64_t whole = head_dim / kLanes * kLanes;
   for (int64_t j = 0; j < n; j += kKeys) {
     const T* rows[kKeys];
-    VecF sum[kKeys][kRows];
+    VecF sum[kVecs][kLanes];  // (kRows, kKeys)
     GEMMA2_UNROLL
-    for (int i = 0; i < kKeys; ++i) {
-      rows[i] = k.row(min64(j + i, n - 1));
-      GEMMA2_UNROLL
-      for (int r = 0; r < kRows; ++r) sum[i][r] = zero();
-    }
-    for (int64_t d = 0; d < head_dim; d += kLanes) {
+    for (int i = 0; i < kVecs * kLanes; ++i) sum[i / kLanes][i % kLanes] = zero();
+    GEMMA2_UNROLL
+    for (int i = 0; i < kKeys; ++i) rows[i] = k.row(min64(j + i, n - 1));
+    GEMMA2_UNROLL
+    for (int i = 0; i < kKeys; ++i) prefetch_row(next.row(min64(j + i, n - 1)), head_dim);
+    const auto step = [&](int64_t d, auto load_key) __attribute__((always_inline)) {
       VecF query[kRows];
       GEMMA2_UNROLL
       for (int r = 0; r < kRows; ++r) query[r] = load(q + r * kQueryStride + d);
       GEMMA2_UNROLL
       for (int i = 0; i < kKeys; ++i) {
-        const VecF key = load_words(0.0f, rows[i], d, head_dim);
+        const VecF key = load_key(rows[i]);
         GEMMA2_UNROLL
-        for (int r = 0; r < kRows; ++r) sum[i][r] = fma(query[r], key, sum[i][r]);
+        for (int r = 0; r < kRows; ++r) {
+          VecF& to = sum[(r * kKeys + i) / kLanes][(r * kKeys + i) % kLanes];
+          to = fma(query[r], key, to);
+        }
       }
-    }
+    };
+    for (int64_t d = 0; d < whole; d += kLanes)
+      step(d, [&](const T* row) { return load(row + d); });
+    if (whole < head_dim)
+      step(whole, [&](const T* row) { return load_n(row + whole, head_dim - whole); });
+    float sums[kVecs * kLanes];
     GEMMA2_UNROLL
-    for (int i = 0; i < kKeys; ++i) {
-      GEMMA2_UNROLL
-      for (int r = 0; r < kRows; ++r)
-        if (j + i < n) s[r * kScoreStride + j + i] = reduce_sum(sum[i][r]);
-    }
+    for (int i = 0; i < kVecs; ++i) store(sums + i * kLanes, reduce_sums(sum[i]));
+    const int64_t count = min64(kKeys, n - j);
+    GEMMA2_UNROLL
+    for (int r = 0; r < kRows; ++r) memcpy(s + r * kScoreStride + j, sums + r * kKeys, count * 4);
   }
 }
 
@@ -428,10 +452,10 @@ GEMMA2_INLINE void add_some_values(const float* w, const KeyRows<T>& v, int64_t 
     GEMMA2_UNROLL
     for (int r = 0; r < kRows; ++r) weight[r][i] = set(w[r * kScoreStride + j + i]);
   }
-  for (int64_t d = 0; d < head_dim; d += kLanes) {
+  const auto step = [&](int64_t d, auto load_value) __attribute__((always_inline)) {
     VecF value[kKeys];
     GEMMA2_UNROLL
-    for (int i = 0; i < kKeys; ++i) value[i] = load_words(0.0f, rows[i], d, head_dim);
+    for (int i = 0; i < kKeys; ++i) value[i] = load_value(rows[i]);
     GEMMA2_UNROLL
     for (int r = 0; r < kRows; ++r) {
       VecF sum = load(o + r * o_stride + d);
@@ -439,17 +463,27 @@ GEMMA2_INLINE void add_some_values(const float* w, const KeyRows<T>& v, int64_t 
       for (int i = 0; i < kKeys; ++i) sum = fma(weight[r][i], value[i], sum);
       store(o + r * o_stride + d, sum);
     }
-  }
+  };
+  const int64_t whole = head_dim / kLanes * kLanes;
+  for (int64_t d = 0; d < whole; d += kLanes) step(d, [&](const T* row) { return load(row + d); });
+  if (whole < head_dim)
+    step(whole, [&](const T* row) { return load_n(row + whole, head_dim - whole); });
 }
 
 // o[r] += sum over the n keys of w[r, j] v[j], for kRows rows.
 template <int kRows, class T>
-void add_values(const float* w, const KeyRows<T>& v, int64_t n, int64_t head_dim, float* o,
-                int64_t o_stride) {
+void add_values(const float* w, const KeyRows<T>& v, const KeyRows<T>& next, int64_t n,
+                int64_t head_dim, float* o, int64_t o_stride) {
   constexpr int kKeys = kRows == 4 ? 2 : 4;
   int64_t j = 0;
-  for (; j + kKeys <= n; j += kKeys) add_some_values<kRows, kKeys>(w, v, j, head_dim, o, o_stride);
-  for (; j < n; ++j) add_some_values<kRows, 1>(w, v, j, head_dim, o, o_stride);
+  for (; j + kKeys <= n; j += kKeys) {
+    for (int i = 0; i < kKeys; ++i) prefetch_row(next.row(j + i), head_dim);
+    add_some_values<kRows, kKeys>(w, v, j, head_dim, o, o_stride);
+  }
+  for (; j < n; ++j) {
+    prefetch_row(next.row(j), head_dim);
+    add_some_values<kRows, 1>(w, v, j, head_dim, o, o_stride);
+  }
 }
 
 }  // namespace

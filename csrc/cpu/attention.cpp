@@ -47,8 +47,9 @@ bool make_unit(const AttentionWork& w, int64_t index, Unit<T>& u) {
   u.key_begin = first_key(p, u, u.query(0));
   u.key_end = end_key(p, u, u.query(u.rows - 1));
   if (w.splits > 1) {
-    u.key_begin = min64(u.key_end, u.key_begin + u.split * w.split_keys);
-    u.key_end = min64(u.key_end, u.key_begin + w.split_keys);
+    const int64_t begin = (u.key_begin / w.split_keys + u.split) * w.split_keys;
+    u.key_begin = min64(u.key_end, max64(u.key_begin, begin));
+    u.key_end = max64(u.key_begin, min64(u.key_end, begin + w.split_keys));
   }
   return true;
 }
@@ -118,29 +119,30 @@ struct Stream {
   int64_t o_stride;
   float largest[kAttentionStreamRows], sum[kAttentionStreamRows];
 
+  // n keys, of which the first is number `first` of its block.
   template <int kRows>
-  void block(int64_t r, int64_t n, const KeyRows<T>& k, const KeyRows<T>& v) {
-    dot_keys<kRows>(q + r * kQueryStride, k, n, p.head_dim, s);
+  void block(int64_t r, int64_t first, int64_t n, const KeyRows<T>& k, const KeyRows<T>& v,
+             const KeyRows<T>& next) {
+    dot_keys<kRows>(q + r * kQueryStride, k, v, n, p.head_dim, s + first);
     for (int i = 0; i < kRows; ++i) {
-      const float factor = softmax_row<float>(s + i * kScoreStride, kKeyBlock, 0, n, scale,
-                                              largest[r + i], sum[r + i]);
+      const float factor = softmax_row<float>(s + i * kScoreStride, kKeyBlock, first, first + n,
+                                              scale, largest[r + i], sum[r + i]);
       if (factor != 1.0f) scale_row(o + (r + i) * o_stride, p.head_dim, factor);
     }
-    add_values<kRows>(s, v, n, p.head_dim, o + r * o_stride, o_stride);
+    add_values<kRows>(s + first, v, next, n, p.head_dim, o + r * o_stride, o_stride);
   }
 
-  // Rows [row_begin, row_end) meet keys [begin, end), all of which they see.
+  // Rows [row_begin, row_end) meet keys [begin, end) of one block, all of which they see.
   void keys(int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
-    begin = max64(begin, u.key_begin), end = min64(end, u.key_end);
-    for (int64_t j = begin; j < end; j += kKeyBlock) {
-      const int64_t n = min64(kKeyBlock, end - j);
-      const KeyRows<T> k = key_rows(p, u.k, p.k.seqlen_stride, j);
-      const KeyRows<T> v = key_rows(p, u.v, p.v.seqlen_stride, j);
-      int64_t r = row_begin;
-      for (; r + 4 <= row_end; r += 4) block<4>(r, n, k, v);
-      for (; r + 2 <= row_end; r += 2) block<2>(r, n, k, v);
-      for (; r < row_end; ++r) block<1>(r, n, k, v);
-    }
+    if (begin >= end) return;
+    const KeyRows<T> k = key_rows(p, u.k, p.k.seqlen_stride, begin);
+    const KeyRows<T> v = key_rows(p, u.v, p.v.seqlen_stride, begin);
+    const KeyRows<T> next = key_rows(p, u.k, p.k.seqlen_stride, end);
+    const int64_t first = begin % kKeyBlock, n = end - begin;
+    int64_t r = row_begin;
+    for (; r + 4 <= row_end; r += 4) block<4>(r, first, n, k, v, next);
+    for (; r + 2 <= row_end; r += 2) block<2>(r, first, n, k, v, next);
+    for (; r < row_end; ++r) block<1>(r, first, n, k, v, next);
   }
 };
 
@@ -161,16 +163,20 @@ void stream_unit(const AttentionWork& w, const Unit<T>& u) {
     }
   }
 
-  // Keys that all rows see serve all rows at once; the rest, at most seqlen_q - 1 at either end,
-  // position by position.
+  // Keys that all rows see serve all rows at once. A block of which some rows see a part is taken
+  // position by position: a weight of 0 would not hide a value that is not finite.
   const int64_t last = u.query(u.rows - 1);
-  const int64_t common_begin = first_key(p, u, last);
-  const int64_t common_end = max64(common_begin, end_key(p, u, u.query(0)));
-  stream.keys(0, u.rows, common_begin, common_end);
-  for (int64_t r = 0; r < u.rows; r += u.group) {
-    const int64_t i = u.query(r), end = end_key(p, u, i);
-    stream.keys(r, r + u.group, first_key(p, u, i), min64(common_begin, end));
-    stream.keys(r, r + u.group, common_end, end);
+  const int64_t common_begin = first_key(p, u, last), common_end = end_key(p, u, u.query(0));
+  for (int64_t j = u.key_begin / kKeyBlock * kKeyBlock; j < u.key_end; j += kKeyBlock) {
+    const int64_t begin = max64(j, u.key_begin), end = min64(j + kKeyBlock, u.key_end);
+    if (common_begin <= begin && end <= common_end) {
+      stream.keys(0, u.rows, begin, end);
+      continue;
+    }
+    for (int64_t r = 0; r < u.rows; r += u.group) {
+      const int64_t i = u.query(r);
+      stream.keys(r, r + u.group, max64(begin, first_key(p, u, i)), min64(end, end_key(p, u, i)));
+    }
   }
   finish_unit(w, u, o, o_stride, stream.largest, stream.sum);
 }
@@ -282,7 +288,7 @@ void attention_units(const AttentionWork& w, int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
       Unit<T> u;
       if (!make_unit(w, index, u)) continue;
-      if (w.block_rows <= kAttentionStreamRows)
+      if (w.stream)
         stream_unit(w, u);
       else
         tile_unit(w, u);

@@ -11,9 +11,11 @@ namespace gemma2 {
 // (192 * 256 * 8 + 64 * 256 * 8 bytes at most) stay in a second-level cache of 512 KiB to 1 MiB.
 constexpr int64_t kAttentionRowBlock = 192;  // a multiple of every kTileRows
 constexpr int64_t kAttentionKeyBlock = 64;
-// Up to here keys are read where they lie, once for all rows: packing would cost more than it
-// saves.
-constexpr int64_t kAttentionStreamRows = 8;
+// Up to here keys are read where they lie, once for all rows, and a row's result does not depend on
+// the rows beside it: blocks and splits of keys lie at multiples of their size, whatever is seen of
+// them. So checking a draft gives what decoding token by token does.
+constexpr int64_t kAttentionStreamPositions = 16;
+constexpr int64_t kAttentionStreamRows = 128;
 // Distances between rows in scratch, in floats: constants, so that they fold into addresses, and
 // off the powers of two, so that rows do not compete for the same cache sets.
 constexpr int64_t kAttentionQueryStride = 256 + 16;
@@ -25,6 +27,7 @@ constexpr int64_t attention_padded_dim(int64_t head_dim) { return (head_dim + 31
 // are numbered position * group + head, so that a block of rows shares every key it reads.
 struct AttentionWork {
   AttentionParams p;
+  bool stream;         // few rows: keys are read where they lie
   int64_t block_rows;  // rows a block
   int64_t row_blocks;  // blocks for each key head (of the longest sequence)
   int64_t splits;      // > 1 only with one row block: its keys are divided, results combined

@@ -27,6 +27,20 @@ namespace gemma2 {
   X(add_rms_norm_backward_blocks, AddRmsNormBackwardParams)  \
   X(add_rms_norm_backward_columns, AddRmsNormBackwardParams) \
   X(geglu_backward_runs, GegluBackwardParams)                \
+  X(gemm_pack_panels, GemmParams)                            \
+  X(gemm_rows, GemmParams)                                   \
+  X(gemm_round_rows, GemmParams)                             \
+  X(linear_loss_words, LinearLossParams)                     \
+  X(linear_loss_merge, LinearLossParams)                     \
+  X(linear_loss_gradient, LinearLossParams)                  \
+  X(linear_int8_pack, LinearParams)                          \
+  X(linear_int8_blocks, LinearParams)                        \
+  X(linear_int4_pack, LinearParams)                          \
+  X(linear_int4_blocks, LinearParams)                        \
+  X(quantize_int8_blocks, QuantizeParams)                    \
+  X(quantize_int4_blocks, QuantizeParams)                    \
+  X(probe_memory, ProbeParams)                               \
+  X(probe_multiply, ProbeParams)                             \
   X(attention_backward_rows, AttentionBackwardWork)          \
   X(attention_backward_keys, AttentionBackwardWork)
 

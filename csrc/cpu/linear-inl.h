@@ -79,17 +79,17 @@ struct Math<BFloat16> {
 };
 #endif
 
-// Stores sums of columns [column, column + n) of a row of out.
-GEMMA2_INLINE void finish_row(const LinearParams& p, int64_t row, int64_t column, int64_t n,
-                              const float* sums) {
-  dispatch_dtype(p.out_dtype, [&](auto t) {
+// Stores n sums to columns [column, column + n) of a row of out, soft-capped where cap > 0.
+GEMMA2_INLINE void finish_row(void* out_rows, DType out_dtype, int64_t out_stride, int64_t row,
+                              int64_t column, int64_t n, const float* sums, float cap) {
+  dispatch_dtype(out_dtype, [&](auto t) {
     using T = decltype(t);
-    T* out = (T*)p.out + row * p.out_stride + column;
-    const VecF softcap = set(p.softcap);
+    T* out = (T*)out_rows + row * out_stride + column;
+    const VecF softcap = set(cap);
     for (int64_t i = 0; i < n; i += kLanes) {
       const bool full = i + kLanes <= n;
       VecF y = full ? load(sums + i) : load_n(sums + i, n - i);
-      if (p.softcap > 0) y = softcap * tanh(y / softcap);
+      if (cap > 0) y = softcap * tanh(y / softcap);
       if (full) {
         store(out + i, y);
       } else {
@@ -97,6 +97,10 @@ GEMMA2_INLINE void finish_row(const LinearParams& p, int64_t row, int64_t column
       }
     }
   });
+}
+GEMMA2_INLINE void finish_row(const LinearParams& p, int64_t row, int64_t column, int64_t n,
+                              const float* sums) {
+  finish_row(p.out, p.out_dtype, p.out_stride, row, column, n, sums, p.softcap);
 }
 
 }  // namespace

@@ -3,11 +3,15 @@
 #pragma once
 #include <stdint.h>
 
+#include "gemm.h"
+
 namespace gemma2 {
 
 // Up to this many rows linear_few_rows streams the weights; above, linear_many_rows is a blocked
 // GEMM.
 constexpr int64_t kLinearFewRows = 16;
+// On CUDA up to this many rows' kernels stream the weights; above, cuBLAS serves.
+constexpr int64_t kLinearCudaRows = 16;
 // Columns of out (rows of weight) in one unit of linear_few_rows and of linear_many_rows.
 constexpr int64_t kLinearFewColumns = 24;
 constexpr int64_t kLinearManyColumns = 96;
@@ -15,12 +19,8 @@ constexpr int64_t kLinearManyColumns = 96;
 constexpr int64_t kLinearRowBlock = 512;
 // packed_x is a multiple of this many rows and columns, of 4 bytes each.
 constexpr int64_t kLinearPackMultiple = 32;
-// linear_many_rows: this many columns of weight are unpacked at a time, with a distance between
-// rows that does not put them all into one set of the first-level cache.
-constexpr int64_t kLinearDepth = 256;
-constexpr int64_t kLinearDepthStride = kLinearDepth + 16;
 // floats of LinearParams::scratch: unpacked weights and sums.
 constexpr int64_t kLinearScratch =
-    kLinearManyColumns * kLinearDepthStride + kLinearRowBlock * kLinearManyColumns;
+    kLinearManyColumns * kGemmDepthStride + kLinearRowBlock * kLinearManyColumns;
 
 }  // namespace gemma2

@@ -3,26 +3,18 @@
 //
 // A unit is kLinearManyColumns columns of out for all rows (at most kLinearRowBlock). x is packed
 // before, once for all units, in panels of kPanelRows rows: [k][row], so that a vector holds one k
-// of kLanes rows. Weights stay row major: kLinearDepth columns at a time are unpacked to factors
+// of kLanes rows. Weights stay row major: kGemmDepth columns at a time are unpacked to factors
 // and each factor is broadcast. The sums of a block of k are added to those of the blocks before,
 // so a sum's order does not depend on the number of rows or threads. Arithmetic bounds this.
+#include "gemm-inl.h"
 #include "kernels.h"
-#include "linear-inl.h"
 
 namespace gemma2 {
 namespace GEMMA2_ISA {
 namespace {
 
-constexpr int kPanelRows = 2 * kLanes;
-// Columns of out in a register tile; of a tile of one vector of rows kNarrowColumns.
-constexpr int kTileColumns = kRegisters == 32 ? 12 : 6;
-constexpr int kNarrowColumns = 12;
-static_assert(kLinearManyColumns % kNarrowColumns == 0 && kNarrowColumns % kTileColumns == 0, "");
-
-template <class T>
-GEMMA2_INLINE int64_t factors(int64_t k) {
-  return divide_up(k, Math<T>::kPerFactor);
-}
+constexpr int kPanelRows = kPanelWidth;
+static_assert(kLinearManyColumns % kNarrowRows == 0, "");
 
 // Rows of a panel, as a number of vectors: the last panel is narrow where that suffices.
 GEMMA2_INLINE int panel_width(const LinearParams& p, int64_t panel) {
@@ -53,12 +45,12 @@ void pack_panel(const LinearParams& p, int64_t panel) {
   }
 }
 
-// Weights [column, column + columns) x [k, k + depth) to factors, kLinearDepthStride a row; then
-// rows of zeros up to a multiple of kNarrowColumns.
+// Weights [column, column + columns) x [k, k + depth) to factors, kGemmDepthStride a row; then
+// rows of zeros up to a multiple of kNarrowRows.
 template <class T>
 void unpack_weights(const LinearParams& p, int64_t column, int64_t columns, int64_t k,
                     int64_t depth, typename Math<T>::Factor* to) {
-  for (int64_t c = 0; c < columns; ++c, to += kLinearDepthStride) {
+  for (int64_t c = 0; c < columns; ++c, to += kGemmDepthStride) {
     const T* w = (const T*)p.weight + (column + c) * p.weight_stride + k;
     if constexpr (Math<T>::kPerFactor == 1) {
       int64_t i = 0;
@@ -69,47 +61,19 @@ void unpack_weights(const LinearParams& p, int64_t column, int64_t columns, int6
       memcpy(to, w, depth * sizeof(T));
     }
   }
-  for (; columns % kNarrowColumns; ++columns, to += kLinearDepthStride)
-    memset(to, 0, kLinearDepthStride * sizeof *to);
-}
-
-// sums[c][r] (+)= over i of x[i][r] * w[c][i], for kVectors vectors of rows and kColumns columns.
-template <class T, int kVectors, int kColumns, class Factor = typename Math<T>::Factor>
-void gemm_tile(const Factor* x, const Factor* w, int64_t depth, float* sums, bool add) {
-  using M = Math<T>;
-  VecF sum[kColumns][kVectors] = {};
-  for (int64_t i = 0; i < depth; ++i) {
-    typename M::Vec rows[kVectors];
-    GEMMA2_UNROLL
-    for (int v = 0; v < kVectors; ++v) rows[v] = M::load_factors(x + v * kLanes);
-    GEMMA2_UNROLL
-    for (int c = 0; c < kColumns; ++c) {
-      GEMMA2_UNROLL
-      for (int v = 0; v < kVectors; ++v)
-        sum[c][v] =
-            M::multiply_add(rows[v], M::broadcast(w[c * kLinearDepthStride + i]), sum[c][v]);
-    }
-    x += kVectors * kLanes;
-  }
-  GEMMA2_UNROLL
-  for (int c = 0; c < kColumns; ++c) {
-    GEMMA2_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      float* to = sums + (c * kVectors + v) * kLanes;
-      store(to, add ? load(to) + sum[c][v] : sum[c][v]);
-    }
-  }
+  for (; columns % kNarrowRows; ++columns, to += kGemmDepthStride)
+    memset(to, 0, kGemmDepthStride * sizeof *to);
 }
 
 template <class T>
 void gemm_columns(const LinearParams& p, int64_t column) {
   using Factor = typename Math<T>::Factor;
-  constexpr int64_t kDepth = kLinearDepth * Math<T>::kPerFactor;
+  constexpr int64_t kDepth = kGemmDepth * Math<T>::kPerFactor;
   const int64_t columns = min_of(kLinearManyColumns, p.out_features - column);
   const int64_t panels = divide_up(p.rows, kPanelRows);
   const int64_t k_factors = factors<T>(p.in_features);
   Factor* weights = (Factor*)p.scratch;
-  float* sums = p.scratch + kLinearManyColumns * kLinearDepthStride;  // [panel][column][row]
+  float* sums = p.scratch + kLinearManyColumns * kGemmDepthStride;  // [panel][column][row]
   for (int64_t k = 0; k < p.in_features; k += kDepth) {
     const int64_t depth = min_of(kDepth, p.in_features - k), n = factors<T>(depth);
     unpack_weights<T>(p, column, columns, k, depth, weights);
@@ -119,13 +83,13 @@ void gemm_columns(const LinearParams& p, int64_t column) {
           (const Factor*)p.packed_x + panel * kPanelRows * k_factors + factors<T>(k) * width;
       float* to = sums + panel * kPanelRows * kLinearManyColumns;
       if (width == kPanelRows) {
-        for (int64_t c = 0; c < columns; c += kTileColumns)
-          gemm_tile<T, 2, kTileColumns>(x, weights + c * kLinearDepthStride, n, to + c * width,
-                                        k > 0);
+        for (int64_t c = 0; c < columns; c += kTileRows)
+          gemm_tile<T, 2, kTileRows>(x, weights + c * kGemmDepthStride, n, to + c * width, width,
+                                     k > 0);
       } else {
-        for (int64_t c = 0; c < columns; c += kNarrowColumns)
-          gemm_tile<T, 1, kNarrowColumns>(x, weights + c * kLinearDepthStride, n, to + c * width,
-                                          k > 0);
+        for (int64_t c = 0; c < columns; c += kNarrowRows)
+          gemm_tile<T, 1, kNarrowRows>(x, weights + c * kGemmDepthStride, n, to + c * width, width,
+                                       k > 0);
       }
     }
   }

@@ -9,7 +9,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -101,6 +101,36 @@ GEMMA2_INLINE Half from_float<Half>(float x) {
 #endif
 }
 
+// GCC splits the conversions themselves into halves.
+GEMMA2_INLINE VecU widen(VecU16 h) {
+#if defined(__AVX512F__)
+  return (VecU)_mm512_maskz_cvtepu16_epi32(__mmask16(-1), (__m256i)h);
+#elif defined(__AVX2__)
+  VecU v;
+  for (int i = 0; i < kLanes / 8; ++i)
+    ((__m256i*)&v)[i] = _mm256_cvtepu16_epi32(((const __m128i*)&h)[i]);
+  return v;
+#else
+  return __builtin_convertvector(h, VecU);
+#endif
+}
+// Of values below 2^16.
+GEMMA2_INLINE VecU16 narrow(VecU v) {
+#if defined(__AVX512F__)
+  return (VecU16)_mm512_maskz_cvtepi32_epi16(__mmask16(-1), (__m512i)v);
+#elif defined(__AVX2__)
+  VecU16 h;
+  for (int i = 0; i < kLanes / 8; ++i) {
+    const __m256i part = ((const __m256i*)&v)[i];
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(part, part), 0x08);
+    ((__m128i*)&h)[i] = _mm256_castsi256_si128(packed);
+  }
+  return h;
+#else
+  return __builtin_convertvector(v, VecU16);
+#endif
+}
+
 // ---- loads and stores of kLanes elements, any alignment
 // -------------------------------------------------------------
 
@@ -112,14 +142,16 @@ GEMMA2_INLINE VecF load(const float* p) {
 GEMMA2_INLINE VecF load(const BFloat16* p) {
   VecU16 h;
   memcpy(&h, p, sizeof h);
-  return (VecF)(__builtin_convertvector(h, VecU) << 16);
+  return (VecF)(widen(h) << 16);
 }
 GEMMA2_INLINE void store(float* p, VecF v) { memcpy(p, &v, sizeof v); }
-GEMMA2_INLINE void store(BFloat16* p, VecF v) {
+// The nearest bfloat16, ties to even, in the upper half; the lower half is what rounding left.
+GEMMA2_INLINE VecU round_bits(VecF v) {
   const VecU bits = (VecU)v;
-  const VecU rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const VecU nan = (bits >> 16) | 0x40;
-  const VecU16 h = __builtin_convertvector(v != v ? nan : rounded, VecU16);
+  return v != v ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1);
+}
+GEMMA2_INLINE void store(BFloat16* p, VecF v) {
+  const VecU16 h = narrow(round_bits(v) >> 16);
   memcpy(p, &h, sizeof h);
 }
 #if defined(__F16C__)
@@ -170,6 +202,24 @@ GEMMA2_INLINE VecF round_to(VecF v) {
   T lanes[kLanes];
   store(lanes, v);
   return load(lanes);
+}
+template <>
+GEMMA2_INLINE VecF round_to<float>(VecF v) {
+  return v;
+}
+template <>
+GEMMA2_INLINE VecF round_to<BFloat16>(VecF v) {
+  return (VecF)(round_bits(v) & 0xffff0000u);
+}
+// Stores what round_to<T> returned.
+template <class T>
+GEMMA2_INLINE void store_rounded(T* p, VecF v) {
+  store(p, v);
+}
+template <>
+GEMMA2_INLINE void store_rounded<BFloat16>(BFloat16* p, VecF v) {
+  const VecU16 h = narrow((VecU)v >> 16);
+  memcpy(p, &h, sizeof h);
 }
 
 // ---- arithmetic

@@ -233,7 +233,7 @@ struct ScoreScale {
 };
 
 GEMMA2_DEVICE ScoreScale score_scale(const AttentionParams& p) {
-  const float scale = float(p.scale), softcap = float(p.softcap);
+  const float scale = float(p.scale), softcap = float(p.softcap);  // doubles for the CPU's float64
   if (softcap > 0) return {scale / softcap, softcap * kLog2E, true};
   if (scale == 0) return {0.0f, 1.0f, false};
   return {scale < 0 ? -1.0f : 1.0f, fabsf(scale) * kLog2E, false};
@@ -360,8 +360,8 @@ GEMMA2_DEVICE void plain_row(const AttentionParams& p, const AttentionPlan& plan
     return p.block_table ? paged_key_row(p, u, u.v, plan.v_stride, p.v.batch_stride, key)
                          : key_row(plan, u, u.v, plan.v_stride, key);
   };
-  const float scale = float(p.scale), softcap = float(p.softcap);
   const RowKeys seen = u.row_keys(p, r);
+  const float scale = float(p.scale), softcap = float(p.softcap);
   for (int begin = seen.first; begin < seen.end; begin += kWarpSize) {
     const int count = seen.end - begin < kWarpSize ? seen.end - begin : kWarpSize;
     float score = -INFINITY;

@@ -7,18 +7,20 @@ typedef struct CUstream_st* cudaStream_t;  // as in CUDA's own headers
 
 namespace gemma2 {
 
-#define GEMMA2_CUDA_KERNELS(X)         \
-  X(rms_norm, RmsNormParams)           \
-  X(add_rms_norm, AddRmsNormParams)    \
-  X(geglu, GegluParams)                \
-  X(rope, RopeParams)                  \
-  X(linear, LinearParams)              \
-  X(soft_cap, SoftCapParams)           \
-  X(linear_int8, LinearParams)         \
-  X(linear_int4, LinearParams)         \
-  X(dequantize_int8, DequantizeParams) \
-  X(dequantize_int4, DequantizeParams) \
-  X(attention, AttentionParams)        \
+#define GEMMA2_CUDA_KERNELS(X)                \
+  X(rms_norm, RmsNormParams)                  \
+  X(add_rms_norm, AddRmsNormParams)           \
+  X(rms_norm_backward, RmsNormBackwardParams) \
+  X(geglu_backward, GegluBackwardParams)      \
+  X(geglu, GegluParams)                       \
+  X(rope, RopeParams)                         \
+  X(linear, LinearParams)                     \
+  X(soft_cap, SoftCapParams)                  \
+  X(linear_int8, LinearParams)                \
+  X(linear_int4, LinearParams)                \
+  X(dequantize_int8, DequantizeParams)        \
+  X(dequantize_int4, DequantizeParams)        \
+  X(attention, AttentionParams)               \
   X(attention_backward, AttentionBackwardParams)
 
 #define GEMMA2_DECLARE(op, Params) void launch_##op(const Params& p, cudaStream_t stream);

@@ -12,10 +12,11 @@ namespace gemma2 {
 namespace cuda {
 namespace {
 
+constexpr int kMaxThreads = 1024;
 constexpr int kHeld = 2;  // vectors of x in a thread's registers
 
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(1024) rms_norm_kernel(const RmsNormParams p) {
+__global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const RmsNormParams p) {
   constexpr int kSize = kVectorSize<T>;
   float* scratch = reinterpret_cast<float*>(shared_memory());
   const int64_t stride = int64_t(blockDim.x) * kSize, first = threadIdx.x * kSize;
@@ -71,7 +72,7 @@ void launch_rms_norm(const RmsNormParams& p, cudaStream_t stream) {
     const bool aligned = is_aligned(p.x, p.x_stride * sizeof(T)) &&
                          is_aligned(p.out, p.hidden_size * sizeof(T)) && is_aligned(p.weight, 0);
     const auto kernel = aligned ? rms_norm_kernel<T, true> : rms_norm_kernel<T, false>;
-    const int threads = row_threads(p.hidden_size, kVectorSize<T>);
+    const int threads = row_threads(p.hidden_size, kVectorSize<T>, kMaxThreads);
     launch("rms_norm", kernel, row_grid(p.rows), threads, kWarpSize * sizeof(float), stream, p);
   });
 }

@@ -7,7 +7,7 @@
 // rounding at the end. Memory bounds it: 4 bytes an element of q, k and (with a cache) v in 16
 // bits. Source: transformers, apply_rotary_pos_emb.
 //
-// rope_kernel: at most 40 registers, 4 head_dim bytes of shared memory.
+// rope_kernel: at most 48 registers, 4 head_dim bytes of shared memory.
 #include "kernels.h"
 #include "vector.cuh"
 
@@ -82,7 +82,8 @@ __global__ void __launch_bounds__(kMaxThreads) rope_kernel(const RopeParams p) {
         for (int j = 0; j < kSize; ++j) {
           const bool there = j < pair.n;
           const float c = there ? cosines[pair.column + j] : 0.0f;
-          const float s = there ? sines[pair.column + j] : 0.0f;
+          const float s =
+              there ? (p.inverse ? -sines[pair.column + j] : sines[pair.column + j]) : 0.0f;
           y1[j] = x1[j] * c - x2[j] * s;
           y2[j] = x2[j] * c + x1[j] * s;
         }

@@ -14,9 +14,10 @@ inline bool is_aligned(const void* p, int64_t stride_bytes) {
 }
 
 // Threads for a block a row of `columns` elements: two vectors a thread while that is possible.
-inline int row_threads(int64_t columns, int vector_size) {
+inline int row_threads(int64_t columns, int vector_size, int most) {
   const int64_t warps = divide_up(divide_up(columns, 2 * vector_size), kWarpSize);
-  return int(warps < 1 ? 1 : warps > 32 ? 32 : warps) * kWarpSize;
+  const int64_t threads = (warps < 1 ? 1 : warps) * kWarpSize;
+  return int(threads < most ? threads : most);
 }
 // Blocks for so many rows; a kernel goes on in steps of the grid.
 inline dim3 row_grid(int64_t rows) {

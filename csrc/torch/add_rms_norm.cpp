@@ -3,13 +3,14 @@
 
 #include "../cpu/float64.h"
 #include "../cpu/isa.h"
-#include "common.h"
+#include "cuda.h"
 
 namespace gemma2 {
 namespace {
 
-void check_weight(const char* op, const char* name, const Tensor& weight, int64_t hidden_size) {
-  check_cpu(op, name, weight);
+void check_weight(const char* op, const char* name, const Tensor& weight, const Tensor& x) {
+  const int64_t hidden_size = x.size(x.dim() - 1);
+  check_device(op, name, weight, "x", x);
   if (weight.dim() != 1 || weight.size(0) != hidden_size) {
     fail(op, std::string(name) + " must have shape (hidden_size,) = (" +
                  std::to_string(hidden_size) + ",), got " + to_string(weight));
@@ -21,11 +22,9 @@ void check_inputs(const char* op, const Tensor& x, const char* residual_name,
                   const Tensor& residual, const Tensor& post_weight, const Tensor& pre_weight,
                   double eps) {
   if (x.dim() < 1) fail(op, "x must have shape (..., hidden_size), got a scalar");
-  check_cpu(op, "x", x);
   check_like(op, residual_name, residual, "x", x);
-  const int64_t hidden_size = x.size(x.dim() - 1);
-  check_weight(op, "post_weight", post_weight, hidden_size);
-  check_weight(op, "pre_weight", pre_weight, hidden_size);
+  check_weight(op, "post_weight", post_weight, x);
+  check_weight(op, "pre_weight", pre_weight, x);
   check_same_dtype(op, "pre_weight", pre_weight, "post_weight", post_weight);
   if (!(eps >= 0)) fail(op, "eps must be at least 0, got " + std::to_string(eps));
 }
@@ -55,6 +54,9 @@ void add_rms_norm_out(const Tensor& x, const Tensor& residual, const Tensor& pos
                            eps,
                            dtype,
                            weight_dtype};
+#ifdef GEMMA2_WITH_CUDA
+  if (!x.is_cpu()) return run_on_cuda(x, launch_add_rms_norm, p);
+#endif
   if (dtype == DType::kFloat64) return float64::add_rms_norm(p);
   const CpuKernels& kernels = cpu_kernels();
   parallel_units(p.rows, p.hidden_size * 8,
@@ -69,6 +71,39 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
   add_rms_norm_out(x, residual, post_weight, pre_weight, eps, residual_out, out);
   return {residual_out, out};
 }
+
+#ifdef GEMMA2_WITH_CUDA
+// The backward of one norm after the other; grad_residual comes into the second one rounded.
+void backward_on_cuda(const Tensor& like, const AddRmsNormBackwardParams& p) {
+  RmsNormBackwardParams pre{};
+  pre.grad_out = p.grad_out;
+  pre.grad_out_stride = p.grad_out_stride;
+  pre.x = p.residual_out;
+  pre.x_stride = p.residual_out_stride;
+  pre.weight = p.pre_weight;
+  pre.grad_x = p.grad_residual;
+  pre.grad_weight = p.grad_pre_weight;
+  pre.partial = p.partial;
+  pre.rows = p.rows;
+  pre.hidden_size = p.hidden_size;
+  pre.eps = p.eps;
+  pre.dtype = p.dtype;
+  pre.weight_dtype = p.weight_dtype;
+  pre.added = p.grad_residual_out;
+  pre.added_stride = p.grad_residual_out_stride;
+  run_on_cuda(like, launch_rms_norm_backward, pre);
+  RmsNormBackwardParams post = pre;
+  post.grad_out = p.grad_residual;
+  post.grad_out_stride = p.hidden_size;
+  post.x = p.x;
+  post.x_stride = p.x_stride;
+  post.weight = p.post_weight;
+  post.grad_x = p.grad_x;
+  post.grad_weight = p.grad_post_weight;
+  post.added = nullptr;
+  run_on_cuda(like, launch_rms_norm_backward, post);
+}
+#endif
 
 void add_rms_norm_backward_out(const Tensor& grad_residual_out, const Tensor& grad_out,
                                const Tensor& x, const Tensor& residual_out,
@@ -112,6 +147,9 @@ void add_rms_norm_backward_out(const Tensor& grad_residual_out, const Tensor& gr
                                    eps,
                                    dtype,
                                    weight_dtype};
+#ifdef GEMMA2_WITH_CUDA
+  if (!x.is_cpu()) return backward_on_cuda(x, p);
+#endif
   if (dtype == DType::kFloat64) return float64::add_rms_norm_backward(p);
   const CpuKernels& kernels = cpu_kernels();
   parallel_units(
@@ -122,11 +160,14 @@ void add_rms_norm_backward_out(const Tensor& grad_residual_out, const Tensor& gr
       [&](int64_t begin, int64_t end) { kernels.add_rms_norm_backward_columns(p, begin, end); });
 }
 
+template <class Library>
+void implement(Library& m) {
+  m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
+  m.impl("add_rms_norm_out", TORCH_BOX(&add_rms_norm_out));
+  m.impl("add_rms_norm_backward_out", TORCH_BOX(&add_rms_norm_backward_out));
+}
+
 }  // namespace
 }  // namespace gemma2
 
-STABLE_TORCH_LIBRARY_IMPL(gemma2_ext, CPU, m) {
-  m.impl("add_rms_norm", TORCH_BOX(&gemma2::add_rms_norm));
-  m.impl("add_rms_norm_out", TORCH_BOX(&gemma2::add_rms_norm_out));
-  m.impl("add_rms_norm_backward_out", TORCH_BOX(&gemma2::add_rms_norm_backward_out));
-}
+GEMMA2_REGISTER(gemma2::implement)

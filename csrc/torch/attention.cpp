@@ -30,8 +30,8 @@ struct Problem {
   AttentionParams p{};
   std::vector<int64_t> lengths, starts;
   std::vector<int32_t> q_ends, k_ends;
-  std::optional<Tensor> on_device[2];  // in place of those, on a GPU
-  Tensor q, k, v;                      // as `readable` gives them
+  std::optional<Tensor> on_device[2];  // the same on a GPU
+  Tensor q, k, v;                      // as kernels can read them
   std::vector<int64_t> lse_shape;      // (batch, num_heads, seqlen_q) or (num_heads, total_q)
 };
 
@@ -180,9 +180,10 @@ void run(const AttentionParams& p, const Tensor& like) {
   if (p.dtype == DType::kFloat64) return float64::attention(p);
   const int64_t keys = max_keys(p);  // that one row block sees, at most
   const int64_t group = p.num_heads / p.num_kv_heads, rows = group * p.seqlen_q;
-  const bool stream = rows <= kAttentionStreamRows;
+  const bool stream = p.seqlen_q <= kAttentionStreamPositions && rows <= kAttentionStreamRows;
   AttentionWork w{};
   w.p = p;
+  w.stream = stream;
   w.block_rows = stream                      ? rows
                  : rows < kAttentionRowBlock ? (rows + 11) / 12 * 12  // whole tiles
                                              : kAttentionRowBlock;
@@ -190,8 +191,11 @@ void run(const AttentionParams& p, const Tensor& like) {
   w.splits = 1;
   w.split_keys = keys;
   if (w.row_blocks == 1) {
+    // Splits lie at multiples of split_keys, of which `keys` keys can touch one more than fill it.
     w.split_keys = stream ? kStreamSplitKeys : kTileSplitKeys;
-    w.splits = keys > w.split_keys ? (keys + w.split_keys - 1) / w.split_keys : 1;
+    w.splits = std::min((keys + w.split_keys - 1) / w.split_keys + 1,
+                        (p.seqlen_k + w.split_keys - 1) / w.split_keys);
+    if (w.splits < 1) w.splits = 1;
   }
   const int64_t heads = p.batch * p.num_kv_heads, units = w.row_blocks * heads * w.splits;
   const int64_t unit_keys = w.splits > 1 ? w.split_keys : keys;
@@ -367,22 +371,24 @@ Problem check_attention(const char* op, const Tensor& q, const Tensor& k, const 
                         std::optional<double> softcap, std::optional<int64_t> window, bool causal) {
   Problem problem;
   AttentionParams& p = problem.p;
-  p.dtype = dtype_of(op, "q", q, q.is_cpu() ? Dtypes::kOrFloat64 : Dtypes::kCommon);
+  p.dtype = dtype_of(op, "q", q, Dtypes::kOrFloat64);
+  if (p.dtype == DType::kFloat64) check_cpu(op, "q, of float64,", q);
   check_batched(op, "k", "seqlen_k", q, k);
   check_keys(op, "k", k, "v", v, q);
   p.batch = q.size(0), p.seqlen_q = q.size(1), p.num_heads = q.size(2), p.head_dim = q.size(3);
   p.seqlen_k = k.size(1), p.num_kv_heads = k.size(2);
   check_common(op, p, scale, softcap, window, causal);
-  if (key_lengths) check_integers(op, "key_lengths", *key_lengths, p.batch, "batch", q);
-  if (key_starts) check_integers(op, "key_starts", *key_starts, p.batch, "batch", q);
-  if (q.is_cpu()) {
-    if (key_lengths) problem.lengths = to_vector(*key_lengths);
-    if (key_starts) problem.starts = to_vector(*key_starts);
-    p.key_lengths = key_lengths ? problem.lengths.data() : nullptr;
-    p.key_starts = key_starts ? problem.starts.data() : nullptr;
-  } else {
-    if (key_lengths) p.key_lengths = on_device<int64_t>(*key_lengths, problem.on_device[0]);
-    if (key_starts) p.key_starts = on_device<int64_t>(*key_starts, problem.on_device[1]);
+  if (key_lengths) {
+    check_integers(op, "key_lengths", *key_lengths, p.batch, "batch", q);
+    if (q.is_cpu()) problem.lengths = to_vector(*key_lengths);
+    p.key_lengths = q.is_cpu() ? problem.lengths.data()
+                               : on_device<int64_t>(*key_lengths, problem.on_device[0]);
+  }
+  if (key_starts) {
+    check_integers(op, "key_starts", *key_starts, p.batch, "batch", q);
+    if (q.is_cpu()) problem.starts = to_vector(*key_starts);
+    p.key_starts =
+        q.is_cpu() ? problem.starts.data() : on_device<int64_t>(*key_starts, problem.on_device[1]);
   }
   for (int64_t b = 0; q.is_cpu() && b < p.batch; ++b) {
     const int64_t length = key_lengths ? p.key_lengths[b] : p.seqlen_k;
@@ -471,7 +477,8 @@ Problem check_attention_varlen(const char* op, const Tensor& q, const Tensor& k,
                                bool causal) {
   Problem problem;
   AttentionParams& p = problem.p;
-  p.dtype = dtype_of(op, "q", q, q.is_cpu() ? Dtypes::kOrFloat64 : Dtypes::kCommon);
+  p.dtype = dtype_of(op, "q", q, Dtypes::kOrFloat64);
+  if (p.dtype == DType::kFloat64) check_cpu(op, "q, of float64,", q);
   if (q.dim() != 3)
     fail(op, "q must have shape (total_q, num_heads, head_dim), got " + to_string(q));
   if (k.dim() != 3 || k.size(2) != q.size(2)) {
@@ -490,28 +497,29 @@ Problem check_attention_varlen(const char* op, const Tensor& q, const Tensor& k,
   check_integers(op, "cu_seqlens_k", cu_seqlens_k, p.batch + 1, "batch + 1", q);
   check_total(op, "total_q", total_q);
   check_total(op, "total_k", total_k);
-  p.total_q = total_q, p.total_k = total_k;
-  if (q.is_cpu()) {
-    const std::vector<int64_t> q_ends = to_vector(cu_seqlens_q), k_ends = to_vector(cu_seqlens_k);
-    check_cu_seqlens(op, "cu_seqlens_q", q_ends, "total_q", total_q, "max_seqlen_q", max_seqlen_q);
-    check_cu_seqlens(op, "cu_seqlens_k", k_ends, "total_k", total_k, "max_seqlen_k", max_seqlen_k);
-    // The work is divided by what the sequences are, however large the callers' bounds.
-    for (int64_t b = 0; b < p.batch; ++b) {
-      p.seqlen_q = std::max(p.seqlen_q, q_ends[b + 1] - q_ends[b]);
-      p.seqlen_k = std::max(p.seqlen_k, k_ends[b + 1] - k_ends[b]);
-    }
-    problem.q_ends.assign(q_ends.begin(), q_ends.end());
-    problem.k_ends.assign(k_ends.begin(), k_ends.end());
-    p.cu_seqlens_q = problem.q_ends.data(), p.cu_seqlens_k = problem.k_ends.data();
-  } else {
-    p.cu_seqlens_q = on_device<int32_t>(cu_seqlens_q, problem.on_device[0]);
-    p.cu_seqlens_k = on_device<int32_t>(cu_seqlens_k, problem.on_device[1]);
-    p.seqlen_q = std::clamp(max_seqlen_q, int64_t(1), std::max(int64_t(1), total_q));
-    p.seqlen_k = std::clamp(max_seqlen_k, int64_t(0), total_k);
-  }
   set_inputs(problem, q, k, v);
   problem.lse_shape = {p.num_heads, total_q};
   p.lse_head_stride = total_q;
+  p.total_q = total_q, p.total_k = total_k;
+  if (!q.is_cpu()) {
+    p.cu_seqlens_q = on_device<int32_t>(cu_seqlens_q, problem.on_device[0]);
+    p.cu_seqlens_k = on_device<int32_t>(cu_seqlens_k, problem.on_device[1]);
+    p.seqlen_q = std::min(std::max(max_seqlen_q, int64_t(1)), total_q);
+    p.seqlen_k = std::min(std::max(max_seqlen_k, int64_t(0)), total_k);
+    return problem;
+  }
+  const std::vector<int64_t> q_ends = to_vector(cu_seqlens_q), k_ends = to_vector(cu_seqlens_k);
+  check_cu_seqlens(op, "cu_seqlens_q", q_ends, "total_q", total_q, "max_seqlen_q", max_seqlen_q);
+  check_cu_seqlens(op, "cu_seqlens_k", k_ends, "total_k", total_k, "max_seqlen_k", max_seqlen_k);
+
+  // The work is divided by what the sequences are, however large the callers' bounds.
+  for (int64_t b = 0; b < p.batch; ++b) {
+    p.seqlen_q = std::max(p.seqlen_q, q_ends[b + 1] - q_ends[b]);
+    p.seqlen_k = std::max(p.seqlen_k, k_ends[b + 1] - k_ends[b]);
+  }
+  problem.q_ends.assign(q_ends.begin(), q_ends.end());
+  problem.k_ends.assign(k_ends.begin(), k_ends.end());
+  p.cu_seqlens_q = problem.q_ends.data(), p.cu_seqlens_k = problem.k_ends.data();
   return problem;
 }
 

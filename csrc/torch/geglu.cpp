@@ -1,14 +1,12 @@
 // Bindings of geglu and its backward.
 #include "../cpu/float64.h"
 #include "../cpu/isa.h"
-#include "common.h"
+#include "cuda.h"
 
 namespace gemma2 {
 namespace {
 
 void check_inputs(const char* op, const Tensor& gate, const Tensor& up) {
-  check_cpu(op, "gate", gate);
-  check_cpu(op, "up", up);
   if (gate.dim() < 1) fail(op, "gate must have shape (..., intermediate_size), got a scalar");
   check_like(op, "up", up, "gate", gate);
 }
@@ -37,6 +35,9 @@ void geglu_out(const Tensor& gate, const Tensor& up, Tensor out) {
                       gate_rows.rows,
                       gate_rows.columns,
                       dtype};
+#ifdef GEMMA2_WITH_CUDA
+  if (!gate.is_cpu()) return run_on_cuda(gate, launch_geglu, p);
+#endif
   if (dtype == DType::kFloat64) return float64::geglu(p);
   const CpuKernels& kernels = cpu_kernels();
   parallel_runs(p.rows, p.columns,
@@ -71,17 +72,23 @@ void geglu_backward_out(const Tensor& grad_out, const Tensor& gate, const Tensor
                               gate_rows.rows,
                               gate_rows.columns,
                               dtype};
+#ifdef GEMMA2_WITH_CUDA
+  if (!gate.is_cpu()) return run_on_cuda(gate, launch_geglu_backward, p);
+#endif
   if (dtype == DType::kFloat64) return float64::geglu_backward(p);
   const CpuKernels& kernels = cpu_kernels();
   parallel_runs(p.rows, p.columns,
                 [&](int64_t begin, int64_t end) { kernels.geglu_backward_runs(p, begin, end); });
 }
 
+template <class Library>
+void implement(Library& m) {
+  m.impl("geglu", TORCH_BOX(&geglu));
+  m.impl("geglu_out", TORCH_BOX(&geglu_out));
+  m.impl("geglu_backward_out", TORCH_BOX(&geglu_backward_out));
+}
+
 }  // namespace
 }  // namespace gemma2
 
-STABLE_TORCH_LIBRARY_IMPL(gemma2_ext, CPU, m) {
-  m.impl("geglu", TORCH_BOX(&gemma2::geglu));
-  m.impl("geglu_out", TORCH_BOX(&gemma2::geglu_out));
-  m.impl("geglu_backward_out", TORCH_BOX(&gemma2::geglu_backward_out));
-}
+GEMMA2_REGISTER(gemma2::implement)

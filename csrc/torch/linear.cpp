@@ -1,4 +1,6 @@
-// Binding of linear and logits.
+// Bindings of linear, its backward, and logits.
+//
+// In float64, which checks of gradients use, products are torch's.
 #include "../cpu/linear.h"
 
 #include <torch/csrc/stable/stableivalue_conversions.h>
@@ -7,12 +9,11 @@
 #include <cmath>
 
 #include "../cpu/isa.h"
-#include "common.h"
+#include "cuda.h"
+#include "gemm.h"
 
 namespace gemma2 {
 namespace {
-
-constexpr int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 // From how many rows on torch's GEMM serves a linear. With AVX512_BF16 oneDNN reaches 85 % of the
 // bf16 dot's peak at 512 rows, but reads weights at less than half of memory's speed at one row.
@@ -22,34 +23,58 @@ constexpr int64_t kTorchRowsBf16Dot = 32;
 constexpr int64_t kTorchNever = INT64_MAX;
 
 int64_t torch_rows(DType dtype) {
+  if (dtype == DType::kFloat64) return 0;
   return dtype == DType::kBFloat16 && cpu_isa() == "avx512_bf16" ? kTorchRowsBf16Dot : kTorchNever;
 }
 
-void torch_mm_out(const Tensor& x, const Tensor& weight, Tensor out, int64_t rows) {
-  const std::array<int64_t, 2> x_shape{rows, weight.size(1)}, out_shape{rows, weight.size(0)};
+// As a matrix (rows, t.size(-1)).
+Tensor as_matrix(const Tensor& t, int64_t rows) {
+  const std::array<int64_t, 2> shape{rows, t.size(t.dim() - 1)};
+  return torch::stable::reshape(t, {shape.data(), 2});
+}
+
+// out = a b, out contiguous. On CUDA out may be float32 where a and b are 16-bit.
+void torch_mm_out(const Tensor& a, const Tensor& b, const Tensor& out, int64_t rows) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(torch::stable::reshape(x, {x_shape.data(), 2})),
-                                    from(torch::stable::transpose(weight, 0, 1)),
-                                    from(torch::stable::view(out, {out_shape.data(), 2}))};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned handle, to release it
+  const auto call = [](const char* overload, auto stack) {
+    TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::mm", overload, stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned handle, to release it
+  };
+  const Tensor c = as_matrix(out, rows);
+  if (out.scalar_type() == a.scalar_type()) {
+    call("out", std::array<StableIValue, 3>{from(a), from(b), from(c)});
+  } else {
+    call("dtype_out",
+         std::array<StableIValue, 4>{from(a), from(b), from(out.scalar_type()), from(c)});
+  }
 }
 
-Tensor scratch_floats(const Tensor& x, int64_t count) {
-  return torch::stable::new_empty(x, {&count, 1}, ScalarType::Float);
+#ifdef GEMMA2_WITH_CUDA
+// Few rows of 16 bits by this project's kernel, which streams the weights; all else by cuBLAS.
+void linear_on_cuda(const char* op, const Tensor& x, const Tensor& weight, const Tensor& out,
+                    const LinearParams& p) {
+  if (p.dtype == DType::kFloat64) fail(op, "float64 is for the CPU only");
+  if (p.dtype != DType::kFloat32 && p.rows <= kLinearCudaRows)
+    return run_on_cuda(x, launch_linear, p);
+  torch_mm_out(as_matrix(x, p.rows), torch::stable::transpose(weight, 0, 1), out, p.rows);
+  if (p.softcap == 0) return;
+  run_on_cuda(x, launch_soft_cap,
+              SoftCapParams{static_cast<float*>(out.data_ptr()), out.numel(), p.softcap});
 }
+#endif
 
-void few_rows(LinearParams p, const Tensor& x, int64_t element_size) {
+void few_rows(LinearParams p, const Tensor& x) {
   const CpuKernels& kernels = cpu_kernels();
   const Tensor packed = scratch_floats(x, p.rows * round_up(p.in_features, kLinearPackMultiple));
   p.packed_x = packed.data_ptr();
   kernels.linear_pack_rows(p, 0, 1);
   const int64_t units = round_up(p.out_features, kLinearFewColumns) / kLinearFewColumns;
-  parallel_units(units, kLinearFewColumns * p.in_features * element_size,
+  parallel_units(units, kLinearFewColumns * p.in_features * element_size(p.dtype),
                  [&](int64_t begin, int64_t end) { kernels.linear_few_rows(p, begin, end); });
 }
 
-void many_rows(LinearParams p, const Tensor& x, int64_t element_size) {
+void many_rows(LinearParams p, const Tensor& x) {
   const CpuKernels& kernels = cpu_kernels();
   const int64_t units = round_up(p.out_features, kLinearManyColumns) / kLinearManyColumns;
   const int64_t blocks = round_up(p.rows, kLinearRowBlock) / kLinearRowBlock;
@@ -62,8 +87,8 @@ void many_rows(LinearParams p, const Tensor& x, int64_t element_size) {
 
   const LinearParams all = p;
   for (int64_t first = 0; first < all.rows; first += block_rows) {
-    p.x = (const char*)all.x + first * p.x_stride * element_size;
-    p.out = (char*)all.out + first * p.out_stride * (p.out_dtype == DType::kFloat32 ? 4 : 2);
+    p.x = offset(all.x, first * p.x_stride, p.dtype);
+    p.out = offset(all.out, first * p.out_stride, p.out_dtype);
     p.rows = std::min(block_rows, all.rows - first);
     // Panels have 8 rows or more.
     parallel_units(round_up(p.rows, 8) / 8, 8 * p.in_features * 4,
@@ -79,10 +104,13 @@ void many_rows(LinearParams p, const Tensor& x, int64_t element_size) {
   }
 }
 
-// softcap 0: none. `name` is the input's name in the op's schema.
+void linear_then_geglu(const Tensor& x, const Tensor& weight, const Tensor& out);
+
+// softcap 0: none; geglu: `out` is of the two halves of weight. `name` is the input's name in the
+// op's schema.
 void run(const char* op, const char* name, const Tensor& x, const Tensor& weight, double softcap,
-         Tensor out, ScalarType out_type) {
-  const DType dtype = dtype_of(op, name, x);
+         Tensor out, ScalarType out_type, bool geglu = false) {
+  const DType dtype = dtype_of(op, name, x, Dtypes::kOrFloat64);
   if (x.dim() < 1)
     fail(op, std::string(name) + " must have shape (..., in_features), got a scalar");
   const int64_t in_features = x.size(x.dim() - 1);
@@ -91,9 +119,11 @@ void run(const char* op, const char* name, const Tensor& x, const Tensor& weight
                  std::to_string(in_features) + "), got " + to_string(weight));
   }
   check_same_dtype(op, "weight", weight, name, x);
-  check_cpu(op, "weight", weight);
-  check_cpu(op, "out", out);
-  const int64_t out_features = weight.size(0);
+  check_device(op, "weight", weight, name, x);
+  check_device(op, "out", out, name, x);
+  if (geglu && weight.size(0) % 2)
+    fail(op, "weight must have an even number of rows, got " + to_string(weight));
+  const int64_t out_features = weight.size(0) / (geglu ? 2 : 1);
   bool right = out.dim() == x.dim() && out.size(x.dim() - 1) == out_features;
   for (int64_t i = 0; right && i + 1 < x.dim(); ++i) right = out.size(i) == x.size(i);
   if (!right) {
@@ -106,6 +136,7 @@ void run(const char* op, const char* name, const Tensor& x, const Tensor& weight
                  torch::headeronly::toString(out.scalar_type()));
   }
   if (!out.is_contiguous()) fail(op, "out must be contiguous");
+  use_huge_pages(out);
   if (out.numel() == 0) return;
   if (in_features == 0) {
     torch::stable::zero_(out);
@@ -113,9 +144,16 @@ void run(const char* op, const char* name, const Tensor& x, const Tensor& weight
   }
 
   const int64_t rows = out.numel() / out_features;
-  const int64_t element_size = dtype == DType::kFloat32 ? 4 : 2;
-  if (softcap == 0 && out_type == x.scalar_type() && rows >= torch_rows(dtype))
-    return torch_mm_out(x, weight, out, rows);
+  if (geglu && (x.is_cpu() || dtype == DType::kFloat32 || rows > kLinearCudaRows))
+    return linear_then_geglu(x, weight, out);
+  if (x.is_cpu() && (softcap == 0 || dtype == DType::kFloat64) && out_type == x.scalar_type() &&
+      rows >= torch_rows(dtype)) {
+    torch_mm_out(as_matrix(x, rows), torch::stable::transpose(weight, 0, 1), out, rows);
+    double* y = static_cast<double*>(out.data_ptr());
+    for (int64_t i = 0; softcap > 0 && i < rows * out_features; ++i)
+      y[i] = softcap * std::tanh(y[i] / softcap);
+    return;
+  }
   const Rows x_rows = as_rows(x), weight_rows = as_rows(weight);
   LinearParams p{};
   p.x = x_rows.tensor.data_ptr();
@@ -130,10 +168,14 @@ void run(const char* op, const char* name, const Tensor& x, const Tensor& weight
   p.softcap = float(softcap);
   p.dtype = dtype;
   p.out_dtype = dtype_of(op, "out", out);
+  p.geglu = geglu;
+#ifdef GEMMA2_WITH_CUDA
+  if (!x.is_cpu()) return linear_on_cuda(op, x, weight, out, p);
+#endif
   if (rows <= kLinearFewRows) {
-    few_rows(p, x, element_size);
+    few_rows(p, x);
   } else {
-    many_rows(p, x, element_size);
+    many_rows(p, x);
   }
 }
 
@@ -153,26 +195,130 @@ Tensor linear(const Tensor& x, const Tensor& weight) {
   return out;
 }
 
+// grad_x = grad_out weight, grad_weight = grad_out^T x; each where it is given. grad_out has x's
+// dtype or float32.
+void linear_backward_out(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
+                         std::optional<Tensor> grad_x, std::optional<Tensor> grad_weight) {
+  const char* op = "linear_backward";
+  const DType dtype = dtype_of(op, "x", x, Dtypes::kOrFloat64);
+  const int64_t last = x.dim() - 1;
+  if (last < 0 || weight.dim() != 2 || weight.size(1) != x.size(last)) {
+    fail(op, "x (..., in_features) and weight (out_features, in_features) must fit, got " +
+                 to_string(x) + " and " + to_string(weight));
+  }
+  bool right = grad_out.dim() == x.dim() && grad_out.size(last) == weight.size(0);
+  for (int64_t i = 0; right && i < last; ++i) right = grad_out.size(i) == x.size(i);
+  if (!right) {
+    fail(op, "grad_out must have shape (*x.shape[:-1], out_features), got " + to_string(grad_out) +
+                 " for x of shape " + to_string(x) + " and weight of shape " + to_string(weight));
+  }
+  check_same_dtype(op, "weight", weight, "x", x);
+  if (dtype == DType::kFloat64 || grad_out.scalar_type() != ScalarType::Float)
+    check_same_dtype(op, "grad_out", grad_out, "x", x);
+  check_device(op, "weight", weight, "x", x);
+  check_device(op, "grad_out", grad_out, "x", x);
+  if (grad_x) check_out(op, "grad_x", *grad_x, "x", x);
+  if (grad_weight) check_out(op, "grad_weight", *grad_weight, "weight", weight);
+
+  const int64_t in_features = weight.size(1), out_features = weight.size(0);
+  const int64_t rows = in_features > 0 ? x.numel() / in_features : 0;
+  if (rows == 0 || out_features == 0 || in_features == 0) {
+    if (grad_x) torch::stable::zero_(*grad_x);
+    if (grad_weight) torch::stable::zero_(*grad_weight);
+    return;
+  }
+  if (!x.is_cpu() || (grad_out.scalar_type() == x.scalar_type() && rows >= torch_rows(dtype))) {
+    Tensor grad = as_matrix(grad_out, rows);
+    if (grad.scalar_type() != x.scalar_type()) grad = torch::stable::to(grad, x.scalar_type());
+    if (grad_x) torch_mm_out(grad, weight, *grad_x, rows);
+    if (grad_weight) {
+      torch_mm_out(torch::stable::transpose(grad, 0, 1), as_matrix(x, rows), *grad_weight,
+                   out_features);
+    }
+    return;
+  }
+  const Rows grad_rows = as_rows(grad_out), x_rows = as_rows(x), weight_rows = as_rows(weight);
+  GemmParams p{};
+  p.a = grad_rows.tensor.data_ptr();
+  p.a_dtype = dtype_of(op, "grad_out", grad_out);
+  p.b_row = 1;
+  p.b_dtype = p.out_dtype = p.product = dtype;
+  p.columns = p.out_stride = in_features;
+  if (grad_x) {
+    p.rows = rows;
+    p.depth = out_features;
+    p.a_row = grad_rows.stride;
+    p.a_k = 1;
+    p.b = weight_rows.tensor.data_ptr();
+    p.b_k = weight_rows.stride;
+    p.out = grad_x->data_ptr();
+    gemm(p, x);
+  }
+  if (grad_weight) {
+    p.rows = out_features;
+    p.depth = rows;
+    p.a_row = 1;
+    p.a_k = grad_rows.stride;
+    p.b = x_rows.tensor.data_ptr();
+    p.b_k = x_rows.stride;
+    p.out = grad_weight->data_ptr();
+    gemm(p, x);
+  }
+}
+
+void linear_then_geglu(const Tensor& x, const Tensor& weight, const Tensor& out) {
+  Tensor both = linear(x, weight);
+  const int64_t columns = weight.size(0) / 2, last = both.dim() - 1;
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(torch::stable::narrow(both, last, 0, columns)),
+                                    from(torch::stable::narrow(both, last, columns, columns)),
+                                    from(out)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("gemma2_ext::geglu_out", "", stack.data(), TORCH_ABI_VERSION));
+}
+
+void linear_geglu_out(const Tensor& x, const Tensor& weight, Tensor out) {
+  run("linear_geglu", "x", x, weight, 0, out, x.scalar_type(), true);
+}
+
+Tensor linear_geglu(const Tensor& x, const Tensor& weight) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  if (!shape.empty() && weight.dim() > 0) shape.back() = weight.size(0) / 2;
+  Tensor out = torch::stable::new_empty(x, {shape.data(), shape.size()});
+  linear_geglu_out(x, weight, out);
+  return out;
+}
+
+ScalarType logits_type(const Tensor& hidden) {
+  return hidden.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 void logits_out(const Tensor& hidden, const Tensor& weight, std::optional<double> softcap,
                 Tensor out) {
   if (softcap && !(*softcap > 0 && std::isfinite(*softcap))) {
     fail("logits", "softcap must be positive and finite, or None, got " + std::to_string(*softcap));
   }
-  run("logits", "hidden", hidden, weight, softcap.value_or(0), out, ScalarType::Float);
+  run("logits", "hidden", hidden, weight, softcap.value_or(0), out, logits_type(hidden));
 }
 
 Tensor logits(const Tensor& hidden, const Tensor& weight, std::optional<double> softcap) {
-  Tensor out = new_out(hidden, weight, ScalarType::Float);
+  Tensor out = new_out(hidden, weight, logits_type(hidden));
   logits_out(hidden, weight, softcap, out);
   return out;
+}
+
+template <class Library>
+void implement(Library& m) {
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_out", TORCH_BOX(&linear_out));
+  m.impl("linear_backward_out", TORCH_BOX(&linear_backward_out));
+  m.impl("linear_geglu", TORCH_BOX(&linear_geglu));
+  m.impl("linear_geglu_out", TORCH_BOX(&linear_geglu_out));
+  m.impl("logits", TORCH_BOX(&logits));
+  m.impl("logits_out", TORCH_BOX(&logits_out));
 }
 
 }  // namespace
 }  // namespace gemma2
 
-STABLE_TORCH_LIBRARY_IMPL(gemma2_ext, CPU, m) {
-  m.impl("linear", TORCH_BOX(&gemma2::linear));
-  m.impl("linear_out", TORCH_BOX(&gemma2::linear_out));
-  m.impl("logits", TORCH_BOX(&gemma2::logits));
-  m.impl("logits_out", TORCH_BOX(&gemma2::logits_out));
-}
+GEMMA2_REGISTER(gemma2::implement)

@@ -1,15 +1,14 @@
 // Bindings of rms_norm and its backward.
 #include "../cpu/float64.h"
 #include "../cpu/isa.h"
-#include "common.h"
+#include "cuda.h"
 
 namespace gemma2 {
 namespace {
 
 void check_inputs(const char* op, const Tensor& x, const Tensor& weight, double eps) {
   if (x.dim() < 1) fail(op, "x must have shape (..., hidden_size), got a scalar");
-  check_cpu(op, "x", x);
-  check_cpu(op, "weight", weight);
+  check_device(op, "weight", weight, "x", x);
   const int64_t hidden_size = x.size(x.dim() - 1);
   if (weight.dim() != 1 || weight.size(0) != hidden_size) {
     fail(op, "weight must have shape (hidden_size,) = (" + std::to_string(hidden_size) +
@@ -31,6 +30,9 @@ void rms_norm_out(const Tensor& x, const Tensor& weight, double eps, Tensor out)
   const RmsNormParams p{
       rows.tensor.data_ptr(), rows.stride, w.data_ptr(), out.data_ptr(), rows.rows,
       rows.columns,           eps,         dtype,        weight_dtype};
+#ifdef GEMMA2_WITH_CUDA
+  if (!x.is_cpu()) return run_on_cuda(x, launch_rms_norm, p);
+#endif
   if (dtype == DType::kFloat64) return float64::rms_norm(p);
   const CpuKernels& kernels = cpu_kernels();
   parallel_units(p.rows, p.hidden_size * 4,
@@ -69,7 +71,12 @@ void rms_norm_backward_out(const Tensor& grad_out, const Tensor& x, const Tensor
                                 rows.columns,
                                 eps,
                                 dtype,
-                                weight_dtype};
+                                weight_dtype,
+                                nullptr,
+                                0};
+#ifdef GEMMA2_WITH_CUDA
+  if (!x.is_cpu()) return run_on_cuda(x, launch_rms_norm_backward, p);
+#endif
   if (dtype == DType::kFloat64) return float64::rms_norm_backward(p);
   const CpuKernels& kernels = cpu_kernels();
   parallel_units(
@@ -80,11 +87,14 @@ void rms_norm_backward_out(const Tensor& grad_out, const Tensor& x, const Tensor
       [&](int64_t begin, int64_t end) { kernels.rms_norm_backward_columns(p, begin, end); });
 }
 
+template <class Library>
+void implement(Library& m) {
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("rms_norm_out", TORCH_BOX(&rms_norm_out));
+  m.impl("rms_norm_backward_out", TORCH_BOX(&rms_norm_backward_out));
+}
+
 }  // namespace
 }  // namespace gemma2
 
-STABLE_TORCH_LIBRARY_IMPL(gemma2_ext, CPU, m) {
-  m.impl("rms_norm", TORCH_BOX(&gemma2::rms_norm));
-  m.impl("rms_norm_out", TORCH_BOX(&gemma2::rms_norm_out));
-  m.impl("rms_norm_backward_out", TORCH_BOX(&gemma2::rms_norm_backward_out));
-}
+GEMMA2_REGISTER(gemma2::implement)

@@ -8,14 +8,14 @@
 
 #include "../cpu/float64.h"
 #include "../cpu/isa.h"
-#include "common.h"
+#include "cuda.h"
 
 namespace gemma2 {
 namespace {
 
 // 1 / theta ** (arange(0, head_dim, 2) / head_dim), each step in float32. The power is torch's own:
 // its last bit differs from the C library's now and then, and at position 8000 that shows.
-std::vector<float> compute_inv_freq(int64_t head_dim, double theta) {
+Tensor compute_inv_freq(int64_t head_dim, double theta) {
   const int64_t half = head_dim / 2;
   const Tensor base = torch::stable::full({half}, theta, ScalarType::Float, std::nullopt,
                                           torch::headeronly::DeviceType::CPU);
@@ -26,22 +26,24 @@ std::vector<float> compute_inv_freq(int64_t head_dim, double theta) {
                                     torch::stable::detail::from(exponent)};
   TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::pow", "Tensor_Tensor", stack.data(), TORCH_ABI_VERSION));
-  const Tensor power = torch::stable::detail::to<Tensor>(stack[0]);
-  const float* values = power.const_data_ptr<float>();
-  std::vector<float> inv_freq(half);
-  for (int64_t i = 0; i < half; ++i) inv_freq[i] = 1.0f / values[i];
-  return inv_freq;
+  const Tensor table = torch::stable::detail::to<Tensor>(stack[0]);
+  float* values = table.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < half; ++i) values[i] = 1.0f / values[i];
+  return table;
 }
 
-// The table lives as long as the process: a map's elements never move.
-const float* inv_freq(int64_t head_dim, double theta) {
+// On like's device. The table lives as long as the process.
+const float* inv_freq(int64_t head_dim, double theta, const Tensor& like) {
   static std::mutex mutex;
-  static std::map<std::pair<int64_t, double>, std::vector<float>> tables;
+  static auto* tables = new std::map<std::tuple<int64_t, double, std::string>, Tensor>;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto key = std::make_pair(head_dim, theta);
-  auto found = tables.find(key);
-  if (found == tables.end()) found = tables.emplace(key, compute_inv_freq(head_dim, theta)).first;
-  return found->second.data();
+  const auto key = std::make_tuple(head_dim, theta, device_name(like));
+  auto found = tables->find(key);
+  if (found == tables->end()) {
+    const Tensor table = compute_inv_freq(head_dim, theta);
+    found = tables->emplace(key, torch::stable::to(table, like.device())).first;
+  }
+  return found->second.const_data_ptr<float>();
 }
 
 std::string shape(std::initializer_list<int64_t> sizes) {
@@ -54,9 +56,8 @@ std::string shape(std::initializer_list<int64_t> sizes) {
 Tensor check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& positions,
                     double theta, Dtypes dtypes) {
   dtype_of(op, "q", q, dtypes);
-  check_cpu(op, "q", q);
-  check_cpu(op, "k", k);
-  check_cpu(op, "positions", positions);
+  check_device(op, "k", k, "q", q);
+  check_device(op, "positions", positions, "q", q);
   check_same_dtype(op, "k", k, "q", q);
   if (q.dim() != 4) {
     fail(op, "q must have shape (batch, seqlen, num_heads, head_dim), got " + to_string(q));
@@ -97,7 +98,7 @@ RopeParams make_params(const Tensor& q, const Tensor& k, const Tensor& positions
   p.q_out = heads_view(q_out);
   p.positions = positions.const_data_ptr<int64_t>();
   p.positions_batch_stride = positions.dim() == 2 ? positions.stride(0) : 0;
-  p.inv_freq = inv_freq(q.size(3), theta);
+  p.inv_freq = inv_freq(q.size(3), theta, q);
   p.batch = q.size(0);
   p.seqlen = q.size(1);
   p.num_heads = q.size(2);
@@ -107,7 +108,10 @@ RopeParams make_params(const Tensor& q, const Tensor& k, const Tensor& positions
   return p;
 }
 
-void run(const RopeParams& p) {
+void run(const RopeParams& p, [[maybe_unused]] const Tensor& like) {
+#ifdef GEMMA2_WITH_CUDA
+  if (!like.is_cpu()) return run_on_cuda(like, launch_rope, p);
+#endif
   if (p.dtype == DType::kFloat64) return float64::rope(p);
   const int64_t elements = (p.num_heads + p.num_kv_heads) * p.head_dim;
   const CpuKernels& kernels = cpu_kernels();
@@ -123,7 +127,7 @@ void rotate(const Tensor& q, const Tensor& k, const Tensor& wide_positions, doub
   RopeParams p = make_params(q_rows, k_rows, wide_positions, theta, q_out);
   p.k_out = heads_view(k_out);
   p.inverse = inverse;
-  run(p);
+  run(p, q);
 }
 
 void rope_out(const Tensor& q, const Tensor& k, const Tensor& positions, double theta, Tensor q_out,
@@ -155,7 +159,7 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& 
 }
 
 void check_cache(const char* op, const char* name, const Tensor& cache, const Tensor& k) {
-  check_cpu(op, name, cache);
+  check_device(op, name, cache, "k", k);
   check_same_dtype(op, name, cache, "k", k);
   if (cache.dim() != 4 || cache.size(0) != k.size(0) || cache.size(2) != k.size(2) ||
       cache.size(3) != k.size(3)) {
@@ -169,7 +173,8 @@ void check_cache(const char* op, const char* name, const Tensor& cache, const Te
   }
 }
 
-// Every token of a row needs a slot of its own: positions rise and span at most capacity.
+// Every token of a row needs a slot of its own: positions rise and span at most capacity. Of
+// positions on a GPU this is the caller's to see to: reading them would wait for the GPU.
 void check_slots(const char* op, const RopeParams& p) {
   const int64_t rows = p.positions_batch_stride ? p.batch : 1;
   for (int64_t b = 0; b < rows; ++b) {
@@ -194,7 +199,7 @@ void rope_append_cache_out(const Tensor& q, const Tensor& k, const Tensor& v,
                            Tensor q_out) {
   const char* op = "rope_append_cache";
   const Tensor wide_positions = check_inputs(op, q, k, positions, theta, Dtypes::kCommon);
-  check_cpu(op, "v", v);
+  check_device(op, "v", v, "k", k);
   check_same_dtype(op, "v", v, "k", k);
   check_same_shape(op, "v", v, "k", k);
   check_cache(op, "k_cache", k_cache, k);
@@ -211,8 +216,8 @@ void rope_append_cache_out(const Tensor& q, const Tensor& k, const Tensor& v,
   p.v_cache = heads_view(v_cache);
   p.capacity = k_cache.size(1);
   if (p.capacity == 0) fail(op, "k_cache must have at least one slot, got " + to_string(k_cache));
-  check_slots(op, p);
-  run(p);
+  if (positions.is_cpu()) check_slots(op, p);
+  run(p, q);
 }
 
 Tensor rope_append_cache(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& positions,
@@ -222,13 +227,16 @@ Tensor rope_append_cache(const Tensor& q, const Tensor& k, const Tensor& v, cons
   return q_out;
 }
 
+template <class Library>
+void implement(Library& m) {
+  m.impl("rope", TORCH_BOX(&rope));
+  m.impl("rope_out", TORCH_BOX(&rope_out));
+  m.impl("rope_backward_out", TORCH_BOX(&rope_backward_out));
+  m.impl("rope_append_cache", TORCH_BOX(&rope_append_cache));
+  m.impl("rope_append_cache_out", TORCH_BOX(&rope_append_cache_out));
+}
+
 }  // namespace
 }  // namespace gemma2
 
-STABLE_TORCH_LIBRARY_IMPL(gemma2_ext, CPU, m) {
-  m.impl("rope", TORCH_BOX(&gemma2::rope));
-  m.impl("rope_out", TORCH_BOX(&gemma2::rope_out));
-  m.impl("rope_backward_out", TORCH_BOX(&gemma2::rope_backward_out));
-  m.impl("rope_append_cache", TORCH_BOX(&gemma2::rope_append_cache));
-  m.impl("rope_append_cache_out", TORCH_BOX(&gemma2::rope_append_cache_out));
-}
+GEMMA2_REGISTER(gemma2::implement)

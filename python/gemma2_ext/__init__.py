@@ -5,10 +5,20 @@ from __future__ import annotations
 # torch first: it loads the libraries that _C is linked against.
 import torch
 
-from . import _C, ops
+try:
+    from . import _C
+except ImportError as error:
+    if torch.version.cuda is None and "libtorch_cuda" in str(error):
+        raise ImportError(
+            "gemma2_ext was built for a PyTorch with CUDA, and this PyTorch "
+            f"({torch.__version__}) has none; install gemma2_ext again (pip install .)"
+        ) from error
+    raise
+from . import nn, ops
 from .cache import KVCache
 from .config import Gemma2Config
 from .model import Gemma2
+from .quantize import QuantizedWeight
 
 __version__ = "0.1.0"
 
@@ -24,4 +34,13 @@ def build_info() -> dict[str, object]:
     }
 
 
-__all__ = ["Gemma2", "Gemma2Config", "KVCache", "__version__", "build_info", "ops"]
+__all__ = [
+    "Gemma2",
+    "Gemma2Config",
+    "KVCache",
+    "QuantizedWeight",
+    "__version__",
+    "build_info",
+    "nn",
+    "ops",
+]

@@ -14,6 +14,10 @@ still sees, and what `rewind` may take back:
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -24,6 +28,9 @@ from .config import Gemma2Config
 MAX_CHUNK = 512
 # Least slack: what speculative decoding may take back where the window is tiny.
 MIN_SLACK = 16
+HUGE_PAGE = 2 << 20
+# Smaller caches stay in the processor's.
+HUGE_PAGES_FROM = 32 << 20
 
 
 def ring_slack(config: Gemma2Config) -> int:
@@ -47,6 +54,27 @@ def cache_bytes(
     return 2 * batch_size * slots * row
 
 
+def _room(sizes: list[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Flat tensors of so many elements, uninitialized; on the CPU and large ones in huge pages.
+
+    Decoding reads every page once a token: with 4 KiB pages it waits for their addresses.
+    """
+    nbytes = sum(sizes) * dtype.itemsize
+    if device.type != "cpu" or nbytes < HUGE_PAGES_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return [torch.empty(size, dtype=dtype, device=device) for size in sizes]
+    try:
+        memory = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(
+            f"KVCache: the system does not allocate {nbytes / 2**30:.2f} GiB: {error.strerror}"
+        ) from None
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)  # tensors keep the mapping alive
+    begin = -whole.data_ptr() % HUGE_PAGE
+    return list(whole[begin : begin + nbytes].view(dtype).split(sizes))
+
+
 class KVCache:
     """Keys and values of `batch_size` sequences of up to `max_length` tokens each.
 
@@ -58,7 +86,8 @@ class KVCache:
         device: where they live.
 
     Attributes:
-        keys, values: one tensor a layer, (batch, capacity, num_key_value_heads, head_dim).
+        keys, values: one tensor a layer, (batch, capacity, num_key_value_heads, head_dim), of which
+            each head's slots are contiguous.
         lengths: (batch,) int64 on the CPU, tokens held by each row.
 
     Raises:
@@ -90,17 +119,23 @@ class KVCache:
         # Not inference tensors, wherever the cache is made: later writes may come from outside
         # inference mode. Left uninitialized: no slot is read before it is written.
         with torch.inference_mode(False):
+            # A head's slots lie one after another: attention reads them head by head, and memory
+            # delivers a stream faster than pieces.
             shapes = [
                 (
                     batch_size,
-                    layer_capacity(config, layer, max_length),
                     config.num_key_value_heads,
+                    layer_capacity(config, layer, max_length),
                     config.head_dim,
                 )
                 for layer in range(config.num_hidden_layers)
             ]
-            self.keys = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
-            self.values = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+            room = _room([math.prod(shape) for shape in shapes] * 2, dtype, torch.device(device))
+            tensors = [
+                flat.view(shape).transpose(1, 2)
+                for flat, shape in zip(room, shapes * 2, strict=True)
+            ]
+            self.keys, self.values = tensors[: len(shapes)], tensors[len(shapes) :]
             self.lengths = torch.zeros(batch_size, dtype=torch.int64)
         # One past the last position ever written: older ones may have lost their slot to it.
         self._written = torch.zeros(batch_size, dtype=torch.int64)
@@ -167,6 +202,7 @@ class KVCache:
                     f"KVCache: cannot take back {n} tokens: local layers keep "
                     f"{config.sliding_window} positions and {self.chunk_size} more"
                 )
+            break  # all rings are alike
         self.lengths = lengths
 
     def reset(self) -> None:

@@ -12,6 +12,7 @@ import torch
 if TYPE_CHECKING:
     from .cache import KVCache
     from .model import Gemma2
+    from .speculative import Draft
     from .tokenizer import Tokenizer
 
 END_OF_TURN = 107
@@ -28,6 +29,7 @@ class Timing:
     new_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    draft: Draft | None = None
 
     @property
     def prefill_rate(self) -> float:
@@ -39,10 +41,27 @@ class Timing:
         """New tokens a second, without the first one."""
         return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
 
+    @property
+    def tokens_per_step(self) -> float:
+        """New tokens for each pass of the model, without the first one."""
+        steps = self.draft.steps if self.draft else self.new_tokens - 1
+        return (self.new_tokens - 1) / steps if steps > 0 else 0.0
+
+    @property
+    def speed_up(self) -> float:
+        """The decode rate over that of this run's steps without a draft."""
+        return self.decode_rate * self.draft.pace.plain_seconds if self.draft else 1.0
+
     def __str__(self) -> str:
         text = f"prefill {self.prompt_tokens} tokens, {self.prefill_rate:.1f} token/s"
         if self.new_tokens > 1:
             text += f"; decode {self.new_tokens} tokens, {self.decode_rate:.1f} token/s"
+        if self.draft and self.new_tokens > 1:
+            text += (
+                f"; draft {self.draft.accepted} of {self.draft.proposed} accepted "
+                f"({self.draft.acceptance:.0%}), {self.tokens_per_step:.1f} tokens a step, "
+                f"speed-up {self.speed_up:.2f}"
+            )
         return text
 
 
@@ -55,6 +74,7 @@ class TextStream:
         input_ids: the prompt; with a cache, the tokens it does not hold yet.
         max_new_tokens: at least 0.
         cache: continued; None: a fresh one.
+        draft: guesses tokens; None: none does.
         sampling: temperature, top_k, top_p, min_p, seed, as for `Gemma2.stream`.
 
     Attributes:
@@ -75,11 +95,12 @@ class TextStream:
         *,
         max_new_tokens: int,
         cache: KVCache | None = None,
+        draft: Draft | None = None,
         **sampling: Any,
     ) -> None:
         self.new_ids: list[int] = []
         self.stop_reason: str | None = None
-        self.timing = Timing(len(input_ids))
+        self.timing = Timing(len(input_ids), draft=draft)
         self._max_new_tokens = max_new_tokens
         self._tokenizer = tokenizer
         self._ids = model.stream(
@@ -87,6 +108,7 @@ class TextStream:
             max_new_tokens=max_new_tokens,
             cache=cache,
             stop_ids=tokenizer.eos_ids,
+            draft=draft,
             **sampling,
         )
 
@@ -126,6 +148,7 @@ class Conversation:
         tokenizer: that of the model.
         max_length: tokens that the conversation may have; None: the model's context.
         seed: of the first answer; it grows by one with each.
+        draft: guesses tokens of the answers; None: none does.
         sampling: temperature, top_k, top_p, min_p, as for `Gemma2.stream`.
     """
 
@@ -136,6 +159,7 @@ class Conversation:
         *,
         max_length: int | None = None,
         seed: int | None = None,
+        draft: Draft | None = None,
         **sampling: Any,
     ) -> None:
         self.model = model
@@ -143,6 +167,7 @@ class Conversation:
         self.cache = model.new_cache(1, max_length)
         self._newline = tokenizer.encode("\n", add_bos=False)
         self._first_seed = seed
+        self._draft = draft
         self._sampling = sampling
         self.reset()
 
@@ -191,6 +216,7 @@ class Conversation:
             ids[self.cache.length :],
             max_new_tokens=self.cache.max_length if max_new_tokens is None else max_new_tokens,
             cache=self.cache,
+            draft=self._draft,
             seed=self._seed,
             **self._sampling,
         )

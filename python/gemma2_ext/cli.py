@@ -1,4 +1,4 @@
-"""The command line: `gemma2-ext generate | chat | perplexity | info`.
+"""The command line: `gemma2-ext generate | chat | perplexity | quantize | bench | train | ...`.
 
 Argument parsing, and what belongs to a terminal: streams of text, Ctrl-C, one line for an error.
 """
@@ -28,8 +28,13 @@ from .evaluate import perplexity, window_sizes
 from .generate import Sampler
 from .model import Gemma2
 from .models import shipped_model
+from .packed import quantize_checkpoint, stored_format
+from .quantize import FORMATS
+from .speculative import Draft, ModelDraft, NgramDraft
+from .threads import default_threads
 from .tokenizer import Tokenizer
-from .weights import available_memory, memory_needed, stored_dtype
+from .training import commands as training
+from .weights import SINGLE, available_memory, memory_needed, stored_dtype
 
 PROGRAM = "gemma2-ext"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -59,20 +64,33 @@ def whole_number(minimum: int, maximum: int = 2**63 - 1) -> Callable[[str], int]
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; `run` in its result is the command's function."""
-    model = Parser(add_help=False)
+    machine = Parser(add_help=False)
+    machine.add_argument(
+        "--threads", type=whole_number(1, os.cpu_count() or 1), metavar="N", help="default: torch's"
+    )
+    machine.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    model = Parser(add_help=False, parents=[machine])
     group = model.add_argument_group("model")
     group.add_argument(
         "--model", type=Path, metavar="DIR", help="Hugging Face folder; default: the one that ships"
     )
     group.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as stored")
-    group.add_argument("--device", default="cpu", help="cpu (default)")
     group.add_argument(
-        "--threads", type=whole_number(1, os.cpu_count() or 1), metavar="N", help="default: torch's"
+        "--quantize",
+        choices=FORMATS,
+        help="pack the weights while they are read; default: as stored",
     )
+    group.add_argument(
+        "--threads",
+        type=whole_number(1, os.cpu_count() or 1),
+        metavar="N",
+        help="default: OMP_NUM_THREADS, or one a core that may be used",
+    )
+    group.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     group.add_argument(
         "--sliding-window", type=whole_number(1), metavar="N", help="in place of the model's"
     )
-    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     sampling = Parser(add_help=False)
     group = sampling.add_argument_group("sampling")
@@ -85,6 +103,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--min-p", type=float, metavar="P", help="only those P times as probable as the first"
     )
     group.add_argument("--seed", type=whole_number(0), metavar="N", help="repeats a result")
+    group.add_argument(
+        "--draft",
+        metavar="ngram|DIR",
+        help="guess tokens by what followed the same ones before, or by a smaller model; the text "
+        "stays the same",
+    )
 
     parser = Parser(prog=PROGRAM, description="Gemma 2 at the speed of the machine.")
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
@@ -141,6 +165,18 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_perplexity)
 
     command = commands.add_parser(
+        "quantize",
+        parents=[machine],
+        help="write a model with weights in 8 or 4 bits",
+        description="Writes a folder with the model's weights in 8.5 or 4.5 bits each, embedding "
+        "included, matrix by matrix. It loads like any other.",
+    )
+    command.add_argument("folder", type=Path, metavar="DIR", help="Hugging Face folder")
+    command.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    command.add_argument("--to", choices=FORMATS, required=True, dest="format")
+    command.set_defaults(run=run_quantize)
+
+    command = commands.add_parser(
         "info",
         parents=[model],
         help="this build, a model, and the memory it will need",
@@ -155,7 +191,42 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--json", action="store_true")
     command.set_defaults(run=run_info)
+    training.add_commands(commands, Parser, whole_number)
+    add_bench(commands)
     return parser
+
+
+def add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
+    """Adds the command `bench`."""
+    command = commands.add_parser(
+        "bench",
+        help="measure the ops against the machine's limits and against others",
+        description="Checks each op's answer, then times it in turns with its peers, and measures "
+        "the machine's limit between them.",
+    )
+    command.add_argument(
+        "ops", nargs="*", metavar="OP", help="default: all ops; `model`: the whole model"
+    )
+    command.add_argument("--size", default="2b", choices=("2b", "9b", "27b"), help="whose shapes")
+    command.add_argument("--phase", choices=("decode", "prefill", "training"), help="default: all")
+    command.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    command.add_argument("--threads", type=whole_number(1, os.cpu_count() or 1), metavar="N")
+    command.add_argument("--shape", default="", metavar="TEXT", help="only shapes that hold it")
+    command.add_argument("--rounds", type=whole_number(3), default=20, metavar="N", help="samples")
+    command.add_argument(
+        "--prompt", type=whole_number(1), default=512, metavar="N", help="of the model's prefill"
+    )
+    command.add_argument("--layers", type=whole_number(1), metavar="N", help="fewer in the model")
+    command.add_argument("--no-peers", action="store_true", help="only this package")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write results here")
+    command.add_argument("--load", type=Path, metavar="FILE", help="show these, measure nothing")
+    command.add_argument("--compare", type=Path, metavar="FILE", help="an earlier run's JSON")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="bars, as PNG or SVG")
+    command.add_argument("--roofline", type=Path, metavar="FILE", help="likewise")
+    command.add_argument("--report", type=Path, metavar="FILE", help="a page in Markdown")
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.set_defaults(run=run_bench, model=None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -173,9 +244,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "replace")):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors=errors)
-        args.model = args.model or shipped_model()
-        if args.threads:
-            torch.set_num_threads(args.threads)
+        if "model" in args:
+            args.model = args.model or shipped_model()
+        if args.threads or "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(args.threads or default_threads())
         args.run(args)
         print(end="", flush=True)
         return 0
@@ -276,9 +348,36 @@ def load_model(args: argparse.Namespace) -> Gemma2:
         args.model,
         dtype=DTYPES.get(args.dtype),
         device=args.device,
+        quantize=args.quantize,
         sliding_window=args.sliding_window,
         progress=sys.stderr is not None and sys.stderr.isatty(),
     )
+
+
+def check_draft(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
+    """Refuses a draft model with another vocabulary before gigabytes are read."""
+    if args.draft in (None, "ngram"):
+        return
+    ours, theirs = load_config(args), Gemma2Config.from_pretrained(args.draft)
+    if ours.vocab_size != theirs.vocab_size:
+        raise ValueError(
+            f"--draft: the model must have the vocab_size {ours.vocab_size} of {args.model}, "
+            f"{args.draft} has {theirs.vocab_size}"
+        )
+    if (wrong := tokenizer.difference(Tokenizer.from_pretrained(args.draft))) is not None:
+        raise ValueError(
+            f"--draft: token {wrong} of {args.draft} is another than that of {args.model}"
+        )
+
+
+def load_draft(args: argparse.Namespace) -> Draft | None:
+    """What --draft asks for."""
+    if args.draft is None:
+        return None
+    if args.draft == "ngram":
+        return NgramDraft()
+    dtype = DTYPES.get(args.dtype)
+    return ModelDraft(Gemma2.from_pretrained(args.draft, dtype=dtype, device=args.device))
 
 
 def run_generate(args: argparse.Namespace) -> None:
@@ -287,6 +386,7 @@ def run_generate(args: argparse.Namespace) -> None:
     prompt = read_prompt(args)
     context = load_config(args).max_position_embeddings
     tokenizer = Tokenizer.from_pretrained(args.model)
+    check_draft(args, tokenizer)
     if args.chat:
         ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
     else:
@@ -296,8 +396,10 @@ def run_generate(args: argparse.Namespace) -> None:
             f"the prompt's {len(ids)} tokens exceed the context, "
             f"max_position_embeddings = {context}"
         )
-    model = load_model(args)
-    stream = TextStream(model, tokenizer, ids, max_new_tokens=args.max_new_tokens, **sampling)
+    model, draft = load_model(args), load_draft(args)
+    stream = TextStream(
+        model, tokenizer, ids, max_new_tokens=args.max_new_tokens, draft=draft, **sampling
+    )
     if not args.json:
         for text in stream:
             print(text, end="", flush=True)
@@ -316,7 +418,17 @@ def run_generate(args: argparse.Namespace) -> None:
         "decode_seconds": timing.decode_seconds,
         "prefill_tokens_per_second": timing.prefill_rate,
         "decode_tokens_per_second": timing.decode_rate,
+        "draft": None,
     }
+    if draft is not None:
+        result["draft"] = {
+            "proposed_tokens": draft.proposed,
+            "accepted_tokens": draft.accepted,
+            "acceptance": draft.acceptance,
+            "steps": draft.steps,
+            "tokens_per_step": timing.tokens_per_step,
+            "speed_up": timing.speed_up,
+        }
     print(json.dumps(result))
 
 
@@ -325,7 +437,10 @@ def run_chat(args: argparse.Namespace) -> None:
     sampling = sampling_options(args)
     max_length = sequence_length(args, load_config(args))
     tokenizer = Tokenizer.from_pretrained(args.model)
-    conversation = Conversation(load_model(args), tokenizer, max_length=max_length, **sampling)
+    check_draft(args, tokenizer)
+    conversation = Conversation(
+        load_model(args), tokenizer, max_length=max_length, draft=load_draft(args), **sampling
+    )
     prompt = ""
     if sys.stdin is not None and sys.stdin.isatty():
         prompt = "> "
@@ -402,14 +517,87 @@ def run_perplexity(args: argparse.Namespace) -> None:
     )
 
 
+def run_bench(args: argparse.Namespace) -> None:
+    """`gemma2-ext bench`."""
+    from .bench import OPS, Result, Settings, _report, _suite, run_suite
+    from .bench.model import ModelSettings, run_model
+
+    for name in args.ops:
+        if name not in (*OPS, "model"):
+            raise ValueError(
+                f"bench: there is no op {name!r}; there are {', '.join(OPS)}, and model"
+            )
+    earlier = _report.read_json(args.compare)[1] if args.compare else None
+
+    def show(result: Result) -> None:
+        print("\n".join(_report.lines(result)), flush=True)
+
+    if args.load:
+        machine, results = _report.read_json(args.load)
+        results = [r for r in results if not args.ops or r.op in args.ops]
+        for result in results:
+            show(result)
+    else:
+        _suite.check_device(args.device)
+        machine = _report.machine_facts(args.device)
+        print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
+        results = run_suite(
+            [name for name in args.ops if name != "model"] if args.ops else OPS,
+            size=args.size,
+            phases=(args.phase,) if args.phase else ("decode", "prefill", "training"),
+            dtype=getattr(torch, args.dtype),
+            device=args.device,
+            settings=Settings(rounds=args.rounds, peers=not args.no_peers),
+            shape=args.shape,
+            show=show,
+        )
+        if "model" in args.ops:
+            if args.device != "cpu":
+                raise ValueError("bench: the model is measured on the CPU only")
+            model = ModelSettings(
+                size=args.size,
+                dtype=getattr(torch, args.dtype),
+                prompt=args.prompt,
+                new_tokens=args.rounds,
+                layers=args.layers,
+                peers=not args.no_peers,
+            )
+            results += run_model(model, show)
+    if args.json:
+        args.json.write_text(_report.to_json(results, args.device), encoding="utf-8")
+    if earlier is not None:
+        print("\n".join(_report.compare(earlier, results)))
+    if args.plot:
+        _report.plot_bars(results, args.plot)
+    if args.roofline:
+        _report.plot_roofline(results, args.roofline)
+    if args.report:
+        pictures = [p.name for p in (args.plot, args.roofline) if p]
+        args.report.write_text(_report.markdown(machine, results, pictures), encoding="utf-8")
+
+
+def run_quantize(args: argparse.Namespace) -> None:
+    """`gemma2-ext quantize`."""
+    start = time.perf_counter()
+    progress = sys.stderr is not None and sys.stderr.isatty()
+    quantize_checkpoint(args.folder, args.out, args.format, progress=progress)
+    seconds = time.perf_counter() - start
+    nbytes = (args.out / SINGLE).stat().st_size
+    print(f"{args.out}: {format_bytes(nbytes)} of weights in {args.format}", flush=True)
+    note(f"[{seconds:.1f} s]")
+
+
 def run_info(args: argparse.Namespace) -> None:
     """`gemma2-ext info`."""
     config = load_config(args)
-    dtype = DTYPES[args.dtype] if args.dtype else stored_dtype(args.model, config)
+    dtype, format = stored_format(args.model, config)
+    if format is not None and args.quantize not in (None, format):
+        raise ValueError(f"{args.model}: is packed in {format}, not in {args.quantize}")
+    dtype, format = DTYPES.get(args.dtype, dtype), format or args.quantize
     max_length = sequence_length(args, config)
     full = replace(config, layer_types=(GLOBAL,) * config.num_hidden_layers)
     weights, cache = (
-        memory_needed(config, dtype),
+        memory_needed(config, dtype, format),
         cache_bytes(config, args.batch, max_length, dtype),
     )
     info = {
@@ -419,6 +607,7 @@ def run_info(args: argparse.Namespace) -> None:
             "folder": str(args.model),
             "parameters": config.num_parameters,
             "dtype": str(dtype).removeprefix("torch."),
+            "quantization": format,
             **config.to_dict(),
         },
         "memory": {
@@ -434,15 +623,21 @@ def run_info(args: argparse.Namespace) -> None:
     print(json.dumps(info) if args.json else describe_info(info))
 
 
+def format_bytes(count: int) -> str:
+    """A number of bytes for a reader."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
 def describe_info(info: dict[str, Any]) -> str:
     """The facts of `info --json` for a reader."""
     build, model, memory = info["build"], info["model"], info["memory"]
     local = model["layer_types"].count(LOCAL)
     available = memory["available_bytes"]
 
-    def size(count: int) -> str:
-        return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
-
+    size = format_bytes
+    dtype = model["dtype"]
+    if model["quantization"]:
+        dtype = f"matrices in {model['quantization']}, the rest in {dtype}"
     return "\n".join(
         (
             f"gemma2_ext {build['version']}, torch {build['torch']} (built with "
@@ -451,7 +646,7 @@ def describe_info(info: dict[str, Any]) -> str:
             f"CPU kernels: {build['cpu_isa']} (this machine can run "
             f"{', '.join(build['supported_cpu_isas'])}), threads: {info['threads']}",
             f"model: {model['folder']}",
-            f"  {model['parameters']:,} parameters, {model['dtype']}, vocabulary of "
+            f"  {model['parameters']:,} parameters, {dtype}, vocabulary of "
             f"{model['vocab_size']}, context of {model['max_position_embeddings']} tokens",
             f"  {model['num_hidden_layers']} layers of {model['hidden_size']} "
             f"({model['intermediate_size']} in the MLP), {local} of them local with a window of "

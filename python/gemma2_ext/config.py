@@ -228,14 +228,22 @@ class Gemma2Config:
             values[field.name] = list(value) if isinstance(value, tuple) else value
         return values
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes config.json; an interruption leaves the old file or the new one."""
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, quantization: str | None = None
+    ) -> None:
+        """Writes config.json; an interruption leaves the old file or the new one.
+
+        quantization: "int8" or "int4" beside weights that are packed so.
+        """
         os.makedirs(folder, exist_ok=True)
         path = Path(folder) / "config.json"
         partial = path.with_name(f".config.json.{os.getpid()}")
+        values = self.to_dict()
+        if quantization is not None:
+            values["quantization_config"] = quantization_config(quantization)
         try:
             with open(partial, "w", encoding="utf-8") as file:
-                file.write(json.dumps(self.to_dict(), indent=2) + "\n")
+                file.write(json.dumps(values, indent=2) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
@@ -375,6 +383,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def quantization_config(format: str) -> dict[str, str]:
+    """What config.json says beside packed weights, which keeps other programs from loading them."""
+    return {"quant_method": "gemma2_ext", "format": format}
+
+
 def _wrong(name: str, expected: str, value: object) -> str:
     return f"{_OWN}{name} must be {expected}, got {shown(value)} ({type(value).__name__})"
 
@@ -414,7 +427,8 @@ def _fields_of(values: Mapping[str, Any]) -> dict[str, Any]:
             raise NotImplementedError(f"{name} must be false, got True: {what} not supported")
         if value is not None and value is not False:
             raise TypeError(_wrong(name, "true or false", value))
-    if values.get("quantization_config") is not None:
+    packed = [None, *(quantization_config(format) for format in ("int8", "int4"))]
+    if values.get("quantization_config") not in packed:
         raise NotImplementedError(
             "quantization_config must be absent, "
             f"got {shown(values['quantization_config'])}: load a checkpoint that is not quantized"

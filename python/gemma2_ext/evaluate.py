@@ -146,7 +146,7 @@ def windows(num_tokens: int, context: int, stride: int) -> Iterator[tuple[int, i
 
 def _nll(model: Gemma2, cache: KVCache, inputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
     """Negative log-likelihoods of `targets`, which the last len(targets) of `inputs` predict."""
-    scored = len(targets)
+    scored, targets = len(targets), targets.to(model.device)
     rows = max(1, LOGITS_BYTES // (4 * model.config.vocab_size))
     unscored = len(inputs) - scored
     if unscored:

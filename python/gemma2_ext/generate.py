@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
+from .decode_graph import DecodeGraph, decode
+from .speculative import Draft, as_draft, speculate
 
 if TYPE_CHECKING:
     from .model import Gemma2
@@ -57,14 +59,27 @@ class Sampler:
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"generate: min_p must be in [0, 1], got {self.min_p}")
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        """(batch, vocab_size) float32 -> (batch,) int64."""
+    def keys(self, count: int) -> Tensor:
+        """The keys (count, 2) int32 of the next draws' random numbers."""
+        if self.temperature == 0:
+            return torch.empty(count, 2, dtype=torch.int32)
+        numbers = torch.randint(-(1 << 31), 1 << 31, (count, 2), generator=self.generator)
+        return numbers.int()
+
+    def __call__(self, logits: Tensor, keys: Tensor | None = None) -> Tensor:
+        """(batch, vocab_size) float32 -> (batch,) int64.
+
+        The same keys (batch, 2) and logits give the same tokens; None: the next ones.
+        """
         if self.temperature == 0:
             return logits.argmax(-1)
+        if keys is None:
+            keys = self.keys(logits.shape[0])
         # Subtracting the largest first keeps a tiny temperature from making inf - inf.
         logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         if self.top_k is None and self.top_p is None:
-            return self._draw(logits)
+            ids = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)
+            return self._draw(logits, ids, keys)
         vocab_size = logits.shape[-1]
         if self.top_k is not None:
             values, ids = logits.topk(min(self.top_k, vocab_size), dim=-1)
@@ -73,20 +88,46 @@ class Sampler:
             values, ids = logits.topk(min(NUCLEUS_CANDIDATES, vocab_size), dim=-1)
             log_total = logits.logsumexp(-1, keepdim=True)
             probabilities = (values - log_total).exp()
-            if self.top_p is not None and bool((probabilities.sum(-1) < self.top_p).any()):
+            # On a GPU the whole vocabulary is sorted rather than asked: asking would wait for it.
+            if self.top_p is not None and (
+                logits.is_cuda or bool((probabilities.sum(-1) < self.top_p).any())
+            ):
                 values, ids = logits.sort(dim=-1, descending=True)
                 probabilities = (values - log_total).exp()
         if self.top_p is not None:
             before = probabilities.cumsum(-1) - probabilities
             values = values.masked_fill(before >= self.top_p, -math.inf)
-        return ids.gather(-1, self._draw(values)[:, None])[:, 0]
+        return ids.gather(-1, self._draw(values, ids, keys)[:, None])[:, 0]
 
-    def _draw(self, logits: Tensor) -> Tensor:
+    def _draw(self, logits: Tensor, ids: Tensor, keys: Tensor) -> Tensor:
+        """Which of the tokens `ids`, (n,) or (batch, n), of these logits (batch, n)."""
         if self.min_p is not None and self.min_p > 0:
             floor = logits.amax(-1, keepdim=True) + math.log(self.min_p)
             logits = logits.masked_fill(logits < floor, -math.inf)
-        probabilities = logits.softmax(-1)
-        return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
+        # Where each arrives after a time of mean 1 / probability, each is the first with its
+        # probability. Times that depend on the draw and the token alone, not on what else is
+        # probable, let two distributions that are alike draw alike.
+        return (logits.softmax(-1) / _exponential(keys, ids)).argmax(-1)
+
+
+def _exponential(keys: Tensor, ids: Tensor) -> Tensor:
+    """Exponentially distributed float32 numbers (batch, n) of mean 1, a hash of keys and ids.
+
+    Source: the finalizer of MurmurHash3, with the second key inside.
+    """
+    first, second = keys.to(ids.device)[:, :1], keys.to(ids.device)[:, 1:]
+    x = (ids.int() + first).mul_(-0x61C88647)  # odd, near 2^32 / the golden ratio
+
+    def fold(bits: int) -> None:
+        x.bitwise_xor_((x >> bits).bitwise_and_((1 << (32 - bits)) - 1))
+
+    fold(16)
+    x.add_(second).mul_(-0x7A143595)
+    fold(13)
+    x.mul_(-0x3D4D51CB)
+    fold(16)
+    # |x + 1/2| / 2^31 is uniform in (0, 1], and as fine near 0, where the first arrive, as x is.
+    return x.float().add_(0.5).abs_().mul_(-(2.0**-31)).log1p_().neg_()
 
 
 def generate(
@@ -101,6 +142,7 @@ def generate(
     attention_mask: Tensor | None = None,
     cache: KVCache | None = None,
     stop_ids: Sequence[int] | None = None,
+    draft: str | Gemma2 | Draft | None = None,
 ) -> Tensor:
     """Continues each row until it draws a stop token, max_new_tokens, or the context's end.
 
@@ -113,6 +155,10 @@ def generate(
         attention_mask: (batch, seqlen), true where input_ids holds a token; padding on any side.
         cache: continued, and left holding all tokens but the last one drawn; None: a fresh one.
         stop_ids: tokens that end a row; None: 1 (<eos>) and 107 (<end_of_turn>).
+        draft: what guesses tokens that one pass of the model then checks: "ngram" (what followed
+            the same tokens before), a smaller model of the same vocabulary, or a
+            `speculative.Draft` that calls with the same cache share. One row only. The tokens are
+            those drawn without it.
 
     Returns:
         (batch, seqlen + n), input_ids' dtype: the prompt as given, then the new tokens with the
@@ -120,10 +166,12 @@ def generate(
 
     Raises:
         TypeError, ValueError: see `Gemma2.forward` and `Sampler`; a prompt that does not fit the
-            context or the cache.
+            context or the cache; a draft for more than one row, or with another vocabulary.
     """
     sampler = _sampler(temperature, top_k, top_p, min_p, seed)
-    new = list(_steps(model, input_ids, max_new_tokens, sampler, attention_mask, cache, stop_ids))
+    new = list(
+        _steps(model, input_ids, max_new_tokens, sampler, attention_mask, cache, stop_ids, draft)
+    )
     if not new:
         return input_ids.clone()
     return torch.cat([input_ids, torch.stack(new, dim=1).to(input_ids)], dim=1)
@@ -141,6 +189,7 @@ def stream(
     attention_mask: Tensor | None = None,
     cache: KVCache | None = None,
     stop_ids: Sequence[int] | None = None,
+    draft: str | Gemma2 | Draft | None = None,
 ) -> Iterator[int]:
     """The tokens that `generate` would append to one prompt, each as soon as it is drawn.
 
@@ -154,7 +203,9 @@ def stream(
     if isinstance(input_ids, Tensor) and input_ids.dim() == 2 and input_ids.shape[0] != 1:
         raise ValueError(f"stream: one prompt at a time, got {input_ids.shape[0]} rows")
     sampler = _sampler(temperature, top_k, top_p, min_p, seed)
-    steps = _steps(model, input_ids, max_new_tokens, sampler, attention_mask, cache, stop_ids)
+    steps = _steps(
+        model, input_ids, max_new_tokens, sampler, attention_mask, cache, stop_ids, draft
+    )
     return (int(tokens) for tokens in steps)
 
 
@@ -177,6 +228,7 @@ def _steps(
     attention_mask: Tensor | None,
     cache: KVCache | None,
     stop_ids: Sequence[int] | None,
+    draft: str | Gemma2 | Draft | None,
 ) -> Iterator[Tensor]:
     """Checks the arguments, then yields each step's tokens (batch,): 0 in rows that stopped."""
     if max_new_tokens < 0:
@@ -185,7 +237,7 @@ def _steps(
     batch = input_ids.shape[0]
     counts = torch.full((batch,), input_ids.shape[1])
     if attention_mask is not None:
-        counts = (attention_mask != 0).sum(-1)
+        counts = (attention_mask != 0).sum(-1).cpu()
     if cache is None:
         longest, context = int(counts.max()), model.config.max_position_embeddings
         if longest > context:
@@ -196,8 +248,16 @@ def _steps(
         cache = model.new_cache(batch, max(1, min(longest + max_new_tokens, context)))
     else:
         cache.check_room(counts)
-    stops = torch.tensor(STOP_IDS if stop_ids is None else list(stop_ids), dtype=torch.int64)
-    return _run(model, input_ids, max_new_tokens, sampler, attention_mask, cache, stops)
+    stops = list(STOP_IDS if stop_ids is None else stop_ids)
+    if draft is None and model.device.type == "cuda":
+        return _run_on_cuda(model, input_ids, max_new_tokens, sampler, attention_mask, cache, stops)
+    if draft is None:
+        return _run(model, input_ids, max_new_tokens, sampler, attention_mask, cache, stops)
+    if batch != 1:
+        raise ValueError(f"generate: a draft serves one row, got {batch}")
+    draft = as_draft(draft)
+    draft.check(model, cache.length)
+    return speculate(model, input_ids, max_new_tokens, sampler, attention_mask, cache, stops, draft)
 
 
 def _run(
@@ -207,8 +267,9 @@ def _run(
     sampler: Sampler,
     attention_mask: Tensor | None,
     cache: KVCache,
-    stops: Tensor,
+    stop_ids: list[int],
 ) -> Iterator[Tensor]:
+    stops = torch.tensor(stop_ids, dtype=torch.int64)
     running = torch.ones(input_ids.shape[0], dtype=torch.bool)
     step_ids, step_mask = input_ids, attention_mask
     for _ in range(max_new_tokens):
@@ -222,3 +283,21 @@ def _run(
         if not bool(running.any()) or cache.length >= cache.max_length:
             return
         step_ids, step_mask = tokens[:, None], None
+
+
+def _run_on_cuda(
+    model: Gemma2,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    sampler: Sampler,
+    attention_mask: Tensor | None,
+    cache: KVCache,
+    stop_ids: list[int],
+) -> Iterator[Tensor]:
+    """As `_run`: the prompts once, then steps that the device feeds to itself."""
+    if max_new_tokens == 0:
+        return
+    with torch.inference_mode():
+        tokens = sampler(model(input_ids, attention_mask, cache=cache, last_only=True)[:, 0])
+        graph = DecodeGraph(model, cache, sampler, tokens, torch.tensor(stop_ids))
+    yield from decode(graph, max_new_tokens)

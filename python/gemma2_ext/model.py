@@ -13,8 +13,9 @@ Source: arXiv 2408.00118; transformers `models/gemma2`.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -26,15 +27,27 @@ from . import generate as _generate
 from . import ops
 from .cache import KVCache
 from .config import Gemma2Config
-from .weights import check_fused, load_weights, parameter_shapes, save_weights
+from .device import check_device
+from .packed import load_checkpoint
+from .quantize import Format, QuantizedWeight
+from .weights import check_fused, format_of, parameter_shapes, save_weights
+
+Weights = Mapping[str, Tensor] | Mapping[str, Tensor | QuantizedWeight]
 
 
 class Weight(nn.Module):
-    """A parameter named `weight`, so that parameters carry their checkpoint's names."""
+    """A parameter named `weight`, so that parameters carry their checkpoint's names.
 
-    def __init__(self, weight: Tensor) -> None:
+    Or a QuantizedWeight, whose data and scales are buffers below that name.
+    """
+
+    weight: Any
+
+    def __init__(self, weight: Tensor | QuantizedWeight) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        if isinstance(weight, Tensor):
+            weight = nn.Parameter(weight, requires_grad=False)
+        self.weight = weight
 
 
 class Layer(nn.Module):
@@ -49,7 +62,7 @@ class Layer(nn.Module):
     pre_feedforward_layernorm: Weight
     post_feedforward_layernorm: Weight
 
-    def __init__(self, weights: Mapping[str, Tensor], prefix: str) -> None:
+    def __init__(self, weights: Weights, prefix: str) -> None:
         super().__init__()
         for name in Layer.__annotations__:
             setattr(self, name, Weight(weights[f"{prefix}.{name}.weight"]))
@@ -60,9 +73,10 @@ class Gemma2(nn.Module):
 
     Args:
         config: the model's configuration.
-        weights: the fused tensors by name (`weights.parameter_shapes`), all of one dtype; None:
-            drawn as for training from scratch (norms 0, the rest normal with standard deviation
-            0.02), float32 unless `dtype` says otherwise.
+        weights: the fused tensors by name (`weights.parameter_shapes`), all of one dtype; matrices
+            may be QuantizedWeight, all in one format, the norms' dtype then being that of
+            activations; None: drawn as for training from scratch (norms 0, the rest normal with
+            standard deviation 0.02), float32 unless `dtype` says otherwise.
         dtype: of weights that are drawn; must be None where weights are given.
 
     Parameters do not ask for gradients; `requires_grad_(True)` changes that.
@@ -74,7 +88,7 @@ class Gemma2(nn.Module):
     def __init__(
         self,
         config: Gemma2Config,
-        weights: Mapping[str, Tensor] | None = None,
+        weights: Weights | None = None,
         *,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -97,7 +111,7 @@ class Gemma2(nn.Module):
         folder: str | os.PathLike[str],
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
-        quantize: str | None = None,
+        quantize: Format | None = None,
         *,
         sliding_window: int | None = None,
         progress: bool = False,
@@ -106,9 +120,12 @@ class Gemma2(nn.Module):
 
         Args:
             folder: where they are.
-            dtype: of the weights in memory; None: that of the file.
-            device: "cpu".
-            quantize: None; quantized weights are not supported yet.
+            dtype: of the weights in memory, and of activations; None: that of the file.
+            device: "cpu", or "cuda" (Ampere or later). Weights that are not packed go there from
+                the file, piece by piece.
+            quantize: "int8" or "int4": packs the matrices, embedding included, while they are
+                read, some rows at a time. None: as the folder has them, which may be packed
+                already (`gemma2-ext quantize`).
             sliding_window: keys that a local layer sees, in place of the configuration's.
             progress: whether to show a progress bar on stderr.
 
@@ -116,33 +133,41 @@ class Gemma2(nn.Module):
             FileNotFoundError, OSError, ValueError, TypeError, NotImplementedError, MemoryError:
                 each names the file, the field or tensor, what was expected and what was found.
         """
-        if quantize is not None:
-            raise NotImplementedError(
-                f"Gemma2: quantized weights are not supported yet, got {quantize!r}"
-            )
-        if torch.device(device).type != "cpu":
-            raise NotImplementedError(f"Gemma2: only the CPU is supported yet, got {device}")
+        device = check_device(device)
         config = Gemma2Config.from_pretrained(folder)
         if sliding_window is not None:
             config = replace(config, sliding_window=sliding_window)
-        return cls(config, load_weights(folder, config, dtype=dtype, progress=progress))
+        weights = load_checkpoint(
+            folder, config, dtype=dtype, device=device, quantize=quantize, progress=progress
+        )
+        model = cls(config, weights)
+        return model if device.type == "cpu" else model.to(device)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes config.json and safetensors with Hugging Face's names, for transformers too."""
+        """Writes config.json and safetensors with Hugging Face's names, for transformers too.
+
+        Packed weights are written as `gemma2-ext quantize` does, for `from_pretrained` alone.
+        """
         os.makedirs(folder, exist_ok=True)
-        weights = {name: p.detach() for name, p in self.named_parameters()}
+        weights: dict[str, Tensor | QuantizedWeight] = {
+            f"{name}.weight": module.weight.detach()
+            if isinstance(module.weight, Tensor)
+            else module.weight
+            for name, module in self.named_modules()
+            if isinstance(module, Weight)
+        }
         save_weights(folder, weights, self.config)
-        self.config.save_pretrained(folder)
+        self.config.save_pretrained(folder, quantization=format_of(weights))
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of weights and activations."""
-        return self.embed_tokens.weight.dtype
+        """The dtype of activations, and of weights that are not packed."""
+        return self.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.embed_tokens.weight.device
+        return self.norm.weight.device
 
     def new_cache(self, batch_size: int = 1, max_length: int | None = None) -> KVCache:
         """An empty cache for this model; max_length None: the whole context."""
@@ -177,14 +202,15 @@ class Gemma2(nn.Module):
         """
         self._check_input(input_ids, attention_mask, cache)
         batch, seqlen = input_ids.shape
+        input_ids = input_ids.to(self.device)
         if attention_mask is None or bool((attention_mask != 0).all()):
             counts = torch.full((batch,), seqlen, dtype=torch.int64)
             order = None
         else:
             # Tokens to the right, padding to the left, order kept: then each row's last column is
             # its last token, and a token's distance to the right end is the same in every view.
-            attention_mask = attention_mask != 0
-            counts = attention_mask.sum(-1)
+            attention_mask = attention_mask.to(self.device) != 0
+            counts = attention_mask.sum(-1).cpu()
             if int(counts.min()) == 0:
                 row = int(counts.argmin())
                 raise ValueError(f"Gemma2: row {row} of attention_mask holds no token")
@@ -197,7 +223,7 @@ class Gemma2(nn.Module):
             logits = self._forward_cached(input_ids, counts, cache, last_only)
         if order is None or last_only:
             return logits
-        padding = torch.arange(seqlen) < (seqlen - counts)[:, None]
+        padding = (torch.arange(seqlen) < (seqlen - counts)[:, None]).to(self.device)
         logits.masked_fill_(padding[..., None], 0.0)
         index = order[..., None].expand_as(logits)
         return torch.empty_like(logits).scatter_(1, index, logits)
@@ -205,21 +231,13 @@ class Gemma2(nn.Module):
     def _check_input(
         self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None
     ) -> None:
-        if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-            got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
-            raise TypeError(f"Gemma2: input_ids must be an int64 or int32 tensor, got {got}")
+        _check_integers("input_ids", input_ids)
         if input_ids.dim() != 2 or input_ids.numel() == 0:
             raise ValueError(
                 "Gemma2: input_ids must have shape (batch, seqlen) with at least one token, "
                 f"got {tuple(input_ids.shape)}"
             )
-        low, high = (int(x) for x in input_ids.aminmax())
-        vocab_size = self.config.vocab_size
-        if low < 0 or high >= vocab_size:
-            wrong = low if low < 0 else high
-            raise ValueError(
-                f"Gemma2: token ids must be in [0, vocab_size = {vocab_size}), got {wrong}"
-            )
+        _check_ids(self.config, input_ids)
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"Gemma2: attention_mask must have input_ids' shape {tuple(input_ids.shape)}, "
@@ -247,7 +265,8 @@ class Gemma2(nn.Module):
         padded = bool((starts > 0).any())
         positions = (
             torch.arange(seqlen)[None, :] - starts[:, None] if padded else torch.arange(seqlen)
-        )
+        ).to(self.device)
+        starts = starts.to(self.device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k = ops.rope(q, k, positions, config.rope_theta)
@@ -290,7 +309,6 @@ class Gemma2(nn.Module):
 
     def _chunk(self, input_ids: Tensor, starts: Tensor, cache: KVCache) -> Tensor:
         """Runs the layers over a chunk whose first `starts` (batch,) columns are padding."""
-        config = self.config
         seqlen = input_ids.shape[1]
         starts = starts.clamp(max=seqlen)
         counts = seqlen - starts
@@ -298,6 +316,17 @@ class Gemma2(nn.Module):
         positions = torch.where(column < 0, -1, cache.lengths[:, None] + column)
         key_lengths = cache.lengths + counts
         cache.reserve(counts)
+        hidden = self._decode(
+            input_ids, positions.to(self.device), key_lengths.to(self.device), cache
+        )
+        cache.commit(counts)
+        return hidden
+
+    def _decode(
+        self, input_ids: Tensor, positions: Tensor, key_lengths: Tensor, cache: KVCache
+    ) -> Tensor:
+        """The layers over tokens at these places of the cache; touches nothing on the host."""
+        config = self.config
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = cache.keys[layer], cache.values[layer]
@@ -312,40 +341,48 @@ class Gemma2(nn.Module):
                 window=config.sliding_window if config.is_local(layer) else None,
             )
 
-        hidden = self._layers(input_ids, attend)
-        cache.commit(counts)
-        return hidden
+        return self._layers(input_ids, attend)
 
     def _layers(self, input_ids: Tensor, attend: Any) -> Tensor:
         """All layers and the final norm: (batch, seqlen) -> (batch, seqlen, hidden_size)."""
         config, layers = self.config, cast("list[Layer]", list(self.layers))
-        batch, seqlen = input_ids.shape
-        eps, inter = config.rms_norm_eps, config.intermediate_size
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        residual = F.embedding(input_ids, self.embed_tokens.weight)
+        embedding = self.embed_tokens.weight
+        if isinstance(embedding, QuantizedWeight):
+            residual = embedding.rows(input_ids, self.dtype)
+        else:
+            residual = F.embedding(input_ids, embedding)
         residual = residual * config.embedding_scale(self.dtype)
-        hidden = ops.rms_norm(residual, layers[0].input_layernorm.weight, eps)
+        hidden = ops.rms_norm(residual, layers[0].input_layernorm.weight, config.rms_norm_eps)
         for i, layer in enumerate(layers):
-            qkv = ops.linear(hidden, layer.qkv_proj.weight)
-            qkv = qkv.view(batch, seqlen, heads + 2 * kv_heads, config.head_dim)
-            q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)
-            attended = attend(i, q, k, v).reshape(batch, seqlen, heads * config.head_dim)
-            attended = ops.linear(attended, layer.o_proj.weight)
-            residual, hidden = ops.add_rms_norm(
-                attended,
-                residual,
-                layer.post_attention_layernorm.weight,
-                layer.pre_feedforward_layernorm.weight,
-                eps,
-            )
-            gate_up = ops.linear(hidden, layer.gate_up_proj.weight)
-            mlp = ops.geglu(gate_up[..., :inter], gate_up[..., inter:])
-            mlp = ops.linear(mlp, layer.down_proj.weight)
             following = layers[i + 1].input_layernorm if i + 1 < len(layers) else self.norm
-            residual, hidden = ops.add_rms_norm(
-                mlp, residual, layer.post_feedforward_layernorm.weight, following.weight, eps
+            residual, hidden = run_layer(
+                config, layer, following.weight, residual, hidden, functools.partial(attend, i)
             )
         return hidden
+
+    def hidden(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """Hidden states behind the final norm, of sequences packed one behind another.
+
+        `ops.logits(hidden, model.embed_tokens.weight, softcap)` gives the logits; the losses
+        `ops.linear_cross_entropy` and `ops.linear_distillation` do without them.
+
+        Args:
+            input_ids: (tokens,), int64 or int32.
+            cu_seqlens: (sequences + 1,) int64 or int32 from 0, ascending, the last one `tokens`;
+                sequence i is input_ids[cu_seqlens[i] : cu_seqlens[i + 1]] and sees itself only.
+            max_seqlen: at least the longest sequence, at most the context.
+
+        Returns:
+            (tokens, hidden_size), in the weights' dtype.
+
+        Raises:
+            TypeError: input_ids or cu_seqlens is not an integer tensor.
+            ValueError: shapes that do not fit, ids outside the vocabulary, or a sequence longer
+                than max_seqlen or the context.
+        """
+        _check_packed(self.config, input_ids, cu_seqlens, max_seqlen)
+        attend = packed_attention(self.config, cu_seqlens, max_seqlen)
+        return self._layers(input_ids[None], attend)[0]
 
     def _logits(self, hidden: Tensor, last_only: bool) -> Tensor:
         if last_only:
@@ -360,6 +397,131 @@ class Gemma2(nn.Module):
     def stream(self, input_ids: Tensor, **options: Any) -> Iterator[int]:
         """See `gemma2_ext.generate.stream`."""
         return _generate.stream(self, input_ids, **options)
+
+
+def _check_integers(name: str, value: object) -> None:
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32):
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"Gemma2: {name} must be an int64 or int32 tensor, got {got}")
+
+
+def _check_ids(config: Gemma2Config, input_ids: Tensor) -> None:
+    low, high = (int(x) for x in input_ids.aminmax())
+    if low < 0 or high >= config.vocab_size:
+        raise ValueError(
+            f"Gemma2: token ids must be in [0, vocab_size = {config.vocab_size}), "
+            f"got {low if low < 0 else high}"
+        )
+
+
+def _check_packed(
+    config: Gemma2Config, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> None:
+    _check_integers("input_ids", input_ids)
+    _check_integers("cu_seqlens", cu_seqlens)
+    if input_ids.dim() != 1 or input_ids.numel() == 0:
+        raise ValueError(
+            "Gemma2: packed input_ids must have shape (tokens,) with at least one token, "
+            f"got {tuple(input_ids.shape)}"
+        )
+    _check_ids(config, input_ids)
+    tokens = input_ids.shape[0]
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or int(cu_seqlens[-1]) != tokens:
+        raise ValueError(
+            f"Gemma2: cu_seqlens must have shape (sequences + 1,) and end with {tokens}, the "
+            f"number of tokens, got shape {tuple(cu_seqlens.shape)}"
+        )
+    context = config.max_position_embeddings
+    if max_seqlen > context:
+        raise ValueError(
+            f"Gemma2: max_seqlen must be at most max_position_embeddings = {context}, "
+            f"got {max_seqlen}"
+        )
+
+
+def run_layer(
+    config: Gemma2Config,
+    layer: Any,
+    following: Tensor,
+    residual: Tensor,
+    hidden: Tensor,
+    attend: Any,
+) -> tuple[Tensor, Tensor]:
+    """One layer.
+
+    Args:
+        config: the model's.
+        layer: a Layer, or anything with its attributes except input_layernorm, which is what
+            `following` was to the layer before.
+        following: (hidden_size,), weight of the norm behind this layer: the next one's
+            input_layernorm, or the final norm.
+        residual: (batch, seqlen, hidden_size), the stream.
+        hidden: the stream behind input_layernorm.
+        attend: (q, k, v), each (batch, seqlen, heads, head_dim) and not yet rotated, to the
+            attention's result of q's shape.
+
+    Returns:
+        (residual, hidden) for the next layer.
+    """
+    batch, seqlen = residual.shape[:2]
+    eps, inter = config.rms_norm_eps, config.intermediate_size
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    qkv = ops.linear(hidden, layer.qkv_proj.weight)
+    qkv = qkv.view(batch, seqlen, heads + 2 * kv_heads, config.head_dim)
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)
+    attended = attend(q, k, v).reshape(batch, seqlen, heads * config.head_dim)
+    attended = ops.linear(attended, layer.o_proj.weight)
+    residual, hidden = ops.add_rms_norm(
+        attended,
+        residual,
+        layer.post_attention_layernorm.weight,
+        layer.pre_feedforward_layernorm.weight,
+        eps,
+    )
+    gate_up_weight = layer.gate_up_proj.weight
+    if hidden.is_cuda and isinstance(gate_up_weight, Tensor) and not torch.is_grad_enabled():
+        mlp = ops.linear_geglu(hidden, gate_up_weight)
+    else:
+        gate_up = ops.linear(hidden, gate_up_weight)
+        mlp = ops.geglu(gate_up[..., :inter], gate_up[..., inter:])
+    mlp = ops.linear(mlp, layer.down_proj.weight)
+    return ops.add_rms_norm(mlp, residual, layer.post_feedforward_layernorm.weight, following, eps)
+
+
+def packed_attention(
+    config: Gemma2Config, cu_seqlens: Tensor, max_seqlen: int
+) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
+    """Attention inside each of several sequences packed one behind another.
+
+    Args:
+        config: the model's.
+        cu_seqlens: (sequences + 1,) integers from 0, ascending, the last one the number of tokens.
+        max_seqlen: at least the longest sequence.
+
+    Returns:
+        (layer, q, k, v) to the result, all (1, tokens, heads, head_dim); it rotates q and k.
+    """
+    lengths = cu_seqlens.diff()
+    starts = torch.repeat_interleave(cu_seqlens[:-1], lengths)
+    positions = torch.arange(len(starts), device=cu_seqlens.device) - starts
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = ops.rope(q, k, positions, config.rope_theta)
+        out = ops.attention_varlen(
+            q[0],
+            k[0],
+            v[0],
+            cu_seqlens,
+            cu_seqlens,
+            max_seqlen,
+            max_seqlen,
+            scale=config.softmax_scale,
+            softcap=config.attn_logit_softcapping,
+            window=config.sliding_window if config.is_local(layer) else None,
+        )
+        return cast("Tensor", out)[None]
+
+    return attend
 
 
 def _initial_weights(config: Gemma2Config, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -299,6 +299,74 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
+def _unpack(data: Tensor, scales: Tensor, in_features: int, bits: int) -> Tensor:
+    """The float32 weight (out_features, in_features) of packed tensors, block by block."""
+    blocks = []
+    for first in range(0, data.shape[0], 16):
+        q, s = data[first : first + 16], scales[first : first + 16]
+        rows = len(q)
+        if bits == 8:
+            groups = q.reshape(-1, 8, rows, 4).permute(2, 0, 1, 3).reshape(rows, -1, 32).float()
+            scale = s.reshape(-1, rows).T.float()
+        else:
+            q = torch.stack((q & 15, q >> 4)).reshape(2, -1, 4, rows, 4)
+            groups = q.permute(3, 1, 0, 2, 4).reshape(rows, -1, 16).float() - 8
+            factor = s.flatten()[: 2 * rows].clone().view(torch.bfloat16).float()
+            s = s.flatten()[2 * rows :].reshape(-1, rows).T.float()
+            scale = factor[:, None] * s * s.abs()
+        blocks.append((groups * scale[..., None]).flatten(1)[:, :in_features])
+    return torch.cat(blocks) if blocks else data.new_empty((0, in_features), dtype=torch.float32)
+
+
+def linear_int8(x: Tensor, data: Tensor, scales: Tensor) -> Tensor:
+    """`x weight^T` in x's dtype, weight in 8 bits: scale * q for groups of 32 columns.
+
+    Args:
+        x: (..., in_features), any float dtype.
+        data: q, int8, in blocks of 16 rows: [column / 4][row][4].
+        scales: bfloat16, in blocks of 16 rows: [group][row].
+
+    Returns:
+        (..., out_features) in x's dtype.
+
+    Source: docs/quantization.md.
+    """
+    return F.linear(x, _unpack(data, scales, x.shape[-1], 8).to(x.dtype))
+
+
+def linear_int4(x: Tensor, data: Tensor, scales: Tensor) -> Tensor:
+    """`x weight^T` in x's dtype, weight in 4 bits: row * s|s| * (q - 8) for groups of 16 columns.
+
+    Args:
+        x: (..., in_features), any float dtype.
+        data: q, in blocks of 16 rows: [column / 32][4][row][4] bytes, the first 16 columns in the
+            low halves.
+        scales: int8, in blocks of 16 rows: row as bfloat16, then s as [group][row].
+
+    Returns:
+        (..., out_features) in x's dtype.
+
+    Source: docs/quantization.md.
+    """
+    return F.linear(x, _unpack(data, scales, x.shape[-1], 4).to(x.dtype))
+
+
+def linear_geglu(x: Tensor, weight: Tensor) -> Tensor:
+    """`gelu_tanh(x @ gate.T) * (x @ up.T)`, weight being gate above up.
+
+    Args:
+        x: (..., in_features), any float dtype.
+        weight: (2 * out_features, in_features), x's dtype.
+
+    Returns:
+        (..., out_features) in x's dtype.
+
+    Source: transformers, Gemma2MLP without its last product.
+    """
+    gate, up = linear(x, weight).chunk(2, dim=-1)
+    return geglu(gate, up)
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -307,6 +375,8 @@ def linear_cross_entropy(
     softcap: float | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """`-log softmax(softcap * tanh(hidden weight^T / softcap))[target]`.
 
@@ -317,6 +387,8 @@ def linear_cross_entropy(
         softcap: bound of the logits, or None.
         ignore_index: the target of a token that does not count.
         reduction: "mean" over the tokens that count (NaN where none does), "sum", or "none".
+        label_smoothing: share of the target that is spread evenly over all words.
+        z_loss: weight of the squared logarithm of the softmax's denominator, in a token's loss.
 
     Returns:
         A float32 (float64 for float64) scalar, in nats; with "none" target's shape, 0 where
@@ -325,16 +397,53 @@ def linear_cross_entropy(
     Raises:
         ValueError: reduction is none of the three.
 
-    Source: transformers, Gemma2ForCausalLM and ForCausalLMLoss (logits widened for the loss).
+    Source: transformers, Gemma2ForCausalLM and ForCausalLMLoss (logits widened for the loss);
+    z_loss: PaLM (arXiv 2204.02311), section 5.
     """
     logits = _widen(_soft_cap(F.linear(hidden, weight), softcap))
+    logits = logits.reshape(-1, logits.shape[-1])
+    target = target.long()
     loss = F.cross_entropy(
-        logits.flatten(0, -2),
-        target.flatten().long(),
+        logits,
+        target.flatten(),
         ignore_index=ignore_index,
-        reduction=reduction,
-    )
-    return loss.view(target.shape) if reduction == "none" else loss
+        reduction="none",
+        label_smoothing=label_smoothing,
+    ).view(target.shape)
+    counts = target != ignore_index
+    if z_loss != 0:
+        loss = loss + z_loss * torch.logsumexp(logits, -1).view(target.shape) ** 2
+    return _reduce(loss, counts, reduction, "linear_cross_entropy")
+
+
+def _reduce(loss: Tensor, counts: Tensor, reduction: str, name: str) -> Tensor:
+    """Mean or sum over the tokens that count, or all of them, 0 where they do not."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{name}: reduction must be mean, sum or none, got {reduction!r}")
+    loss = loss.masked_fill(~counts, 0.0)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / counts.sum()
+
+
+def _hard_blend(
+    soft: Tensor,
+    logits: Tensor,
+    target: Tensor | None,
+    hard_weight: float,
+    ignore_index: int,
+) -> Tensor:
+    """`(1 - hard_weight) * soft + hard_weight * cross-entropy` where there is a label."""
+    if target is None or hard_weight == 0:
+        return soft
+    target = target.long()
+    hard = F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]),
+        target.flatten(),
+        ignore_index=ignore_index,
+        reduction="none",
+    ).view(target.shape)
+    return torch.where(target == ignore_index, soft, (1 - hard_weight) * soft + hard_weight * hard)
 
 
 def linear_distillation(
@@ -348,12 +457,16 @@ def linear_distillation(
     temperature: float = 1.0,
     mask: Tensor | None = None,
     reduction: str = "mean",
+    target: Tensor | None = None,
+    hard_weight: float = 0.0,
+    ignore_index: int = -100,
 ) -> Tensor:
     """`-sum over the vocabulary of P_T log P_S`, P = softmax(soft-capped logits / temperature).
 
     Each side has its own soft-cap; there is no temperature**2 factor; the teacher gets no
     gradient. With vocabularies of unequal size the teacher's distribution is the one over the
-    student's words: logits it has beyond them, or lacks, count as -inf.
+    student's words: logits it has beyond them, or lacks, count as -inf. With labels the loss of a
+    token is `(1 - hard_weight) * that + hard_weight * cross-entropy`, the latter at temperature 1.
 
     Args:
         hidden: (..., hidden_size), the student's, any float dtype.
@@ -365,6 +478,9 @@ def linear_distillation(
         temperature: divides both sides' capped logits.
         mask: (...), true where a token counts; None: everywhere.
         reduction: "mean" over the tokens that count (NaN where none does), "sum", or "none".
+        target: (...), integers, token ids or ignore_index (no label there); None: no labels.
+        hard_weight: share of the cross-entropy with target.
+        ignore_index: the target of a token without a label.
 
     Returns:
         A float32 (float64 for float64) scalar, in nats; with "none" hidden's leading shape, 0
@@ -375,24 +491,68 @@ def linear_distillation(
 
     Source: Gemma 2 (arXiv 2408.00118), section 3.2; Hinton et al. (arXiv 1503.02531).
     """
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(
-            f"linear_distillation: reduction must be mean, sum or none, got {reduction!r}"
-        )
-    student = _widen(_soft_cap(F.linear(hidden, weight), softcap)) / temperature
+    logits = _widen(_soft_cap(F.linear(hidden, weight), softcap))
+    student = logits / temperature
     with torch.no_grad():
         teacher = _widen(_soft_cap(F.linear(teacher_hidden, teacher_weight), teacher_softcap))
         missing = student.shape[-1] - teacher.shape[-1]
         teacher = F.pad(teacher / temperature, (0, missing), value=-math.inf)
-        target = teacher.softmax(-1).to(student.dtype)
-    loss = -(target * student.log_softmax(-1)).sum(-1)
-    if mask is None:
-        mask = torch.ones_like(loss, dtype=torch.bool)
-    loss = loss.masked_fill(~mask.bool(), 0.0)
-    if reduction == "none":
-        return loss
-    total = loss.sum()
-    return total if reduction == "sum" else total / mask.bool().sum()
+        probabilities = teacher.softmax(-1).to(student.dtype)
+    soft = -(probabilities * student.log_softmax(-1)).sum(-1)
+    loss = _hard_blend(soft, logits, target, hard_weight, ignore_index)
+    counts = torch.ones_like(loss, dtype=torch.bool) if mask is None else mask != 0
+    return _reduce(loss, counts, reduction, "linear_distillation")
+
+
+def linear_distillation_topk(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_indices: Tensor,
+    teacher_log_probs: Tensor,
+    *,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    renormalize: bool = True,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    target: Tensor | None = None,
+    hard_weight: float = 0.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """`-sum over k words of P_T log P_S`, P_S = softmax(soft-capped logits / temperature).
+
+    Args:
+        hidden: (..., hidden_size), the student's, any float dtype.
+        weight: (vocab_size, hidden_size), the student's.
+        teacher_indices: (..., k), integers, ids of words.
+        teacher_log_probs: (..., k), any float dtype; -inf where there is no word.
+        softcap: bound of the student's logits, or None.
+        temperature: divides the student's capped logits, and the log-probabilities.
+        renormalize: whether P_T is softmax(teacher_log_probs / temperature), or their exp.
+        mask: (...), true where a token counts; None: everywhere.
+        reduction: "mean" over the tokens that count (NaN where none does), "sum", or "none".
+        target: (...), integers, token ids or ignore_index; None: no labels.
+        hard_weight: share of the cross-entropy with target, at temperature 1.
+        ignore_index: the target of a token without a label.
+
+    Returns:
+        A float32 (float64 for float64) scalar, in nats; with "none" hidden's leading shape, 0
+        where the mask is false.
+
+    Raises:
+        ValueError: reduction is none of the three.
+
+    Source: Gemma 2 (arXiv 2408.00118), section 3.2.
+    """
+    logits = _widen(_soft_cap(F.linear(hidden, weight), softcap))
+    logs = _widen(teacher_log_probs).to(logits.dtype)
+    probabilities = (logs / temperature).softmax(-1) if renormalize else logs.exp()
+    indices = torch.where(logs == -math.inf, 0, teacher_indices.long())
+    student = (logits / temperature).log_softmax(-1).gather(-1, indices)
+    soft = -(probabilities * student).sum(-1)
+    loss = _hard_blend(soft, logits, target, hard_weight, ignore_index)
+    counts = torch.ones_like(loss, dtype=torch.bool) if mask is None else mask != 0
+    return _reduce(loss, counts, reduction, "linear_distillation_topk")
 
 
 def forward(

@@ -29,6 +29,9 @@ class Backend(Protocol):
     def token_to_id(self, token: str) -> int | None:
         """The id of a token, None where the vocabulary lacks it."""
 
+    def vocabulary(self) -> dict[str, int]:
+        """The ids of all tokens."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text without control tokens; adds none."""
 
@@ -152,6 +155,11 @@ class Tokenizer:
         if skip_special_tokens:
             ids = [i for i in ids if i not in self._special_ids]
         return self._backend.decode(ids)
+
+    def difference(self, other: Tokenizer) -> int | None:
+        """The first id that stands for another token in `other`, None where all are the same."""
+        ours, theirs = self._backend.vocabulary(), other._backend.vocabulary()
+        return min((i for _, i in ours.items() ^ theirs.items()), default=None)
 
     def stream_decoder(self) -> StreamDecoder:
         """Decodes one token at a time, in whole characters."""
@@ -292,6 +300,9 @@ class _HuggingFace:
     def token_to_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
 
+    def vocabulary(self) -> dict[str, int]:
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -325,6 +336,9 @@ class _SentencePiece:
     def token_to_id(self, token: str) -> int | None:
         i = self._pieces.PieceToId(token)
         return i if self._pieces.IdToPiece(i) == token else None
+
+    def vocabulary(self) -> dict[str, int]:
+        return {self._pieces.IdToPiece(i): i for i in range(self.vocab_size)}
 
     def encode(self, text: str) -> list[int]:
         return self._pieces.EncodeAsIds(text)

@@ -21,11 +21,11 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -40,8 +40,11 @@ from .config import (
     read_json,
     shown,
 )
+from .quantize import Format, QuantizedWeight, packed_dtypes, packed_shapes
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Those of packed weights too.
+STORED_DTYPES = {**DTYPES, "I8": torch.int8, "U8": torch.uint8}
 # Bytes of an element of every dtype that a header may name.
 _ITEM_BYTES = {
     **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2},
@@ -118,33 +121,76 @@ def to_hugging_face_names(weights: Mapping[str, Tensor], config: Gemma2Config) -
     }
 
 
-def check_fused(weights: Mapping[str, Tensor], config: Gemma2Config) -> None:
-    """Raises ValueError unless weights holds exactly config's fused tensors, of one dtype."""
+def check_fused(
+    weights: Mapping[str, Tensor] | Mapping[str, Tensor | QuantizedWeight], config: Gemma2Config
+) -> None:
+    """Raises ValueError unless weights holds exactly config's fused tensors, of one dtype.
+
+    Matrices may be packed, all in the same format.
+    """
     shapes = parameter_shapes(config)
     for name in sorted(shapes.keys() ^ weights.keys()):
         problem = "is missing" if name in shapes else "is not a weight of this model"
         raise ValueError(f"weights: {name} {problem}")
-    dtypes = {weight.dtype for weight in weights.values()}
+    format = format_of(weights)
+    kept = {name: w for name, w in weights.items() if format is None or len(shapes[name]) == 1}
+    dtypes = {weight.dtype for weight in kept.values() if isinstance(weight, Tensor)}
     if len(dtypes) != 1 or not dtypes <= set(DTYPES.values()):
         raise ValueError(
             "weights: must be float32, bfloat16 or float16, all the same, got "
             + ", ".join(sorted(map(str, dtypes)))
         )
     for name, shape in shapes.items():
-        if tuple(weights[name].shape) != shape:
+        weight = weights[name]
+        if tuple(weight.shape) != shape:
+            raise ValueError(f"weights: {name} must have shape {shape}, got {tuple(weight.shape)}")
+        got = weight.format if isinstance(weight, QuantizedWeight) else None
+        if got != (None if name in kept else format):
             raise ValueError(
-                f"weights: {name} must have shape {shape}, got {tuple(weights[name].shape)}"
+                f"weights: {name} must be {'a tensor' if name in kept else format} like the "
+                f"others, got {got or 'a tensor'}"
             )
+
+
+def format_of(
+    weights: Mapping[str, Tensor] | Mapping[str, Tensor | QuantizedWeight],
+) -> Format | None:
+    """The format of the first packed weight; None where all are plain."""
+    packed = (w.format for w in weights.values() if isinstance(w, QuantizedWeight))
+    return next(packed, None)
 
 
 # Memory
 
 
-def memory_needed(config: Gemma2Config, dtype: torch.dtype) -> int:
-    """Bytes that a model's weights take in memory."""
-    return sum(
-        _aligned(math.prod(shape) * dtype.itemsize) for shape in parameter_shapes(config).values()
-    )
+class Slot(NamedTuple):
+    """A tensor in memory: one of the fused ones, or a packed one's data or scales."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def slots(config: Gemma2Config, dtype: torch.dtype, format: Format | None) -> dict[str, Slot]:
+    """All tensors in memory by name; with a format, matrices as "NAME.data" and "NAME.scales"."""
+    result = {}
+    for name, shape in parameter_shapes(config).items():
+        if format is None or len(shape) == 1:
+            result[name] = Slot(shape, dtype)
+            continue
+        sizes, dtypes = packed_shapes(format, (shape[0], shape[1])), packed_dtypes(format)
+        result[f"{name}.data"] = Slot(sizes[0], dtypes[0])
+        result[f"{name}.scales"] = Slot(sizes[1], dtypes[1])
+    return result
+
+
+def memory_needed(config: Gemma2Config, dtype: torch.dtype, format: Format | None = None) -> int:
+    """Bytes that a model's weights take in memory; format: of matrices that are packed."""
+    return sum(_aligned(slot.nbytes) for slot in slots(config, dtype, format).values())
 
 
 def available_memory(proc: str = "/proc", cgroups: str = "/sys/fs/cgroup") -> int | None:
@@ -186,11 +232,12 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
-def _check_memory(config: Gemma2Config, dtype: torch.dtype) -> None:
-    needed, available = memory_needed(config, dtype) + SPARE_BYTES, available_memory()
+def _check_memory(config: Gemma2Config, dtype: torch.dtype, format: Format | None) -> None:
+    needed, available = memory_needed(config, dtype, format) + SPARE_BYTES, available_memory()
     if available is not None and needed > available:
         raise MemoryError(
-            f"{config.num_parameters / 1e9:.2f} billion weights in {_dtype_name(dtype)} need "
+            f"{config.num_parameters / 1e9:.2f} billion weights in "
+            f"{format or _dtype_name(dtype)} need "
             f"{needed / 2**30:.2f} GiB of memory, {available / 2**30:.2f} GiB are available"
         )
 
@@ -210,15 +257,18 @@ class Arena:
 
     Args:
         config: gives the tensors' shapes.
-        dtype: of every tensor.
+        dtype: of every tensor that is not packed.
+        format: of matrices that are packed.
 
     Raises:
         MemoryError: the system refuses the mapping.
     """
 
-    def __init__(self, config: Gemma2Config, dtype: torch.dtype) -> None:
-        _check_memory(config, dtype)
-        nbytes = memory_needed(config, dtype)
+    def __init__(
+        self, config: Gemma2Config, dtype: torch.dtype, format: Format | None = None
+    ) -> None:
+        _check_memory(config, dtype, format)
+        nbytes = memory_needed(config, dtype, format)
         try:
             self.memory = mmap.mmap(
                 -1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -230,19 +280,51 @@ class Arena:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with suppress(OSError):  # a kernel without huge pages
                 self.memory.madvise(mmap.MADV_HUGEPAGE)
-        self.dtype = dtype
+        self.slots = slots(config, dtype, format)
         self.offsets: dict[str, int] = {}
         # Tensors keep the mapping alive by themselves.
         self.tensors: dict[str, Tensor] = {}
         offset = -torch.frombuffer(self.memory, dtype=torch.uint8).data_ptr() % HUGE_PAGE
-        for name, shape in parameter_shapes(config).items():
+        for name, slot in self.slots.items():
             self.offsets[name] = offset
-            self.tensors[name] = self.flat(offset, math.prod(shape)).view(shape)
-            offset += _aligned(math.prod(shape) * dtype.itemsize)
+            count = math.prod(slot.shape)
+            self.tensors[name] = self.flat(offset, count, slot.dtype).view(slot.shape)
+            offset += _aligned(slot.nbytes)
 
-    def flat(self, offset: int, count: int) -> Tensor:
+    def flat(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
         """(count,) elements that begin at a byte of the mapping."""
-        return torch.frombuffer(self.memory, dtype=self.dtype, count=count, offset=offset)
+        if count == 0:
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer(self.memory, dtype=dtype, count=count, offset=offset)
+
+
+class DeviceArena:
+    """As `Arena`, in one allocation on a GPU, without packed matrices.
+
+    Args:
+        config: gives the tensors' shapes.
+        dtype: of every tensor.
+        device: where the room is.
+
+    Raises:
+        torch.OutOfMemoryError: torch's own.
+    """
+
+    def __init__(self, config: Gemma2Config, dtype: torch.dtype, device: torch.device) -> None:
+        self.memory = torch.empty(memory_needed(config, dtype), dtype=torch.uint8, device=device)
+        self.slots = slots(config, dtype, None)
+        self.offsets: dict[str, int] = {}
+        self.tensors: dict[str, Tensor] = {}
+        offset = 0
+        for name, slot in self.slots.items():
+            self.offsets[name] = offset
+            count = math.prod(slot.shape)
+            self.tensors[name] = self.flat(offset, count, slot.dtype).view(slot.shape)
+            offset += _aligned(slot.nbytes)
+
+    def flat(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
+        """(count,) elements that begin at a byte of the allocation."""
+        return self.memory[offset : offset + count * dtype.itemsize].view(dtype)
 
 
 # Reading
@@ -404,6 +486,17 @@ def open_checkpoint(
     Raises:
         FileNotFoundError, OSError, ValueError, TypeError: see `load_weights`.
     """
+    with open_files(folder) as files:
+        yield match_parts(files, config)
+
+
+@contextmanager
+def open_files(folder: str | os.PathLike[str]) -> Iterator[list[SafetensorsFile]]:
+    """Opens a folder's safetensors files, and checks each by itself and against the index.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: see `load_weights`.
+    """
     folder = check_folder(folder)
     with ExitStack() as stack:
 
@@ -418,7 +511,7 @@ def open_checkpoint(
             files = _open_shards(folder / INDEX, opened)
         else:
             raise _no_safetensors(folder)
-        yield _matched(files, config)
+        yield files
 
 
 def _no_safetensors(folder: Path) -> Exception:
@@ -468,15 +561,34 @@ def _open_shards(index: Path, opened: Callable[[str], SafetensorsFile]) -> list[
     return list(files.values())
 
 
-def _matched(files: list[SafetensorsFile], config: Gemma2Config) -> dict[str, Source]:
-    """Every tensor with its place, all checked by name, shape and dtype."""
+def match_parts(files: list[SafetensorsFile], config: Gemma2Config) -> dict[str, Source]:
+    """Every tensor of a Hugging Face checkpoint with its place, all checked."""
     parts = hugging_face_parts(config)
-    sources: dict[str, Source] = {}
     output = Part(OUTPUT, 0, parts["embed_tokens.weight"].shape)
+    return match(files, {**parts, OUTPUT: output}, {OUTPUT}, config)
+
+
+def match(
+    files: list[SafetensorsFile],
+    parts: Mapping[str, Part],
+    optional: set[str],
+    config: Gemma2Config,
+    dtypes: Mapping[str, str] | None = None,
+) -> dict[str, Source]:
+    """Every tensor with its place, checked by name, shape and dtype (a floating one if not given).
+
+    Args:
+        files: the checkpoint's.
+        parts: the tensors that it must have, without "model." in front.
+        optional: those among them that may be absent.
+        config: for messages.
+        dtypes: those of tensors that must have a particular one, by safetensors' name.
+    """
+    sources: dict[str, Source] = {}
     for file in files:
         for name, stored in file.tensors.items():
             key = name.removeprefix("model.")
-            part = output if name == OUTPUT else parts.get(key)
+            part = parts.get(key)
             if part is None:
                 raise ValueError(
                     f"{file.path}: has tensor {shown(name)}, which a Gemma 2 of "
@@ -491,12 +603,14 @@ def _matched(files: list[SafetensorsFile], config: Gemma2Config) -> dict[str, So
                     f"{file.path}: tensor {name} must have shape {part.shape} by the "
                     f"configuration, got {stored.shape}"
                 )
-            if stored.dtype not in DTYPES:
+            allowed = [dtypes[key]] if dtypes and key in dtypes else list(DTYPES)
+            if stored.dtype not in allowed:
                 raise TypeError(
-                    f"{file.path}: tensor {name} must be of {', '.join(DTYPES)}, got {stored.dtype}"
+                    f"{file.path}: tensor {name} must be of {', '.join(allowed)}, "
+                    f"got {stored.dtype}"
                 )
             sources[key] = Source(file, name, stored, part)
-    missing = [name for name in parts if name not in sources]
+    missing = [name for name in parts if name not in sources and name not in optional]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{_place(files)}: lacks tensor model.{missing[0]}{more}")
@@ -507,7 +621,7 @@ def _place(files: list[SafetensorsFile]) -> Path:
     return files[0].path if len(files) == 1 else files[0].path.parent
 
 
-def _check_tied(output: Source, embedding: Source) -> None:
+def check_tied(output: Source, embedding: Source) -> None:
     """Raises ValueError unless lm_head.weight is the embedding once more."""
     same = output.stored.dtype == embedding.stored.dtype
     buffers = [bytearray(min(READ_BYTES, output.stored.nbytes)) for _ in range(2)]
@@ -528,10 +642,10 @@ def stored_dtype(folder: str | os.PathLike[str], config: Gemma2Config) -> torch.
     """The dtype of a checkpoint's weights; `load_weights`' checks of all headers come first."""
     with open_checkpoint(folder, config) as sources:
         sources.pop(OUTPUT, None)
-        return _common_dtype(list(sources.values()))
+        return common_dtype(list(sources.values()))
 
 
-def _common_dtype(sources: list[Source]) -> torch.dtype:
+def common_dtype(sources: list[Source]) -> torch.dtype:
     first = sources[0]
     for source in sources:
         if source.stored.dtype != first.stored.dtype:
@@ -547,6 +661,7 @@ def load_weights(
     config: Gemma2Config,
     *,
     dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> dict[str, Tensor]:
     """Loads model.safetensors, or the shards that model.safetensors.index.json names.
@@ -556,11 +671,12 @@ def load_weights(
             "model." in front.
         config: what they must fit.
         dtype: float32, bfloat16 or float16, in memory; None: that of the file.
+        device: where they are to be. On a GPU they are never whole in the host's memory.
         progress: whether to show a progress bar on stderr.
 
     Returns:
-        The tensors of `parameter_shapes(config)`: views of one mapping of huge pages, each 64-byte
-        aligned.
+        The tensors of `parameter_shapes(config)`: views of one mapping of huge pages, or of one
+        allocation on the device, each 64-byte aligned.
 
     Raises:
         FileNotFoundError: the folder, or a file that it must have, is not there.
@@ -575,10 +691,13 @@ def load_weights(
     with open_checkpoint(folder, config) as checkpoint:
         output = checkpoint.pop(OUTPUT, None)
         sources = list(checkpoint.values())
-        arena = Arena(config, dtype or _common_dtype(sources))
+        dtype = dtype or common_dtype(sources)
+        device = torch.device(device)
+        arena: Arena | DeviceArena
+        arena = Arena(config, dtype) if device.type == "cpu" else DeviceArena(config, dtype, device)
         if output is not None:
-            _check_tied(output, checkpoint["embed_tokens.weight"])
-        _read_all(sources, arena, progress)
+            check_tied(output, checkpoint["embed_tokens.weight"])
+        read_all(sources, arena, progress)
         for file in {source.file for source in sources}:
             file.check_unchanged()
         return arena.tensors
@@ -593,13 +712,14 @@ class _Piece(NamedTuple):
     target: int
 
 
-def _pieces(sources: list[Source], arena: Arena) -> Iterator[_Piece]:
+def _pieces(sources: list[Source], arena: Arena | DeviceArena) -> Iterator[_Piece]:
     """All tensors in the order of the files."""
     for source in sorted(sources, key=lambda s: (s.file.path, s.stored.begin)):
         stored, part = source.stored, source.part
         count = math.prod(stored.shape)
         row = count // stored.shape[0]
-        target = arena.offsets[part.fused] + part.first_row * row * arena.dtype.itemsize
+        itemsize = arena.slots[part.fused].dtype.itemsize
+        target = arena.offsets[part.fused] + part.first_row * row * itemsize
         item = _ITEM_BYTES[stored.dtype]
         step = READ_BYTES // item
         for first in range(0, count, step):
@@ -607,11 +727,11 @@ def _pieces(sources: list[Source], arena: Arena) -> Iterator[_Piece]:
                 source,
                 stored.begin + first * item,
                 min(step, count - first),
-                target + first * arena.dtype.itemsize,
+                target + first * itemsize,
             )
 
 
-def _read_all(sources: list[Source], arena: Arena, progress: bool) -> None:
+def read_all(sources: list[Source], arena: Arena | DeviceArena, progress: bool) -> None:
     """Reads every tensor to its place, with READERS threads that end with this call."""
     pieces = _pieces(sources, arena)
     lock, stop = threading.Lock(), threading.Event()
@@ -636,7 +756,7 @@ def _read_all(sources: list[Source], arena: Arena, progress: bool) -> None:
 
     threads = [threading.Thread(target=read, name="load_weights") for _ in range(READERS)]
     try:
-        with _progress_bar(sum(source.stored.nbytes for source in sources), progress) as update:
+        with progress_bar(sum(source.stored.nbytes for source in sources), progress) as update:
             for thread in threads:
                 thread.start()
             for thread in threads:
@@ -653,18 +773,19 @@ def _read_all(sources: list[Source], arena: Arena, progress: bool) -> None:
         raise errors[0]
 
 
-def _read_piece(piece: _Piece, arena: Arena, staging: bytearray) -> int:
-    """Reads a piece, straight to its place or through staging where the dtype changes."""
+def _read_piece(piece: _Piece, arena: Arena | DeviceArena, staging: bytearray) -> int:
+    """Reads a piece, straight to its place, or through staging to a GPU or another dtype."""
     source, offset, elements, target = piece
-    dtype = DTYPES[source.stored.dtype]
+    dtype, wanted = STORED_DTYPES[source.stored.dtype], arena.slots[source.part.fused].dtype
     nbytes = elements * dtype.itemsize
-    if dtype == arena.dtype:
+    if not isinstance(arena, DeviceArena) and dtype == wanted:
         source.file.read_into(memoryview(arena.memory)[target : target + nbytes], offset)
         return nbytes
     source.file.read_into(memoryview(staging)[:nbytes], offset)
     values = torch.frombuffer(staging, dtype=dtype, count=elements)
-    converted = arena.flat(target, elements).copy_(values)
-    if arena.dtype == torch.float16 and not torch.equal(converted.isfinite(), values.isfinite()):
+    converted = arena.flat(target, elements, wanted).copy_(values)
+    lossy = wanted == torch.float16 and dtype != torch.float16
+    if lossy and not torch.equal(converted.isfinite().cpu(), values.isfinite()):
         raise ValueError(
             f"{source.file.path}: tensor {source.name} has values past float16's range "
             f"(65504): {values.abs().max().item():.4g}"
@@ -673,7 +794,7 @@ def _read_piece(piece: _Piece, arena: Arena, staging: bytearray) -> int:
 
 
 @contextmanager
-def _progress_bar(total: int, show: bool) -> Iterator[Callable[[int], None]]:
+def progress_bar(total: int, show: bool) -> Iterator[Callable[[int], None]]:
     """Yields a function that takes the bytes done so far."""
     if not show:
         yield lambda done: None
@@ -687,9 +808,27 @@ def _progress_bar(total: int, show: bool) -> Iterator[Callable[[int], None]]:
 # Writing
 
 
+def stored_tensors(
+    weights: Mapping[str, Tensor] | Mapping[str, Tensor | QuantizedWeight], config: Gemma2Config
+) -> dict[str, Tensor]:
+    """What a file holds, by its names there: Hugging Face's, or where matrices are packed
+    "model.layers.0.qkv_proj.weight.data", "....scales" and the like."""
+    if format_of(weights) is None:
+        return to_hugging_face_names(cast("Mapping[str, Tensor]", weights), config)
+    check_fused(weights, config)
+    tensors = {}
+    for name, weight in weights.items():
+        if isinstance(weight, QuantizedWeight):
+            tensors[f"model.{name}.data"] = weight.data
+            tensors[f"model.{name}.scales"] = weight.scales
+        else:
+            tensors[f"model.{name}"] = weight
+    return tensors
+
+
 def save_weights(
     folder: str | os.PathLike[str],
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor] | Mapping[str, Tensor | QuantizedWeight],
     config: Gemma2Config,
     *,
     shard_bytes: int = SHARD_BYTES,
@@ -701,7 +840,7 @@ def save_weights(
 
     Args:
         folder: made where it is not there.
-        weights: the tensors of `parameter_shapes(config)`, of one dtype.
+        weights: the tensors of `parameter_shapes(config)`, of one dtype or packed in one format.
         config: gives their names and shapes.
         shard_bytes: a file's tensors take at most this much, or are a single one.
 
@@ -709,7 +848,7 @@ def save_weights(
         ValueError: a tensor is missing, unknown, or of another shape or dtype.
         OSError: the disk is full, or the folder cannot be written.
     """
-    tensors = to_hugging_face_names(weights, config)
+    tensors = stored_tensors(weights, config)
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in tensors.items():
         held = sum(other.nbytes for other in shards[-1].values())
@@ -746,9 +885,9 @@ def save_weights(
         # comes before an index, its removal does.
         for name in names[:-1]:
             os.replace(partial / name, folder / name)
-        _sync_folder(folder)
+        sync_folder(folder)
         os.replace(partial / names[-1], folder / names[-1])
-        _sync_folder(folder)
+        sync_folder(folder)
         for path in stale:
             if path.name not in names:
                 path.unlink(missing_ok=True)
@@ -768,21 +907,36 @@ def _shard_names(count: int, taken: set[str]) -> list[str]:
 
 
 def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    dtypes = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    slots = {name: Slot(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    write_file(path, slots, tensors.values(), {"format": "pt"})
+
+
+def write_file(
+    path: Path, slots: Mapping[str, Slot], tensors: Iterable[Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Writes a safetensors file, down to the disk.
+
+    Args:
+        path: of the file.
+        slots: every tensor's shape and dtype by name.
+        tensors: the tensors in that order; each may be made when it is asked for.
+        metadata: strings by name.
+    """
+    dtypes = {dtype: name for name, dtype in STORED_DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
-    for name, tensor in tensors.items():
+    for name, slot in slots.items():
         header[name] = {
-            "dtype": dtypes[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
+            "dtype": dtypes[slot.dtype],
+            "shape": list(slot.shape),
+            "data_offsets": [offset, offset + slot.nbytes],
         }
-        offset += tensor.nbytes
+        offset += slot.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
+        for tensor in tensors:
             data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
             for first in range(0, len(data), READ_BYTES):
                 file.write(data[first : first + READ_BYTES])
@@ -790,7 +944,7 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

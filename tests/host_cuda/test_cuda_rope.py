@@ -98,6 +98,14 @@ def test_full_cache_and_ring(dtype: torch.dtype) -> None:
         assert torch.equal(v_cache, expected_v)
 
 
+def test_the_inverse_takes_it_back() -> None:
+    q, k, _ = inputs(64, torch.float32)
+    positions = torch.tensor([[0, 1, 8191], [-5, 1000, 4097]])
+    outs = rope(*rope(q, k, positions), positions, inverse=True)
+    torch.testing.assert_close(outs[0], q)
+    torch.testing.assert_close(outs[1], k)
+
+
 def test_strides() -> None:
     stacked = torch.randn(BATCH, SEQLEN, HEADS + 2 * KV_HEADS, 64).bfloat16()
     q, k, _ = stacked.split((HEADS, KV_HEADS, KV_HEADS), dim=2)

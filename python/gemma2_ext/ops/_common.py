@@ -8,6 +8,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .. import _C
+from ..quantize import QuantizedWeight
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -38,13 +41,25 @@ def check_integers(op: str, name: str, value: object, *, required: bool = False)
         raise TypeError(f"gemma2_ext::{op}: {name} must be int32 or int64, got {value.dtype}")
 
 
+def check_in_features(op: str, name: str, x: Tensor, weight: QuantizedWeight) -> None:
+    """Raises unless x's last dimension is weight's. (The packed tensors are padded.)"""
+    check_tensor(op, name, x)
+    if x.dim() < 1 or x.shape[-1] != weight.in_features:
+        raise ValueError(
+            f"gemma2_ext::{op}: {name} must have shape (..., in_features) = (..., "
+            f"{weight.in_features}) for {weight}, got {tuple(x.shape)}"
+        )
+
+
 def through_dispatcher(*tensors: Tensor) -> bool:
-    """Whether a call has to go through the functional op: being traced, or asked for a gradient.
+    """Whether a call has to go through the functional op: traced, cast, or asked for a gradient.
 
     Otherwise the public function allocates the output and calls the `_out` op, which is cheaper
     and leaves an out-of-memory error to torch.
     """
-    return torch.compiler.is_compiling() or needs_gradient(*tensors)
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(tensors[0].device.type):
+        return True
+    return needs_gradient(*tensors)
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
@@ -125,6 +140,29 @@ def refuse_backward(op: str) -> None:
     torch.library.register_autograd(f"gemma2_ext::{op}", backward)
 
 
+def cast_under_autocast(op: str, *positions: int) -> None:
+    """Registers that autocast casts the arguments at `positions` to its dtype, as it does those of
+    torch's own products; float64 stays."""
+    overload = getattr(torch.ops.gemma2_ext, op).default
+
+    def register(device: str, key: str) -> None:
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def autocast(*args: Any, **kwargs: Any) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+            cast = tuple(
+                a.to(dtype) if i in positions and a.dtype in FLOATS else a
+                for i, a in enumerate(args)
+            )
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return overload(*cast, **kwargs)
+
+        _library.impl(op, autocast, key)
+
+    register("cpu", "AutocastCPU")
+    register("cuda", "AutocastCUDA")
+
+
 def refuse_gradient(op: str) -> None:
     """As refuse_backward, for an op that writes into its arguments: the call itself raises.
 
@@ -141,3 +179,23 @@ def refuse_gradient(op: str) -> None:
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     _library.impl(op, autograd, "Autograd", with_keyset=True)
+
+
+def refuse_cuda_without_kernels() -> None:
+    """An op that has no CUDA kernel says so on a GPU, in place of torch's list of backends."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    why = (
+        "has no CUDA kernel yet"
+        if _C.build_info()["cuda"]
+        else "this build of gemma2_ext has no CUDA kernels; install it again where nvcc is on PATH "
+        "or in CUDA_HOME, beside a PyTorch with CUDA"
+    )
+    for name in torch._C._dispatch_get_all_op_names():
+        composite = has(name, "CompositeExplicitAutograd") if "gemma2_ext::" in name else True
+        if composite or not has(name, "CPU") or has(name, "CUDA"):
+            continue
+
+        def refuse(*args: Any, name: str = name, **kwargs: Any) -> NoReturn:
+            raise NotImplementedError(f"{name}: {why}")
+
+        _library.impl(name.removeprefix("gemma2_ext::"), refuse, "CUDA")

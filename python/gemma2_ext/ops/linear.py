@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ._common import check_tensor, refuse_backward, through_dispatcher
+from ..quantize import QuantizedWeight
+from ._common import cast_under_autocast, check_in_features, check_tensor, through_dispatcher
+from .linear_int4 import linear_int4
+from .linear_int8 import linear_int8
 
 _op = torch.ops.gemma2_ext.linear.default
 _out_op = torch.ops.gemma2_ext.linear_out.default
+_backward_op = torch.ops.gemma2_ext.linear_backward_out.default
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
     """`x @ weight.T`, summed in float32 and rounded once.
 
     Up to 16 rows a row's result does not depend on the rows beside it, and none depends on the
     number of threads. On processors with AVX512_BF16, bfloat16 from 32 rows on goes through
-    torch's GEMM, which promises neither.
+    torch's GEMM, which promises neither. The same holds for the gradients
+    `grad_x = grad weight` and `grad_weight = grad^T x`.
 
     Args:
-        x: (..., in_features), float32, bfloat16 or float16, any strides.
+        x: (..., in_features), float32, bfloat16 or float16, any strides; float64, to check
+            gradients with, goes through torch's product.
         weight: (out_features, in_features), x's dtype, rows at any distance. Where the last
-            dimension is strided, it is copied at every call.
+            dimension is strided, it is copied at every call. Or a QuantizedWeight: then this is
+            `linear_int8` or `linear_int4`.
 
     Returns:
         A contiguous tensor (..., out_features) of x's dtype.
@@ -32,8 +41,12 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
     Source: torch.nn.functional.linear, without bias (Gemma 2 has none).
     """
-    check_tensor("linear", "x", x)
-    check_tensor("linear", "weight", weight)
+    if isinstance(weight, QuantizedWeight):
+        check_in_features("linear", "x", x, weight)
+        op = linear_int8 if weight.format == "int8" else linear_int4
+        return op(x, weight.data, weight.scales)
+    check_tensor("linear", "x", x, float64=True)
+    check_tensor("linear", "weight", weight, float64=True)
     if through_dispatcher(x, weight) or x.dim() < 1 or weight.dim() != 2:
         return _op(x, weight)
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
@@ -51,4 +64,34 @@ def _(x: Tensor, weight: Tensor, out: Tensor) -> None:
     return None
 
 
-refuse_backward("linear")
+@torch.library.register_fake("gemma2_ext::linear_backward_out")
+def _(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    grad_x: Tensor | None,
+    grad_weight: Tensor | None,
+) -> None:
+    return None
+
+
+def linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and weight that are needed; grad in x's dtype or float32."""
+    grad_x = x.new_empty(x.shape) if need_x else None
+    grad_weight = weight.new_empty(weight.shape) if need_weight else None
+    _backward_op(grad, x, weight, grad_x, grad_weight)
+    return grad_x, grad_weight
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    return linear_backward(grad, *ctx.saved_tensors, *ctx.needs_input_grad)
+
+
+torch.library.register_autograd("gemma2_ext::linear", _backward, setup_context=_setup_context)
+cast_under_autocast("linear", 0, 1)

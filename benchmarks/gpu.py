@@ -1,0 +1,457 @@
+"""Every op and the whole model on a GPU, against what else one would use, in one process.
+
+    benchmarks/gpu.sh                      # builds, tests and then runs this
+    python benchmarks/gpu.py --json out.json --only norms,linear --budget 120
+
+Each line is checked against the reference before it is timed: the median of 20 runs or more after
+a warm-up, between CUDA events, over copies of the inputs that together exceed the second cache.
+A peer that is missing or fails is named in the JSON and left out of the table. The limits (copy
+bandwidth, cuBLAS) are measured first, in the same process. On a CPU (--device cpu --quick) it runs
+small shapes, as a test of itself; those figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import itertools
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import gemma2_ext
+from gemma2_ext import Gemma2, Gemma2Config, ops, reference
+
+ROTATED_BYTES = 512 << 20  # more than the second cache of any GPU
+SOFTCAP, WINDOW, HEAD_DIM, HEADS, KV_HEADS = 50.0, 4096, 256, 8, 4
+
+
+class Bench:
+    """Times calls, keeps the rows, stops when the time is over."""
+
+    def __init__(self, device: str, quick: bool, budget: float) -> None:
+        self.device, self.quick = torch.device(device), quick
+        self.end = time.monotonic() + budget
+        self.rows: list[dict[str, Any]] = []
+        self.missing: dict[str, str] = {}
+        self.limits: dict[str, float] = {}
+
+    def seconds(self, call: Callable[[], Any], runs: int = 20) -> float:
+        """Median time of a call, on the device's own clock where it has one."""
+        if self.device.type == "cpu":
+            times = []
+            for _ in range(3):
+                start = time.perf_counter()
+                call()
+                times.append(time.perf_counter() - start)
+            return statistics.median(times)
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
+        pairs = []
+        for _ in range(runs):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            pairs.append((begin, end))
+        torch.cuda.synchronize()
+        return statistics.median(b.elapsed_time(e) for b, e in pairs) / 1e3
+
+    def graphed(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """The call as a CUDA graph, so that a small one shows its kernels and not Python."""
+        if self.device.type == "cpu":
+            return call
+        for _ in range(2):
+            call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph.replay
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Random bfloat16 on the device."""
+        return (torch.randn(shape, device=self.device) * scale).bfloat16()
+
+    def rotated(self, *first: Tensor) -> list[tuple[Tensor, ...]]:
+        """Copies of the inputs that together exceed the caches."""
+        size = sum(t.nbytes for t in first)
+        copies = 1 if self.quick else min(64, max(2, ROTATED_BYTES // max(size, 1)))
+        return [first, *(tuple(t.clone() for t in first) for _ in range(copies - 1))]
+
+    def compare(
+        self,
+        group: str,
+        shape: str,
+        inputs: list[tuple[Tensor, ...]],
+        calls: dict[str, Callable[..., Any]],
+        exact: Callable[..., Any] | None,
+        *,
+        nbytes: float = 0,
+        flop: float = 0,
+        tolerance: float = 2e-2,
+    ) -> None:
+        """One row for each call. The first is ours, and is compared with `exact`."""
+        if time.monotonic() > self.end:
+            self.missing[f"{group} {shape}"] = "the time was over"
+            return
+        for name, call in calls.items():
+            label = f"{group} {shape} {name}"
+            try:
+                result = call(*inputs[0])
+                if exact is not None and name == next(iter(calls)):
+                    self.check(result, exact(*inputs[0]), tolerance)
+                turn = itertools.cycle(inputs)
+                seconds = self.seconds(lambda call=call, turn=turn: call(*next(turn)))
+            except Exception as error:
+                self.missing[label] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                continue
+            row = {"group": group, "shape": shape, "name": name, "us": seconds * 1e6}
+            if nbytes:
+                row["GB/s"] = nbytes / seconds / 1e9
+                row["of limit"] = row["GB/s"] / self.limits["copy GB/s"]
+            if flop:
+                row["TFLOP/s"] = flop / seconds / 1e12
+                row["of limit"] = row["TFLOP/s"] / self.limits["cuBLAS TFLOP/s"]
+            self.rows.append(row)
+            self.print(row)
+
+    @staticmethod
+    def check(result: Any, exact: Any, tolerance: float) -> None:
+        pairs = zip(result, exact, strict=True) if isinstance(result, tuple) else [(result, exact)]
+        for a, b in pairs:
+            error = (a.double() - b.double()).abs().max().item()
+            scale = b.double().abs().max().item()
+            if not error <= tolerance * scale:
+                raise AssertionError(f"wrong result: error {error:.3g} where {scale:.3g} is large")
+
+    @staticmethod
+    def print(row: dict[str, Any]) -> None:
+        rate = next((f"{row[u]:9.1f} {u}" for u in ("GB/s", "TFLOP/s", "token/s") if u in row), "")
+        share = f"{100 * row['of limit']:5.0f} %" if "of limit" in row else ""
+        name = f"{row['group']:12} {row['shape']:28} {row['name']:22}"
+        print(f"{name} {row['us']:11.1f} us {rate} {share}", flush=True)
+
+
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
+
+
+def measure_limits(bench: Bench) -> None:
+    """Copy bandwidth, and cuBLAS's product of two 8192 x 8192 bfloat16 matrices."""
+    size = (1 << 20) if bench.quick else (1 << 30)
+    a = torch.empty(size, dtype=torch.uint8, device=bench.device)
+    b = torch.empty_like(a)
+    bench.limits["copy GB/s"] = 2 * size / bench.seconds(lambda: b.copy_(a)) / 1e9
+    n = 256 if bench.quick else 8192
+    x, y = torch.randn(2, n, n, device=bench.device).bfloat16()
+    bench.limits["cuBLAS TFLOP/s"] = 2 * n**3 / bench.seconds(lambda: x @ y) / 1e12
+    print({name: round(value, 1) for name, value in bench.limits.items()})
+
+
+def liger(bench: Bench) -> Any:
+    """Liger's ops, or None with the reason noted."""
+    try:
+        from liger_kernel.ops.geglu import LigerGELUMulFunction
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+    except Exception as error:
+        bench.missing["liger"] = str(error)
+        return None
+    return {
+        "rms_norm": lambda x, w: LigerRMSNormFunction.apply(x, w, 1e-6, 1.0, "gemma"),
+        "geglu": LigerGELUMulFunction.apply,
+    }
+
+
+def norms(bench: Bench) -> None:
+    peers = liger(bench)
+    for rows in (1, 8) if bench.quick else (1, 64, 32768):
+        size, make = 2304, bench.normal
+        inputs = bench.rotated(make(rows, size), make(size))
+        calls = {
+            "gemma2_ext": ops.rms_norm,
+            "eager": reference.rms_norm,
+            "compile": compiled(reference.rms_norm),
+        }
+        if peers:
+            calls["liger"] = peers["rms_norm"]
+        shape = f"{rows} x {size}"
+        traffic = 2 * rows * size * 2
+        bench.compare("rms_norm", shape, inputs, calls, reference.rms_norm, nbytes=traffic)
+        inputs = bench.rotated(make(rows, size), make(rows, size), make(size), make(size))
+        calls = {
+            "gemma2_ext": ops.add_rms_norm,
+            "eager": reference.add_rms_norm,
+            "compile": compiled(reference.add_rms_norm),
+        }
+        bench.compare(
+            "add_rms_norm", shape, inputs, calls, reference.add_rms_norm, nbytes=2 * traffic
+        )
+        inputs = bench.rotated(make(rows, 9216), make(rows, 9216))
+        calls = {
+            "gemma2_ext": ops.geglu,
+            "eager": reference.geglu,
+            "compile": compiled(reference.geglu),
+        }
+        if peers:
+            calls["liger"] = peers["geglu"]
+        bench.compare(
+            "geglu", f"{rows} x 9216", inputs, calls, reference.geglu, nbytes=3 * rows * 9216 * 2
+        )
+        positions = torch.arange(rows, device=bench.device)
+        inputs = bench.rotated(make(1, rows, HEADS, HEAD_DIM), make(1, rows, KV_HEADS, HEAD_DIM))
+        rope = functools.partial(reference.rope, positions=positions)
+        calls = {
+            "gemma2_ext": lambda q, k, p=positions: ops.rope(q, k, p),
+            "eager": rope,
+            "compile": torch.compile(rope, dynamic=False),
+        }
+        traffic = 2 * rows * (HEADS + KV_HEADS) * HEAD_DIM * 2
+        bench.compare(
+            "rope", f"{rows}, {HEADS} + {KV_HEADS} heads", inputs, calls, rope, nbytes=traffic
+        )
+
+
+def linear(bench: Bench) -> None:
+    shapes = {"qkv": (4096, 2304), "o": (2304, 2048), "gate_up": (18432, 2304)}
+    shapes |= {"down": (2304, 9216)}
+    if bench.quick:
+        shapes = {"small": (64, 96)}
+    for name, (out, into) in shapes.items():
+        for rows in (1, 4, 16):
+            inputs = bench.rotated(
+                bench.normal(rows, into), bench.normal(out, into, scale=into**-0.5)
+            )
+            shape = f"{name} {rows} x {into} -> {out}"
+            calls = {"gemma2_ext": ops.linear, "torch": F.linear}
+            bench.compare("linear", shape, inputs, calls, F.linear, nbytes=2 * out * into)
+            if hasattr(ops, "quantize"):
+                for format in ("int8", "int4"):
+                    packed = [(x, ops.quantize(w, format)) for x, w in inputs[:1]]
+                    weight = packed[0][1]
+                    x = inputs[0][0]
+                    bench.compare(
+                        f"linear {format}",
+                        shape,
+                        [(x,)],
+                        {"gemma2_ext": lambda x, w=weight: ops.linear(x, w)},
+                        lambda x, w=weight: F.linear(x, w.dequantize(x.dtype)),
+                        nbytes=weight.nbytes,
+                    )
+    vocab = 512 if bench.quick else 256000
+    inputs = [(bench.normal(1, 2304), bench.normal(vocab, 2304, scale=1 / 48))]
+    exact = lambda h, w: 30 * torch.tanh(F.linear(h.float(), w.float()) / 30)  # noqa: E731
+    calls = {
+        "gemma2_ext": lambda h, w: ops.logits(h, w, 30.0),
+        "torch": lambda h, w: 30 * torch.tanh(F.linear(h, w).float() / 30),
+    }
+    bench.compare("logits", f"1 x 2304 -> {vocab}", inputs, calls, exact, nbytes=2 * vocab * 2304)
+
+
+def flex(bench: Bench, seqlen: int, window: int | None) -> Callable[..., Tensor] | None:
+    """flex_attention compiled with soft-cap and window."""
+    try:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            seen = j <= i
+            return seen if window is None else seen & (j > i - window)
+
+        blocks = create_block_mask(mask, None, None, seqlen, seqlen, device=bench.device.type)
+        call = torch.compile(flex_attention, dynamic=False)
+
+        def cap(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return SOFTCAP * torch.tanh(score / SOFTCAP)
+
+        return lambda q, k, v: call(
+            *(t.transpose(1, 2) for t in (q, k, v)),
+            score_mod=cap,
+            block_mask=blocks,
+            scale=HEAD_DIM**-0.5,
+            enable_gqa=True,
+        ).transpose(1, 2)
+    except Exception as error:
+        bench.missing["flex_attention"] = str(error).splitlines()[0]
+        return None
+
+
+def attention(bench: Bench) -> None:
+    scale = HEAD_DIM**-0.5
+    for seqlen in (64,) if bench.quick else (1024, 8192, 16384):
+        for window in (None, WINDOW) if seqlen > WINDOW else (None,):
+            heads = (HEADS, KV_HEADS, KV_HEADS)
+            inputs = [tuple(bench.normal(1, seqlen, h, HEAD_DIM) for h in heads)]
+            ours = functools.partial(ops.attention, scale=scale, softcap=SOFTCAP, window=window)
+            calls: dict[str, Callable[..., Any]] = {"gemma2_ext": ours}
+            peer = flex(bench, seqlen, window)
+            if peer:
+                calls["flex_attention"] = peer
+            if window is None:
+                calls["SDPA, no soft-cap"] = lambda q, k, v: F.scaled_dot_product_attention(
+                    *(t.transpose(1, 2) for t in (q, k, v)),
+                    is_causal=True,
+                    scale=scale,
+                    enable_gqa=True,
+                )
+            exact = None
+            if seqlen <= 1024:
+                exact = functools.partial(
+                    reference.attention, scale=scale, softcap=SOFTCAP, window=window
+                )
+            seen = sum(min(i + 1, window or seqlen) for i in range(seqlen))
+            flop = 4 * seen * HEADS * HEAD_DIM
+            name = f"{seqlen}" + (f", window {window}" if window else "")
+            bench.compare("attention", name, inputs, calls, exact, flop=flop)
+    for batch, keys in (
+        ((2, 64),) if bench.quick else ((1, 8192), (8, 8192), (64, 8192), (1, 65536))
+    ):
+        inputs = bench.rotated(
+            bench.normal(batch, 1, HEADS, HEAD_DIM),
+            bench.normal(batch, keys, KV_HEADS, HEAD_DIM),
+            bench.normal(batch, keys, KV_HEADS, HEAD_DIM),
+        )
+        lengths = torch.full((batch,), keys, device=bench.device)
+        calls = {
+            "gemma2_ext": lambda q, k, v, n=lengths: ops.attention_cache(
+                q, k, v, n, scale=scale, softcap=SOFTCAP
+            ),
+            "SDPA, no soft-cap": lambda q, k, v: F.scaled_dot_product_attention(
+                *(t.transpose(1, 2) for t in (q, k, v)), scale=scale, enable_gqa=True
+            ),
+        }
+        traffic = 2 * batch * keys * KV_HEADS * HEAD_DIM * 2
+        name = f"batch {batch}, {keys} keys"
+        exact = functools.partial(reference.attention, scale=scale, softcap=SOFTCAP)
+        bench.compare("decode", name, inputs, calls, exact if batch == 1 else None, nbytes=traffic)
+
+
+@torch.inference_mode()
+def model(bench: Bench) -> None:
+    """Decoding token/s of 2B on random weights, through `stream`, and its share of the limit."""
+    config = Gemma2Config.gemma2_2b()
+    if bench.quick:
+        from gemma2_ext.models import shipped_model
+
+        config = Gemma2Config.from_pretrained(shipped_model())
+    from gemma2_ext.weights import parameter_shapes
+
+    weights = {
+        name: torch.zeros(shape, dtype=torch.bfloat16, device=bench.device)
+        if len(shape) == 1
+        else torch.empty(shape, dtype=torch.bfloat16, device=bench.device).normal_(0, 0.02)
+        for name, shape in parameter_shapes(config).items()
+    }
+    ours = Gemma2(config, weights)
+    ids = torch.randint(3, config.vocab_size, (1, 16 if bench.quick else 512))
+    tokens = 8 if bench.quick else 128
+    for attempt in ("warm-up", "timed"):
+        steps = ours.stream(ids, max_new_tokens=tokens, stop_ids=[])
+        start = time.perf_counter()
+        next(steps)
+        first = time.perf_counter()
+        next(steps)  # its graph is captured here
+        second = time.perf_counter()
+        count = sum(1 for _ in steps)
+        end = time.perf_counter()
+        if attempt == "timed":
+            rate = count / (end - second)
+            nbytes = sum(p.nbytes for p in ours.parameters())
+            row = {
+                "group": "model",
+                "shape": f"2B bf16, {len(ids[0])} + {tokens}",
+                "name": "gemma2_ext",
+                "us": 1e6 / rate,
+                "token/s": rate,
+                "of limit": rate * nbytes / 1e9 / bench.limits["copy GB/s"],
+                "prefill token/s": len(ids[0]) / (first - start),
+            }
+            bench.rows.append(row)
+            bench.print(row)
+    if importlib.util.find_spec("transformers") is None:
+        bench.missing["transformers"] = "not installed"
+        return
+    from model import transformers_model  # benchmarks/model.py
+
+    hf = transformers_model(config, weights).to(bench.device)
+    call = lambda n: hf.generate(  # noqa: E731
+        ids.to(bench.device), max_new_tokens=n, min_new_tokens=n, do_sample=False
+    )
+    call(4)
+    times = []
+    for n in (2, 2 + tokens // 4):
+        start = time.perf_counter()
+        call(n)
+        if bench.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    rate = (tokens // 4) / max(times[1] - times[0], 1e-9)
+    row = {"group": "model", "shape": "2B bf16", "name": "transformers eager"}
+    row |= {"us": 1e6 / rate, "token/s": rate}
+    bench.rows.append(row)
+    bench.print(row)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "host": platform.processor() or platform.machine(),
+        "build": gemma2_ext.build_info(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    commands = {"commit": ["git", "rev-parse", "HEAD"]}
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+        commands["nvidia-smi"] = ["nvidia-smi", f"--query-gpu={query}", "--format=csv"]
+    for name, command in commands.items():
+        try:
+            facts[name] = subprocess.check_output(command, text=True, timeout=20).strip()
+        except (OSError, subprocess.SubprocessError) as error:
+            facts[name] = str(error)
+    return facts
+
+
+GROUPS = {"norms": norms, "linear": linear, "attention": attention, "model": model}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", default=",".join(GROUPS), help="of " + ", ".join(GROUPS))
+    parser.add_argument("--budget", type=float, default=240, help="seconds")
+    parser.add_argument("--quick", action="store_true", help="small shapes, to test this script")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    bench = Bench(args.device, args.quick, args.budget)
+    facts = machine(bench.device)
+    print({name: facts[name] for name in ("torch", "commit", *(["gpu"] if "gpu" in facts else []))})
+    with torch.no_grad():
+        measure_limits(bench)
+        for name in args.only.split(","):
+            try:
+                GROUPS[name](bench)
+            except Exception as error:
+                bench.missing[name] = f"{type(error).__name__}: {str(error)[:300]}"
+    for name, reason in bench.missing.items():
+        print(f"left out: {name}: {reason}")
+    if args.json:
+        result = {"machine": facts, "limits": bench.limits, "rows": bench.rows}
+        args.json.write_text(json.dumps(result | {"missing": bench.missing}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+// The inner loop of every blocked product: a tile of sums from packed operands.
+//
+// One operand is packed in panels of kPanelWidth columns, [k][column], so that a vector holds one k
+// of kLanes columns. The other is unpacked kGemmDepth factors of a row at a time, and each factor
+// is broadcast. The sums of a block of k are added to those of the blocks before, so a sum's order
+// does not depend on the sizes of the other dimensions, nor on the threads.
+#pragma once
+#include "linear-inl.h"
+
+namespace gemma2 {
+namespace GEMMA2_ISA {
+namespace {
+
+constexpr int kPanelWidth = 2 * kLanes;
+// Rows of a register tile; of a tile of one vector of columns kNarrowRows.
+constexpr int kTileRows = kRegisters == 32 ? 12 : 6;
+constexpr int kNarrowRows = 12;
+static_assert(kNarrowRows % kTileRows == 0, "");
+
+// Factors that hold k elements.
+template <class T>
+GEMMA2_INLINE int64_t factors(int64_t k) {
+  return divide_up(k, Math<T>::kPerFactor);
+}
+
+// sums[r][c] (+)= over i of rows[r][i] * panel[i][c], for kRows rows and kVectors vectors of
+// columns.
+template <class T, int kVectors, int kRows, class Factor = typename Math<T>::Factor>
+void gemm_tile(const Factor* panel, const Factor* rows, int64_t depth, float* sums,
+               int64_t sums_stride, bool add) {
+  using M = Math<T>;
+  VecF sum[kRows][kVectors] = {};
+  for (int64_t i = 0; i < depth; ++i) {
+    typename M::Vec columns[kVectors];
+    GEMMA2_UNROLL
+    for (int v = 0; v < kVectors; ++v) columns[v] = M::load_factors(panel + v * kLanes);
+    GEMMA2_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      GEMMA2_UNROLL
+      for (int v = 0; v < kVectors; ++v)
+        sum[r][v] =
+            M::multiply_add(columns[v], M::broadcast(rows[r * kGemmDepthStride + i]), sum[r][v]);
+    }
+    panel += kVectors * kLanes;
+  }
+  GEMMA2_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    GEMMA2_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      float* to = sums + r * sums_stride + v * kLanes;
+      store(to, add ? load(to) + sum[r][v] : sum[r][v]);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace GEMMA2_ISA
+}  // namespace gemma2

@@ -1,0 +1,473 @@
+// out = x weight^T with packed weights of 8 or 4 bits; x (rows, in_features), weight (out_features,
+// in_features) in blocks of 16 rows, as python/gemma2_ext/quantize.py describes them.
+//
+// A unit is a block: 16 columns of out. x is packed before, kQuantDepth columns of a row together
+// with one scale: to 16 bits for int8 weights, so that products are as good as float32's, to 8 bits
+// for int4 weights, whose own error is 30 times as large. A piece of weights (kQuantDepth columns
+// of a vector of rows) is unpacked to registers and meets all rows of x: its products are summed as
+// integers, exactly, then scaled and added to the row's sums in float32. Every lane is a row of
+// weight, so nothing is summed across lanes, and a row of x is computed the same way whatever rows
+// and threads are beside it. Memory bounds few rows, arithmetic many.
+#include "kernels.h"
+#include "quantized-inl.h"
+
+namespace gemma2 {
+namespace GEMMA2_ISA {
+namespace {
+
+// Vectors that hold a block's rows.
+constexpr int kBlockVectors = kQuantRows / kLanes;
+// Bytes of one group of four columns of a block.
+constexpr int64_t kQuadBytes = kQuantRows * 4;
+// How far ahead of their use weights are asked for.
+constexpr int64_t kPrefetchBytes = 2048;
+
+// kQuantDepth values of x as integers from -127 to 127, times a scale. Inf and NaN make the scale
+// NaN.
+struct Quantized {
+  int32_t q[kQuantDepth];
+  float scale;
+};
+
+template <class T>
+GEMMA2_INLINE Quantized quantize_x(const T* x, int64_t n) {
+  constexpr float limit = 127;
+  float values[kQuantDepth] = {};
+  for (int64_t i = 0; i < n; ++i) values[i] = to_float(x[i]);
+  VecF largest = zero(), nan = zero();
+  for (int64_t i = 0; i < kQuantDepth; i += kLanes) {
+    const VecF v = load(values + i);
+    largest = max(largest, abs(v));
+    nan += v * zero();
+  }
+  const float most = reduce_max(largest);
+  Quantized result;
+  result.scale = most / limit + reduce_sum(nan);
+  // What is smaller has an inverse beyond float's range, and counts as 0.
+  const VecF inverse = set(most > 1e-30f ? limit / most : 0.0f);
+  for (int64_t i = 0; i < kQuantDepth; i += kLanes) {
+    const VecF v = round_small(load(values + i) * inverse);
+    const VecI q = to_int(max(min(v, set(limit)), set(-limit)));
+    memcpy(result.q + i, &q, sizeof q);
+  }
+  return result;
+}
+
+#if !defined(GEMMA2_ISA_avx512_bf16)
+
+struct Int8 {
+  static constexpr int64_t kRowBytes = kInt8RowBytes, kScaleBytes = kInt8ScaleBytes;
+  static constexpr int64_t kFactorBytes = 0;
+  using Scale = BFloat16;
+  // One factor of a product of bytes is unsigned: that is x's magnitude, and its sign goes to the
+  // weight.
+  struct X {
+    int8_t q[kQuantDepth];
+    uint8_t magnitude[kQuantDepth];
+    float scale;
+  };
+  struct Scales {
+    VecF s[kBlockVectors];
+  };
+  struct Weights {
+    VecI8 w[8];
+    VecF scale;
+  };
+
+  static GEMMA2_INLINE X pack(const Quantized& from) {
+    X x;
+    for (int i = 0; i < kQuantDepth; ++i) {
+      x.q[i] = int8_t(from.q[i]);
+      x.magnitude[i] = uint8_t(from.q[i] < 0 ? -from.q[i] : from.q[i]);
+    }
+    x.scale = from.scale;
+    return x;
+  }
+  static GEMMA2_INLINE Scales load_scales(const uint8_t* from) {
+    Scales scales;
+    GEMMA2_UNROLL
+    for (int v = 0; v < kBlockVectors; ++v) scales.s[v] = load((const BFloat16*)from + v * kLanes);
+    return scales;
+  }
+  static GEMMA2_INLINE Weights load_piece(const uint8_t* data, const Scales& scales, int vector) {
+    Weights w;
+    data += vector * kLanes * 4;
+    GEMMA2_UNROLL
+    for (int i = 0; i < 8; ++i) w.w[i] = (VecI8)load_bits(data + i * kQuadBytes);
+    w.scale = scales.s[vector];
+    return w;
+  }
+  // Two products of bytes sum up to 2 * 127 * 127 < 2^15; there is no room for more.
+  static GEMMA2_INLINE VecF dot(const Weights& w, const X& x, VecF sum) {
+    const VecI16 ones = VecI16{} + 1;
+    VecI total = {};
+    GEMMA2_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      const VecI8 signs = (VecI8)broadcast_bits(x.q + 4 * i);
+      const VecU8 magnitudes = (VecU8)broadcast_bits(x.magnitude + 4 * i);
+      total += multiply_add_words(multiply_add_bytes(magnitudes, with_sign(w.w[i], signs)), ones);
+    }
+    return fma(to_floats(total), w.scale * set(x.scale), sum);
+  }
+};
+
+// s|s| of a block's rows in 16 bits, of each row twice.
+GEMMA2_INLINE void square_twice(const int8_t* from, VecI16 (&to)[kBlockVectors]) {
+#if defined(__AVX2__) && GEMMA2_LANES == 8
+  const __m256i s = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from));
+  const __m256i squares = _mm256_mullo_epi16(s, _mm256_abs_epi16(s));
+  // Rows 0-3, 8-11 and 4-7, 12-15: unpacking works within halves.
+  const __m256i order = _mm256_permute4x64_epi64(squares, 0xd8);
+  to[0] = (VecI16)_mm256_unpacklo_epi16(order, order);
+  to[1] = (VecI16)_mm256_unpackhi_epi16(order, order);
+#else
+  GEMMA2_UNROLL
+  for (int v = 0; v < kBlockVectors; ++v) {
+    const VecI s = load_bytes(from + v * kLanes);
+    const VecI16 twice = (VecI16)(s << 16 | (s & 0xffff)), sign = twice >> 15;
+    to[v] = twice * ((twice ^ sign) - sign);
+  }
+#endif
+}
+
+struct Int4 {
+  static constexpr int64_t kRowBytes = kInt4RowBytes, kScaleBytes = kInt4ScaleBytes;
+  static constexpr int64_t kFactorBytes = kInt4FactorBytes;
+  using Scale = int8_t;
+  struct X {
+    int8_t q[kQuantDepth];
+    // Of each group, -8 times the sum of columns 0, 1 of every four and of columns 2, 3: what makes
+    // numbers 0..15 those from -8 to 7.
+    int16_t offset[2][2];
+    float scale;
+  };
+  // s|s| of each row twice, of both groups.
+  struct Scales {
+    VecI16 s[2][kBlockVectors];
+  };
+  struct Weights {
+    VecU8 w[8];
+    VecI16 scale[2];
+  };
+
+  static GEMMA2_INLINE X pack(const Quantized& from) {
+    X x;
+    int32_t offset[2][2] = {};
+    for (int i = 0; i < kQuantDepth; ++i) {
+      x.q[i] = int8_t(from.q[i]);
+      offset[i / kInt4Group][i / 2 % 2] -= 8 * from.q[i];
+    }
+    for (int i = 0; i < 4; ++i) x.offset[i / 2][i % 2] = int16_t(offset[i / 2][i % 2]);
+    x.scale = from.scale;
+    return x;
+  }
+  static GEMMA2_INLINE Scales load_scales(const uint8_t* from) {
+    Scales scales;
+    GEMMA2_UNROLL
+    for (int g = 0; g < 2; ++g) square_twice((const int8_t*)from + g * kQuantRows, scales.s[g]);
+    return scales;
+  }
+  static GEMMA2_INLINE Weights load_piece(const uint8_t* data, const Scales& scales, int vector) {
+    Weights w;
+    data += vector * kLanes * 4;
+    GEMMA2_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const VecU bits = load_bits(data + i * kQuadBytes);
+      w.w[i] = (VecU8)(bits & 0x0f0f0f0fu);
+      w.w[4 + i] = (VecU8)(bits >> 4 & 0x0f0f0f0fu);
+    }
+    for (int g = 0; g < 2; ++g) w.scale[g] = scales.s[g][vector];
+    return w;
+  }
+  // A lane's products of a group sum up to 8 * 8 * 127 at most, in 16 bits; times s|s| < 2^14, and
+  // of two groups, below 2^29.
+  static GEMMA2_INLINE VecF dot(const Weights& w, const X& x, VecF sum) {
+    VecI total = {};
+    GEMMA2_UNROLL
+    for (int g = 0; g < 2; ++g) {
+      VecI16 words = (VecI16)broadcast_bits(x.offset[g]);
+      GEMMA2_UNROLL
+      for (int i = 0; i < 4; ++i)
+        words +=
+            multiply_add_bytes(w.w[4 * g + i], (VecI8)broadcast_bits(x.q + kInt4Group * g + 4 * i));
+      total += multiply_add_words(words, w.scale[g]);
+    }
+    return fma(to_floats(total), set(x.scale), sum);
+  }
+};
+
+#else
+
+struct Int8 {
+  static constexpr int64_t kRowBytes = kInt8RowBytes, kScaleBytes = kInt8ScaleBytes;
+  static constexpr int64_t kFactorBytes = 0;
+  using Scale = BFloat16;
+  struct X {
+    int8_t q[kQuantDepth];
+    // -128 times the sum: the unsigned factor of a product is the weight + 128.
+    int32_t offset;
+    float scale;
+  };
+  struct Scales {
+    VecF s[kBlockVectors];
+  };
+  struct Weights {
+    VecU8 w[8];
+    VecF scale;
+  };
+
+  static GEMMA2_INLINE X pack(const Quantized& from) {
+    X x;
+    x.offset = 0;
+    for (int i = 0; i < kQuantDepth; ++i) {
+      x.q[i] = int8_t(from.q[i]);
+      x.offset -= 128 * from.q[i];
+    }
+    x.scale = from.scale;
+    return x;
+  }
+  static GEMMA2_INLINE Scales load_scales(const uint8_t* from) {
+    Scales scales;
+    GEMMA2_UNROLL
+    for (int v = 0; v < kBlockVectors; ++v) scales.s[v] = load((const BFloat16*)from + v * kLanes);
+    return scales;
+  }
+  static GEMMA2_INLINE Weights load_piece(const uint8_t* data, const Scales& scales, int vector) {
+    Weights w;
+    data += vector * kLanes * 4;
+    GEMMA2_UNROLL
+    for (int i = 0; i < 8; ++i) w.w[i] = (VecU8)(load_bits(data + i * kQuadBytes) ^ 0x80808080u);
+    w.scale = scales.s[vector];
+    return w;
+  }
+  static GEMMA2_INLINE VecF dot(const Weights& w, const X& x, VecF sum) {
+    VecI total[2] = {VecI{} + x.offset, VecI{}};
+    GEMMA2_UNROLL
+    for (int i = 0; i < 8; ++i)
+      total[i % 2] = dot_quads(total[i % 2], w.w[i], (VecI8)broadcast_bits(x.q + 4 * i));
+    return fma(to_floats(total[0] + total[1]), w.scale * set(x.scale), sum);
+  }
+};
+
+struct Int4 {
+  static constexpr int64_t kRowBytes = kInt4RowBytes, kScaleBytes = kInt4ScaleBytes;
+  static constexpr int64_t kFactorBytes = kInt4FactorBytes;
+  using Scale = int8_t;
+  struct X {
+    int8_t q[kQuantDepth];
+    int32_t offset[2];  // -8 times each group's sum: makes numbers 0..15 those from -8 to 7
+    float scale;
+  };
+  struct Scales {
+    VecF s[2][kBlockVectors];  // s|s|
+  };
+  struct Weights {
+    VecU8 w[8];
+    VecF scale[2];
+  };
+
+  static GEMMA2_INLINE X pack(const Quantized& from) {
+    X x;
+    x.offset[0] = x.offset[1] = 0;
+    for (int i = 0; i < kQuantDepth; ++i) {
+      x.q[i] = int8_t(from.q[i]);
+      x.offset[i / kInt4Group] -= 8 * from.q[i];
+    }
+    x.scale = from.scale;
+    return x;
+  }
+  static GEMMA2_INLINE Scales load_scales(const uint8_t* from) {
+    Scales scales;
+    GEMMA2_UNROLL
+    for (int g = 0; g < 2; ++g) {
+      GEMMA2_UNROLL
+      for (int v = 0; v < kBlockVectors; ++v) {
+        const VecF s = to_floats(load_bytes((const int8_t*)from + g * kQuantRows + v * kLanes));
+        scales.s[g][v] = s * abs(s);
+      }
+    }
+    return scales;
+  }
+  static GEMMA2_INLINE Weights load_piece(const uint8_t* data, const Scales& scales, int vector) {
+    Weights w;
+    data += vector * kLanes * 4;
+    GEMMA2_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const VecU bits = load_bits(data + i * kQuadBytes);
+      w.w[i] = (VecU8)(bits & 0x0f0f0f0fu);
+      w.w[4 + i] = (VecU8)(bits >> 4 & 0x0f0f0f0fu);
+    }
+    for (int g = 0; g < 2; ++g) w.scale[g] = scales.s[g][vector];
+    return w;
+  }
+  static GEMMA2_INLINE VecF dot(const Weights& w, const X& x, VecF sum) {
+    VecI total[2] = {VecI{} + x.offset[0], VecI{} + x.offset[1]};
+    GEMMA2_UNROLL
+    for (int i = 0; i < 8; ++i)
+      total[i / 4] = dot_quads(total[i / 4], w.w[i], (VecI8)broadcast_bits(x.q + 4 * i));
+    const VecF product = fma(to_floats(total[0]), w.scale[0], to_floats(total[1]) * w.scale[1]);
+    return fma(product, set(x.scale), sum);
+  }
+};
+
+#endif
+
+GEMMA2_INLINE int64_t piece_count(const LinearParams& p) {
+  return divide_up(p.in_features, kQuantDepth);
+}
+
+// x of chunk `chunk` of rows: [piece][row].
+template <class F>
+GEMMA2_INLINE typename F::X* packed_chunk(const LinearParams& p, int64_t chunk) {
+  static_assert(sizeof(typename F::X) <= kQuantPackedBytes, "");
+  return (typename F::X*)p.packed_x + chunk * kQuantChunk * piece_count(p);
+}
+GEMMA2_INLINE int64_t chunk_rows(const LinearParams& p, int64_t chunk) {
+  return min_of(kQuantChunk, p.rows - chunk * kQuantChunk);
+}
+
+template <class F>
+void pack_row(const LinearParams& p, int64_t row) {
+  const int64_t chunk = row / kQuantChunk, rows = chunk_rows(p, chunk);
+  typename F::X* to = packed_chunk<F>(p, chunk) + row % kQuantChunk;
+  dispatch_dtype(p.dtype, [&](auto t) {
+    const auto* x = (const decltype(t)*)p.x + row * p.x_stride;
+    for (int64_t k = 0; k < p.in_features; k += kQuantDepth, to += rows)
+      *to = F::pack(quantize_x(x + k, min_of(kQuantDepth, p.in_features - k)));
+  });
+}
+
+// One block of weights in memory.
+template <class F>
+struct Block {
+  const uint8_t* data;
+  const uint8_t* scales;  // behind the rows' own factors
+  int64_t rows;
+
+  GEMMA2_INLINE Block(const LinearParams& p, int64_t block) {
+    const int64_t first = block * kQuantRows, pieces = piece_count(p);
+    rows = min_of(kQuantRows, p.out_features - first);
+    data = (const uint8_t*)p.weight + first * pieces * F::kRowBytes;
+    scales = (const uint8_t*)p.scales + first * (pieces * F::kScaleBytes + F::kFactorBytes) +
+             rows * F::kFactorBytes;
+  }
+};
+
+// A piece of a block of fewer than kQuantRows rows, with zeros for the others.
+template <class F>
+struct WidePiece {
+  alignas(64) uint8_t data[kQuantRows * F::kRowBytes];
+  alignas(64) uint8_t scales[kQuantRows * F::kScaleBytes];
+
+  WidePiece(const Block<F>& block, int64_t piece) {
+    memset(this, 0, sizeof *this);
+    const uint8_t* from = block.data + piece * block.rows * F::kRowBytes;
+    for (int64_t i = 0; i < F::kRowBytes / 4; ++i)
+      memcpy(data + i * kQuadBytes, from + i * block.rows * 4, block.rows * 4);
+    const int64_t width = block.rows * sizeof(typename F::Scale);
+    from = block.scales + piece * block.rows * F::kScaleBytes;
+    for (int64_t i = 0; i < int64_t(F::kScaleBytes / sizeof(typename F::Scale)); ++i)
+      memcpy(scales + i * kQuantRows * sizeof(typename F::Scale), from + i * width, width);
+  }
+};
+
+// sums[r] += the products of one piece with row r of x, for `rows` rows.
+template <class F>
+GEMMA2_INLINE void add_piece(const uint8_t* data, const uint8_t* scales, const typename F::X* x,
+                             int64_t rows, VecF (*sums)[kBlockVectors]) {
+  const typename F::Scales unpacked = F::load_scales(scales);
+  GEMMA2_UNROLL
+  for (int v = 0; v < kBlockVectors; ++v) {
+    const typename F::Weights w = F::load_piece(data, unpacked, v);
+    for (int64_t r = 0; r < rows; ++r) sums[r][v] = F::dot(w, x[r], sums[r][v]);
+  }
+}
+
+// The sums of a chunk of rows; kRows: how many, where that is known.
+template <class F, int kRows>
+void dot_block(const Block<F>& block, int64_t pieces, const typename F::X* x, int64_t rows,
+               VecF (*sums)[kBlockVectors]) {
+  if (kRows) rows = kRows;
+  VecF local[kRows ? kRows : 1][kBlockVectors] = {};
+  VecF(*to)[kBlockVectors] = kRows ? local : sums;
+  if (!kRows) memset(sums, 0, rows * sizeof *sums);
+  if (block.rows == kQuantRows) {
+    const uint8_t *data = block.data, *scales = block.scales;
+    for (int64_t i = 0; i < pieces; ++i, x += rows) {
+      GEMMA2_UNROLL
+      for (int64_t b = 0; b < kQuantRows * F::kRowBytes; b += 64)
+        __builtin_prefetch(data + kPrefetchBytes + b);
+      __builtin_prefetch(scales + kPrefetchBytes / 8);
+      add_piece<F>(data, scales, x, rows, to);
+      data += kQuantRows * F::kRowBytes;
+      scales += kQuantRows * F::kScaleBytes;
+    }
+  } else {
+    for (int64_t i = 0; i < pieces; ++i, x += rows) {
+      const WidePiece<F> wide(block, i);
+      add_piece<F>(wide.data, wide.scales, x, rows, to);
+    }
+  }
+  if (kRows) memcpy(sums, local, sizeof local);
+}
+
+// Multiplies sums with the factors that int4's rows have, and stores them.
+template <class F>
+void finish_block(const LinearParams& p, const Block<F>& block, int64_t column, int64_t first_row,
+                  int64_t rows, const VecF (*sums)[kBlockVectors]) {
+  float factors[kQuantRows];
+  for (int64_t i = 0; i < block.rows; ++i)
+    factors[i] = F::kFactorBytes
+                     ? to_float(((const BFloat16*)(block.scales - block.rows * F::kFactorBytes))[i])
+                     : 1.0f;
+  for (int64_t r = 0; r < rows; ++r) {
+    float line[kQuantRows];
+    memcpy(line, sums[r], sizeof line);
+    for (int64_t i = 0; i < block.rows; ++i) line[i] *= factors[i];
+    finish_row(p, first_row + r, column, block.rows, line);
+  }
+}
+
+template <class F>
+void pack_rows(const LinearParams& p, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) pack_row<F>(p, row);
+}
+
+template <class F>
+void dot_blocks(const LinearParams& p, int64_t begin, int64_t end) {
+  const int64_t pieces = piece_count(p);
+  VecF sums[kQuantChunk][kBlockVectors];
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const Block<F> block(p, unit);
+    for (int64_t chunk = 0; chunk * kQuantChunk < p.rows; ++chunk) {
+      const int64_t rows = chunk_rows(p, chunk);
+      const typename F::X* x = packed_chunk<F>(p, chunk);
+      if (rows == 1) {
+        dot_block<F, 1>(block, pieces, x, rows, sums);
+      } else {
+        dot_block<F, 0>(block, pieces, x, rows, sums);
+      }
+      finish_block<F>(p, block, unit * kQuantRows, chunk * kQuantChunk, rows, sums);
+    }
+  }
+}
+
+}  // namespace
+
+// A unit is a row of x.
+void linear_int8_pack(const LinearParams& p, int64_t begin, int64_t end) {
+  pack_rows<Int8>(p, begin, end);
+}
+void linear_int4_pack(const LinearParams& p, int64_t begin, int64_t end) {
+  pack_rows<Int4>(p, begin, end);
+}
+
+void linear_int8_blocks(const LinearParams& p, int64_t begin, int64_t end) {
+  dot_blocks<Int8>(p, begin, end);
+}
+void linear_int4_blocks(const LinearParams& p, int64_t begin, int64_t end) {
+  dot_blocks<Int4>(p, begin, end);
+}
+
+}  // namespace GEMMA2_ISA
+}  // namespace gemma2

@@ -1,0 +1,118 @@
+// Vectors of small integers, beside simd.h's floats: products of bytes and words, summed into the
+// 32-bit lanes that hold a row of packed weights each. Every wide instruction has its portable form
+// beside it, which gives the same bits.
+#pragma once
+#include "linear-inl.h"
+#include "quantized.h"
+
+namespace gemma2 {
+namespace GEMMA2_ISA {
+namespace {
+
+typedef int8_t VecI8 __attribute__((vector_size(kLanes * 4)));
+typedef uint8_t VecU8 __attribute__((vector_size(kLanes * 4)));
+typedef int16_t VecI16 __attribute__((vector_size(kLanes * 4)));
+
+#if defined(__AVX2__)
+template <class V>
+GEMMA2_INLINE __m256i& integer_part(V& v, int i) {
+  return ((__m256i*)&v)[i];
+}
+#endif
+
+// Four bytes in every lane.
+GEMMA2_INLINE VecI broadcast_bits(const void* p) {
+  int32_t bits;
+  memcpy(&bits, p, sizeof bits);
+  return VecI{} + bits;
+}
+
+// a[2i] * b[2i] + a[2i + 1] * b[2i + 1] of words, in 32 bits.
+GEMMA2_INLINE VecI multiply_add_words(VecI16 a, VecI16 b) {
+#if defined(__AVX512BW__)
+  return (VecI)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  VecI sum;
+  for (int i = 0; i < kLanes / 8; ++i)
+    integer_part(sum, i) = _mm256_madd_epi16(integer_part(a, i), integer_part(b, i));
+  return sum;
+#elif defined(__SSE2__)
+  return (VecI)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+  const VecI x = (VecI)a, y = (VecI)b;
+  return (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
+#endif
+}
+
+// a[2i] * b[2i] + a[2i + 1] * b[2i + 1] of bytes, in 16 bits. The sum has to fit there.
+GEMMA2_INLINE VecI16 multiply_add_bytes(VecU8 a, VecI8 b) {
+#if defined(__AVX512BW__)
+  return (VecI16)_mm512_maddubs_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  VecI16 sum;
+  for (int i = 0; i < kLanes / 8; ++i)
+    integer_part(sum, i) = _mm256_maddubs_epi16(integer_part(a, i), integer_part(b, i));
+  return sum;
+#else
+  const VecI16 x = (VecI16)a, y = (VecI16)b;
+  return (x & 0xff) * (y << 8 >> 8) + (x >> 8 & 0xff) * (y >> 8);
+#endif
+}
+
+// w where x is positive, -w where it is negative; anything where it is 0.
+GEMMA2_INLINE VecI8 with_sign(VecI8 w, VecI8 x) {
+#if defined(__AVX512BW__)
+  const __mmask64 negative = _mm512_movepi8_mask((__m512i)x);
+  return (VecI8)_mm512_mask_sub_epi8((__m512i)w, negative, _mm512_setzero_si512(), (__m512i)w);
+#elif defined(__AVX2__)
+  for (int i = 0; i < kLanes / 8; ++i)
+    integer_part(w, i) = _mm256_sign_epi8(integer_part(w, i), integer_part(x, i));
+  return w;
+#else
+  const VecI8 negative = x < 0;
+  return (w ^ negative) - negative;
+#endif
+}
+
+#if defined(GEMMA2_ISA_avx512_bf16)
+// sum[i] + a[4i] * b[4i] + ... + a[4i + 3] * b[4i + 3].
+GEMMA2_INLINE VecI dot_quads(VecI sum, VecU8 a, VecI8 b) {
+#if defined(__AVX512VNNI__)
+  return (VecI)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#else
+  const VecI16 x = (VecI16)a, y = (VecI16)b;
+  return sum + multiply_add_words(x & 0xff, y << 8 >> 8) +
+         multiply_add_words(x >> 8 & 0xff, y >> 8);
+#endif
+}
+#endif
+
+// kLanes bytes, widened. (The language's own conversion goes byte by byte.)
+GEMMA2_INLINE VecI load_bytes(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (VecI)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  VecI v;
+  for (int i = 0; i < kLanes / 8; ++i)
+    integer_part(v, i) = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8 * i)));
+  return v;
+#else
+  VecI v;
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+// kLanes integers that fit, narrowed.
+template <class T>
+GEMMA2_INLINE void store_integers(T* p, VecI v) {
+  typedef T Narrow __attribute__((vector_size(kLanes * sizeof(T))));
+  const Narrow narrow = __builtin_convertvector(v, Narrow);
+  memcpy(p, &narrow, sizeof narrow);
+}
+
+GEMMA2_INLINE VecF to_floats(VecI v) { return __builtin_convertvector(v, VecF); }
+
+}  // namespace
+}  // namespace GEMMA2_ISA
+}  // namespace gemma2

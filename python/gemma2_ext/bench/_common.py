@@ -1,0 +1,150 @@
+"""What the descriptions of the ops share: shapes by model size, sets of inputs, peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import Gemma2Config
+from ._harness import Call, Unavailable, compare_tensors
+
+SIZES = ("2b", "9b", "27b")
+PHASES = ("decode", "prefill", "training")
+CACHE_BYTES = 96 << 20  # more than the last-level cache of what this runs on
+MOST_SETS = 64
+ROWS = {"decode": (1, 8), "prefill": (512, 2048), "training": (2048,)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the cases of an op are made for."""
+
+    size: str
+    phase: str
+    dtype: torch.dtype
+    device: str
+
+    @property
+    def config(self) -> Gemma2Config:
+        """The model whose shapes are measured."""
+        config: Gemma2Config = getattr(Gemma2Config, f"gemma2_{self.size}")()
+        return config
+
+    @property
+    def dtype_name(self) -> str:
+        """As in `--dtype`."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def arithmetic(self) -> str:
+        """What products run in."""
+        if self.dtype == torch.float32 or (self.device == "cpu" and self.dtype == torch.float16):
+            return "float32"
+        return self.dtype_name
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The fields of a Case that these are."""
+        return {
+            "size": self.size,
+            "phase": self.phase,
+            "dtype": self.dtype_name,
+            "device": self.device,
+        }
+
+    def randn(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """A tensor of this dtype on this device; a training phase asks for its gradient."""
+        x = (torch.randn(shape, device=self.device) * scale).to(self.dtype)
+        return x.requires_grad_(self.phase == "training")
+
+
+def number_of_sets(bytes_of_one: int) -> int:
+    """Sets of inputs that together lie beyond the caches."""
+    return max(2, min(MOST_SETS, -(-CACHE_BYTES // max(1, bytes_of_one))))
+
+
+def sets_of(count: int, make: Callable[[], tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """`count` sets of inputs, each a tuple of arguments."""
+    return [make() for _ in range(count)]
+
+
+def forward_backward(function: Callable[..., Any], inputs: list[tuple[Any, ...]]) -> Call:
+    """Runs `function` on a set; where it has inputs that ask for gradients, backward as well.
+
+    A backward run returns the gradients, so that they are what is checked.
+    """
+
+    def call(i: int) -> Any:
+        arguments = inputs[i]
+        out = function(*arguments)
+        wanted = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+        if not wanted:
+            return out
+        outs = [o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad]
+        return torch.autograd.grad(outs, wanted, [torch.ones_like(o) for o in outs])
+
+    return call
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile of it, for these shapes alone."""
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)
+
+
+def peer(
+    function: Callable[..., Any], inputs: list[tuple[Any, ...]], *, compile: bool = False
+) -> Callable[[], Call]:
+    """What makes a peer's callable from a function of one set's arguments."""
+    return lambda: forward_backward(compiled(function) if compile else function, inputs)
+
+
+def needs(module: str) -> Any:
+    """Imports a peer's module.
+
+    Raises:
+        Unavailable: it is not installed, or does not run here.
+    """
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise Unavailable(f"{module} is not installed") from None
+
+
+def needs_cuda(setting: Setting, what: str) -> None:
+    """Raises Unavailable unless the setting is on a GPU."""
+    if setting.device != "cuda":
+        raise Unavailable(f"{what} runs on GPUs only")
+
+
+def checker(
+    exact: Callable[..., Any], arguments: tuple[Any, ...], dtype: torch.dtype
+) -> Callable[[Any], str | None]:
+    """Compares a result with the reference in float32 on set 0, computed at the first use."""
+    answers: list[tuple[Tensor, ...]] = []
+
+    def check(result: Any) -> str | None:
+        if not answers:
+            wide = tuple(
+                a.detach().float().requires_grad_(a.requires_grad)
+                if isinstance(a, Tensor) and a.is_floating_point()
+                else a
+                for a in arguments
+            )
+            answer = forward_backward(exact, [wide])(0)
+            answers.append(answer if isinstance(answer, tuple) else (answer,))
+        parts = result if isinstance(result, tuple) else (result,)
+        if len(parts) != len(answers[0]):
+            return f"{len(parts)} results for {len(answers[0])}"
+        for part, answer in zip(parts, answers[0], strict=True):
+            if problem := compare_tensors(part.detach(), answer.detach(), dtype):
+                return problem
+        return None
+
+    return check

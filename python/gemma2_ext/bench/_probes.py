@@ -1,0 +1,96 @@
+"""The machine's own limits, measured in the same minutes as what is held against them.
+
+Memory shared with other machines gives twice as much in one minute as in the next, and clocks
+change with heat: a share of a limit means something only where the limit was measured in turns
+with the code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import time
+
+import torch
+
+from .. import _C
+
+PROBE_BYTES = 256 << 20  # of each tensor: far beyond the caches
+MULTIPLY_SECONDS = 0.02
+
+
+class CpuProbes:
+    """Limits of this processor with torch's number of threads.
+
+    Args:
+        scratch_bytes: of each tensor that is read or written.
+    """
+
+    def __init__(self, scratch_bytes: int = PROBE_BYTES) -> None:
+        self._memory = [in_huge_pages(scratch_bytes).fill_(1) for _ in range(3)]
+
+    def bandwidth(self, reads: int, writes: int) -> float:
+        """Bytes a second of one pass that reads `reads` tensors (1 or 2) and writes 0 or 1."""
+        a, b, out = (t.data_ptr() for t in self._memory)
+        size = self._memory[0].nbytes
+        seconds = _C.probe_memory(
+            a, b if reads > 1 else 0, out if writes else 0, size, torch.get_num_threads()
+        )
+        return (reads + writes) * size / seconds
+
+    def arithmetic(self, kind: str) -> float:
+        """Operations a second of multiply-adds in registers; kind: "float32" or "bfloat16"."""
+        return _C.probe_multiply(kind, torch.get_num_threads(), MULTIPLY_SECONDS)
+
+
+class CudaProbes:
+    """Limits of the current CUDA device: a copy, and cuBLAS's largest product."""
+
+    def __init__(self) -> None:
+        self._memory = [torch.ones(PROBE_BYTES, device="cuda") for _ in range(3)]
+        self._factors: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def bandwidth(self, reads: int, writes: int) -> float:
+        """Bytes a second of a pass over device memory with that mix."""
+        a, b, out = self._memory
+        call = {
+            (1, 0): lambda: a.max(),
+            (2, 0): lambda: torch.dot(a, b),
+            (1, 1): lambda: out.copy_(a),
+            (2, 1): lambda: torch.add(a, b, out=out),
+        }[(reads, 1 if writes else 0)]
+        return (reads + (1 if writes else 0)) * a.nbytes / cuda_seconds(call)
+
+    def arithmetic(self, kind: str) -> float:
+        """Operations a second of an 8192^3 product."""
+        dtype = {"float32": torch.float32, "float16": torch.float16}.get(kind, torch.bfloat16)
+        if dtype not in self._factors:
+            x = torch.randn(8192, 8192, device="cuda").to(dtype)
+            self._factors[dtype] = (x, x.clone())
+        a, b = self._factors[dtype]
+        return 2 * 8192**3 / cuda_seconds(lambda: a @ b)
+
+
+def in_huge_pages(size: int) -> torch.Tensor:
+    """`size` bytes as float32, in huge pages where the system has them, as the weights are."""
+    memory = mmap.mmap(-1, size)
+    with contextlib.suppress(OSError, AttributeError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.float32)
+
+
+def cuda_seconds(call) -> float:  # type: ignore[no-untyped-def]
+    """Seconds of one call on the current CUDA stream, by events."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def cpu_seconds(call) -> float:  # type: ignore[no-untyped-def]
+    """Seconds of one call by the wall clock."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

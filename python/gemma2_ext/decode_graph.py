@@ -1,0 +1,137 @@
+"""Decoding on a GPU: one step as a CUDA graph, and the loop around it.
+
+A step is some 300 launches of a few microseconds each; replaying a graph costs one. Tokens, the
+stop tokens, positions and lengths stay on the device, so that a step's input is the output of the
+one before it, and a step is started before the host has seen its predecessor's token: the only wait
+is for the copy of that token. Not run on hardware.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .cache import KVCache
+
+if TYPE_CHECKING:
+    from .generate import Sampler
+    from .model import Gemma2
+
+PAD_ID = 0
+WARM_UP_STEPS = 2  # before the capture: libraries allocate and choose at their first calls
+
+
+class DecodeGraph:
+    """A step of `model` for every row of `cache`: tokens in, the next tokens out.
+
+    Args:
+        model: on a GPU.
+        cache: holds the prompts.
+        sampler: draws the tokens.
+        tokens: (batch,), the ones drawn from the prompts.
+        stops: ids that end a row.
+
+    Attributes:
+        tokens: (batch,) on the device, what the last step drew; 0 in rows that have stopped.
+    """
+
+    def __init__(
+        self, model: Gemma2, cache: KVCache, sampler: Sampler, tokens: Tensor, stops: Tensor
+    ) -> None:
+        self.model, self.cache, self.sampler = model, cache, sampler
+        self.stops = stops.to(model.device)
+        self.tokens = tokens.clone()
+        self.running = ~torch.isin(self.tokens, self.stops)
+        self.positions = cache.lengths[:, None].to(model.device, copy=True)
+        self.key_lengths = cache.lengths.to(model.device) + 1
+        # Of the random numbers; filled at each step.
+        self.keys = torch.zeros(cache.batch_size, 2, dtype=torch.int32, device=model.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def step(self) -> None:
+        """Starts a step; the host does not wait for it."""
+        ones = torch.ones_like(self.cache.lengths)
+        self.cache.reserve(ones)
+        # Drawn on the host, so that a seed gives the tokens that it gives on the CPU.
+        keys = self.sampler.keys(self.cache.batch_size)
+        self.keys.copy_(keys.pin_memory() if self.keys.is_cuda else keys, non_blocking=True)
+        if self.graph is None and self.tokens.is_cuda:
+            self.graph = self._capture()
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self._compute()
+        self.cache.commit(ones)
+
+    def _compute(self) -> None:
+        hidden = self.model._decode(
+            self.tokens[:, None], self.positions, self.key_lengths, self.cache
+        )
+        drawn = self.sampler(self.model._logits(hidden, last_only=True)[:, 0], self.keys)
+        self.tokens.copy_(torch.where(self.running, drawn, PAD_ID))
+        self.running.logical_and_(~torch.isin(self.tokens, self.stops))
+        self.positions.add_(1)
+        self.key_lengths.add_(1)
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """Captures a step; what the steps before the capture have changed is put back."""
+        state = (self.tokens, self.running, self.positions, self.key_lengths)
+        before = [t.clone() for t in state]
+        stream = torch.cuda.Stream(self.model.device)
+        stream.wait_stream(torch.cuda.current_stream(self.model.device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_STEPS):
+                self._compute()
+                for tensor, value in zip(state, before, strict=True):
+                    tensor.copy_(value)
+        torch.cuda.current_stream(self.model.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._compute()
+        return graph
+
+
+def decode(graph: DecodeGraph, max_new_tokens: int) -> Iterator[Tensor]:
+    """Yields the tokens in `graph`, then those of further steps, (batch,) on the CPU.
+
+    Ends after max_new_tokens, when every row has stopped, or when the cache is full. While it waits
+    for a step's tokens the next step is already on its way; where it turns out not to be wanted,
+    the cache takes it back.
+    """
+    cache = graph.cache
+    stops = graph.stops.cpu()
+    running = torch.ones(cache.batch_size, dtype=torch.bool)
+    for count in range(1, max_new_tokens + 1):
+        tokens, ready = _copy_to_host(graph.tokens)
+        ahead = count < max_new_tokens and cache.length < cache.max_length
+        if ahead:
+            with torch.inference_mode():
+                graph.step()
+        if ready is not None:
+            ready.synchronize()
+        running &= ~torch.isin(tokens, stops)
+        finished = not bool(running.any())
+        if ahead and finished:
+            cache.rewind(1)
+        try:
+            yield tokens
+        except GeneratorExit:
+            if ahead and not finished:
+                cache.rewind(1)
+            raise
+        if finished or not ahead:
+            return
+
+
+def _copy_to_host(tokens: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Starts a copy; it is there once the event has happened."""
+    if not tokens.is_cuda:
+        return tokens.clone(), None
+    host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+    host.copy_(tokens, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event

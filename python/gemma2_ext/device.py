@@ -1,0 +1,64 @@
+"""Which devices a model can run on, and why another is refused."""
+
+from __future__ import annotations
+
+import torch
+
+from . import _C
+
+# Ampere: bfloat16 in the tensor cores, and asynchronous copies to shared memory.
+LEAST_CAPABILITY = (8, 0)
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """The device, with its index, after checking that the ops can run there.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1" or the like.
+
+    Raises:
+        NotImplementedError: another kind of device; a build of gemma2_ext or torch without CUDA; a
+            GPU older than LEAST_CAPABILITY.
+        RuntimeError: no GPU, no such GPU, or torch and gemma2_ext are of two CUDA majors.
+        ValueError, TypeError: no device at all.
+    """
+    if not isinstance(device, (torch.device, str)):
+        raise TypeError(f"Gemma2: device must be a torch.device or str, got {device!r}")
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"Gemma2: device must be cpu or cuda, got {device!r}") from None
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise NotImplementedError(f"Gemma2: only cpu and cuda are supported, got {device}")
+    built = _C.build_info()
+    if torch.version.cuda is None:
+        raise NotImplementedError(
+            f"Gemma2: device {device}: PyTorch {torch.__version__} is built without CUDA; install "
+            "one with it, then gemma2_ext again"
+        )
+    if not built["cuda"]:
+        raise NotImplementedError(
+            f"Gemma2: device {device}: this build of gemma2_ext has no CUDA kernels; install it "
+            "again where nvcc is on PATH or in CUDA_HOME (GEMMA2_EXT_CUDA=ON makes that an error)"
+        )
+    if torch.version.cuda.split(".")[0] != str(built["cuda_version"]).split(".")[0]:
+        raise RuntimeError(
+            f"Gemma2: device {device}: gemma2_ext was built for CUDA {built['cuda_version']}, "
+            f"PyTorch {torch.__version__} uses CUDA {torch.version.cuda}; install gemma2_ext again"
+        )
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"Gemma2: device {device}: no GPU, or no driver for CUDA was found")
+    count = torch.cuda.device_count()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= count:
+        raise RuntimeError(f"Gemma2: device {device}: there are {count} GPUs, cuda:0 on")
+    capability = torch.cuda.get_device_capability(index)
+    if capability < LEAST_CAPABILITY:
+        raise NotImplementedError(
+            f"Gemma2: device cuda:{index}, {torch.cuda.get_device_name(index)}, has compute "
+            f"capability {capability[0]}.{capability[1]}; the kernels need "
+            f"{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} or later"
+        )
+    return torch.device("cuda", index)

@@ -1,0 +1,99 @@
+"""What the ops over packed weights share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..quantize import BLOCK_ROWS, Format, dequantize
+from ._common import check_tensor, through_dispatcher
+
+# Rows of weight that are float32 at a time in a backward.
+BACKWARD_ROWS = 256 * BLOCK_ROWS
+
+
+def check_packed(op: str, name: str, value: object) -> None:
+    """Raises TypeError unless value is a tensor; its dtype and shape are checked by the op."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"gemma2_ext::{op}: {name} must be a torch.Tensor, got {type(value).__name__}"
+        )
+
+
+def run(
+    op: str,
+    name: str,
+    x: Tensor,
+    data: Tensor,
+    scales: Tensor,
+    *more: Any,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Calls the op, or allocates its output and calls its `_out` form.
+
+    Args:
+        op: the op's name.
+        name: x's name there.
+        x: (..., in_features).
+        data: packed weights.
+        scales: their scales.
+        more: the arguments behind.
+        dtype: of the output; None: x's.
+    """
+    check_tensor(op, name, x)
+    check_packed(op, "data", data)
+    check_packed(op, "scales", scales)
+    if through_dispatcher(x) or x.dim() < 1 or data.dim() != 2:
+        return getattr(torch.ops.gemma2_ext, op).default(x, data, scales, *more)
+    out = x.new_empty((*x.shape[:-1], data.shape[0]), dtype=dtype)
+    getattr(torch.ops.gemma2_ext, f"{op}_out").default(x, data, scales, *more, out)
+    return out
+
+
+def register(format: Format) -> None:
+    """Registers fakes of the format's linear and linear's gradient to x."""
+
+    @torch.library.register_fake(f"gemma2_ext::linear_{format}")
+    def _(x: Tensor, data: Tensor, scales: Tensor) -> Tensor:
+        return x.new_empty((*x.shape[:-1], data.shape[0]))
+
+    @torch.library.register_fake(f"gemma2_ext::linear_{format}_out")
+    def _(x: Tensor, data: Tensor, scales: Tensor, out: Tensor) -> None:
+        return None
+
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x, data, scales = inputs
+        ctx.save_for_backward(data, scales)
+        ctx.in_features = x.shape[-1]
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        data, scales = ctx.saved_tensors
+        return grad_x(format, grad, data, scales, ctx.in_features), None, None
+
+    torch.library.register_autograd(
+        f"gemma2_ext::linear_{format}", backward, setup_context=setup_context
+    )
+
+
+def grad_x(format: Format, grad: Tensor, data: Tensor, scales: Tensor, in_features: int) -> Tensor:
+    """grad @ weight, with a part of the weight unpacked at a time."""
+    total = grad.new_zeros((*grad.shape[:-1], in_features), dtype=torch.float32)
+    for first in range(0, data.shape[0], BACKWARD_ROWS):
+        rows = slice(first, first + BACKWARD_ROWS)
+        weight = dequantize(format, data[rows], scales[rows], in_features)
+        total = total + grad[..., rows].float() @ weight
+    return total.to(grad.dtype)
+
+
+def register_logits(format: Format) -> None:
+    """Registers fakes of the format's logits."""
+
+    @torch.library.register_fake(f"gemma2_ext::logits_{format}")
+    def _(hidden: Tensor, data: Tensor, scales: Tensor, softcap: float | None = None) -> Tensor:
+        return hidden.new_empty((*hidden.shape[:-1], data.shape[0]), dtype=torch.float32)
+
+    @torch.library.register_fake(f"gemma2_ext::logits_{format}_out")
+    def _(hidden: Tensor, data: Tensor, scales: Tensor, softcap: float | None, out: Tensor) -> None:
+        return None

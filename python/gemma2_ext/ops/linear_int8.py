@@ -1,0 +1,36 @@
+"""linear_int8: x @ weight^T with weights in 8 bits."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ._quantized import register, run
+
+
+def linear_int8(x: Tensor, data: Tensor, scales: Tensor) -> Tensor:
+    """`x @ weight.T` for the weight that data and scales stand for, summed in float32.
+
+    Each x is taken to 8 bits with a scale for every 32 columns: an error of up to 1/254 of the
+    largest x of 32, about as much as 8 bits cost the weights.
+    A row's result depends neither on the rows beside it nor on the number of threads. An Inf or NaN
+    in a row of x makes the row's result NaN. The gradient goes to x alone.
+
+    Args:
+        x: (..., in_features), float32, bfloat16 or float16, any strides.
+        data: the weights of a `QuantizedWeight`, int8, contiguous,
+            (out_features, in_features padded to a multiple of 32).
+        scales: its scales, bfloat16, (out_features, data.shape[1] / 32).
+
+    Returns:
+        A contiguous tensor (..., out_features) of x's dtype.
+
+    Raises:
+        TypeError: x is not a floating tensor of those dtypes, or data or scales is no tensor.
+        ValueError: data or scales is of another dtype, shape or device, or not contiguous.
+
+    Source: docs/quantization.md.
+    """
+    return run("linear_int8", "x", x, data, scales)
+
+
+register("int8")

@@ -1,0 +1,40 @@
+"""Every op once or twice on small and odd shapes, for compute-sanitizer."""
+
+from __future__ import annotations
+
+import torch
+
+from gemma2_ext import ops
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    torch.set_default_device("cuda")
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows, size in ((1, 41), (3, 2304)):
+            x, w = torch.randn(rows, size).to(dtype), torch.randn(size).to(dtype)
+            ops.rms_norm(x, w)
+            ops.add_rms_norm(x, x, w, w)
+            ops.geglu(x, x)
+            for count in (1, 9):
+                weight = torch.randn(33, size).to(dtype)
+                ops.linear(x[:1].expand(count, size), weight)
+                ops.logits(x[:1].expand(count, size), weight, 30.0)
+        for head_dim in (64, 256):
+            q, k = (torch.randn(2, 5, heads, head_dim).to(dtype) for heads in (4, 2))
+            positions = torch.arange(5)
+            ops.rope(q, k, positions)
+            cache = torch.zeros(2, 7, 2, head_dim, dtype=dtype)
+            ops.rope_append_cache(q, k, k, positions, cache, cache.clone())
+            lengths = torch.full((2,), 5)
+            try:
+                ops.attention(q, k, k, window=3, scale=0.1, softcap=50.0)
+                ops.attention_cache(q[:, :1], cache, cache, lengths, scale=0.1, softcap=50.0)
+            except NotImplementedError as error:
+                print(error)
+    torch.cuda.synchronize()
+    print("all done")
+
+
+if __name__ == "__main__":
+    main()

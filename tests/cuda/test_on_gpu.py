@@ -1,0 +1,93 @@
+"""What only a GPU shows: the model, graphs, streams, memory. The ops' own tests run there too, with
+the instruction set "cuda" (conftest.py). Skipped without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gemma2_ext
+from gemma2_ext import Gemma2, ops, reference
+from gemma2_ext.models import shipped_model
+
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() and gemma2_ext._C.build_info()["cuda"]),
+    reason="needs a GPU and a build with CUDA",
+)
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[Gemma2, Gemma2]:
+    folder = shipped_model()
+    return tuple(  # type: ignore[return-value]
+        Gemma2.from_pretrained(folder, dtype=torch.float32, device=d) for d in ("cpu", "cuda")
+    )
+
+
+def test_gpu_has_the_same_tokens_as_the_cpu(models: tuple[Gemma2, Gemma2]) -> None:
+    cpu, gpu = models
+    ids = torch.randint(3, cpu.config.vocab_size, (3, 17))
+    mask = torch.ones(3, 17, dtype=torch.bool)
+    mask[1, :5] = False
+    right = cpu.generate(ids, max_new_tokens=40, attention_mask=mask)
+    assert torch.equal(gpu.generate(ids, max_new_tokens=40, attention_mask=mask).cpu(), right)
+    assert list(gpu.stream(ids[:1], max_new_tokens=9)) == list(
+        cpu.stream(ids[:1], max_new_tokens=9)
+    )
+
+
+def test_gpu_logits(models: tuple[Gemma2, Gemma2]) -> None:
+    cpu, gpu = models
+    ids = torch.randint(3, cpu.config.vocab_size, (2, 65))
+    torch.testing.assert_close(gpu(ids).cpu(), cpu(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_gpu_sampling_repeats(models: tuple[Gemma2, Gemma2]) -> None:
+    gpu = models[1]
+    ids = torch.randint(3, gpu.config.vocab_size, (2, 5))
+    for options in ({}, {"top_k": 20}, {"top_p": 0.9}, {"min_p": 0.1}):
+        first, second = (
+            gpu.generate(ids, max_new_tokens=12, temperature=0.9, seed=3, **options)
+            for _ in range(2)
+        )
+        assert torch.equal(first, second)
+
+
+def test_gpu_streams_and_graphs() -> None:
+    x, w = torch.randn(64, 2304, device="cuda"), torch.randn(2304, device="cuda")
+    expected = reference.rms_norm(x, w)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        out = ops.rms_norm(x, w)
+    side.synchronize()
+    torch.testing.assert_close(out, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.rms_norm(x, w)
+    x.mul_(2)
+    graph.replay()
+    torch.testing.assert_close(out, reference.rms_norm(x, w))
+
+
+def test_gpu_out_of_memory_is_torch_s_own_error() -> None:
+    x = torch.empty(1, dtype=torch.bfloat16, device="cuda").expand(1 << 30, 1024)
+    with pytest.raises(torch.OutOfMemoryError):
+        ops.geglu(x, x)
+
+
+def test_gpu_tensors_on_two_devices() -> None:
+    with pytest.raises(ValueError, match="weight must be on x's device cuda:0, got cpu"):
+        ops.rms_norm(torch.randn(2, 8, device="cuda"), torch.randn(8))
+
+
+def test_gpu_more_than_2_31_elements() -> None:
+    free, _ = torch.cuda.mem_get_info()
+    rows, size = (1 << 31) // 1024 + 3, 1024
+    if free < 5 * rows * size * 2:
+        pytest.skip("needs 22 GB")
+    x = torch.randn(rows, size, device="cuda", dtype=torch.bfloat16)
+    w = torch.randn(size, device="cuda", dtype=torch.bfloat16)
+    out = ops.rms_norm(x, w)
+    torch.testing.assert_close(out[-3:], reference.rms_norm(x[-3:], w))
+    torch.testing.assert_close(ops.geglu(x, x)[-3:], reference.geglu(x[-3:], x[-3:]))

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import gemma2_ext
+from gemma2_ext import cli
+from gemma2_ext.bench import OPS, Settings, _common, _probes, _report, _suite, attention, measure
+from gemma2_ext.bench._harness import Case, Result, Side, compare_tensors
+
+QUICK = Settings(rounds=3, sample_seconds=1e-4)
+
+
+@pytest.fixture(scope="module")
+def probes() -> _probes.CpuProbes:
+    return _probes.CpuProbes(1 << 20)
+
+
+def setting(phase: str = "decode", dtype: torch.dtype = torch.float32) -> _common.Setting:
+    return _common.Setting("2b", phase, dtype, "cpu")
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shapes of a model that is small enough for a test."""
+    config = gemma2_ext.Gemma2Config.gemma2_2b()
+    tiny = replace(
+        config,
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=199,
+        sliding_window=24,
+        query_pre_attn_scalar=16,
+    )
+    for size in ("2b", "9b", "27b"):
+        name = f"gemma2_{size}"
+        monkeypatch.setattr(gemma2_ext.Gemma2Config, name, staticmethod(lambda: tiny))
+    monkeypatch.setattr(attention, "LENGTHS", {"decode": (40,), "prefill": (40,), "training": (9,)})
+    monkeypatch.setattr(_common, "CACHE_BYTES", 1)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_is_right_in_every_phase(small: None, probes: _probes.CpuProbes, op: str) -> None:
+    found = 0
+    for phase in _common.PHASES:
+        for case in _suite.cases(op, setting(phase)):
+            result = measure(case, replace(QUICK, peers=False), probes)
+            assert result.sides[0].verdict == "right"
+            assert result.sides[0].seconds > 0
+            assert result.sides[0].samples == 3
+            assert result.limit_seconds > 0
+            found += 1
+    assert found
+
+
+def test_a_dropped_softcap_and_a_dropped_window_are_called_wrong(
+    small: None, probes: _probes.CpuProbes
+) -> None:
+    case, local = _suite.cases("attention", setting("prefill"))
+    assert "global" in case.shape
+    assert "window 24" in local.shape
+    names = {name: case.peers[name] for name in ("torch eager", "SDPA")}
+    result = measure(replace(case, peers=names), QUICK, probes)
+    verdicts = {side.name: side.verdict for side in result.sides}
+    assert verdicts["torch eager"] == "right"
+    assert re.match(r"wrong: off by \d+%", verdicts["SDPA"])
+    assert "wrong: off by" in "\n".join(_report.lines(result))
+    dropped = measure(replace(local, peers={"no window": lambda: case.ours}), QUICK, probes)
+    assert dropped.sides[1].verdict.startswith("wrong")
+
+
+def test_an_own_wrong_answer_is_an_error(small: None, probes: _probes.CpuProbes) -> None:
+    case = next(iter(_suite.cases("rms_norm", setting())))
+    wrong = replace(case, ours=lambda i: case.ours(i) * 1.5)
+    with pytest.raises(RuntimeError, match="rms_norm 1 x 64 is wrong: off by 50%"):
+        measure(wrong, QUICK, probes)
+
+
+def test_a_peer_that_fails_is_reported(small: None, probes: _probes.CpuProbes) -> None:
+    def broken() -> None:
+        raise ValueError("not here\nmore")
+
+    case = next(iter(_suite.cases("rms_norm", setting())))
+    result = measure(replace(case, peers={"broken": broken}), QUICK, probes)
+    assert result.sides[1].verdict == "unavailable: ValueError: not here"
+    assert "broken           unavailable" in "\n".join(_report.lines(result))
+
+
+def test_liger_is_for_gpus(small: None, probes: _probes.CpuProbes) -> None:
+    case = next(iter(_suite.cases("geglu", setting())))
+    result = measure(replace(case, peers={"Liger": case.peers["Liger"]}), QUICK, probes)
+    assert result.sides[1].verdict == "unavailable: Liger runs on GPUs only"
+
+
+def test_compare_tensors() -> None:
+    x = torch.randn(50)
+    assert compare_tensors(x, x, torch.float32) is None
+    assert compare_tensors(x.bfloat16(), x, torch.bfloat16) is None
+    assert compare_tensors(x * 1.2, x, torch.bfloat16) == "off by 20%"
+    assert compare_tensors(x[1:], x, torch.float32) == "shape (49,) for (50,)"
+    assert compare_tensors(x * float("nan"), x, torch.float32) == "off by nan%"
+
+
+def result(seconds: float, spread: float = 0.01, limit: float = 0.001) -> Result:
+    side = Side(
+        "gemma2_ext", "right", seconds, (seconds * (1 - spread), seconds * (1 + spread)), 20
+    )
+    return Result(
+        op="geglu",
+        shape="8 x 9216",
+        size="2b",
+        phase="decode",
+        dtype="bfloat16",
+        device="cpu",
+        bytes=100,
+        operations=0,
+        bandwidth=100 / limit,
+        peak=0.0,
+        limit_seconds=limit,
+        bound="memory",
+        sides=[side],
+    )
+
+
+def test_compare_knows_noise() -> None:
+    def verdict(old: Result, new: Result) -> str:
+        (line,) = _report.compare([old], [new])
+        return line.rsplit(": ", 1)[1]
+
+    assert verdict(result(0.002), result(0.002)) == "no change beyond noise"
+    assert verdict(result(0.002), result(0.001)) == "faster"
+    assert verdict(result(0.001), result(0.002)) == "slower"
+    assert (
+        verdict(result(0.002, spread=0.5), result(0.0025, spread=0.5)) == "no change beyond noise"
+    )
+    # Memory gives half of what it gave, and the op takes twice as long.
+    assert verdict(result(0.002), result(0.004, limit=0.002)) == "no change beyond noise"
+    assert _report.compare([result(0.001)], [replace(result(0.001), shape="other")]) == []
+
+
+def test_json_and_back(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    path.write_text(_report.to_json([result(0.002)], "cpu"))
+    machine, results = _report.read_json(path)
+    assert results == [result(0.002)]
+    assert machine["cpu_isa"] == gemma2_ext._C.cpu_isa()
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="no results of gemma2-ext bench"):
+        _report.read_json(path)
+    path.write_text(json.dumps({"format": 99}))
+    with pytest.raises(ValueError, match="its format is 99"):
+        _report.read_json(path)
+
+
+def test_a_page_has_every_side() -> None:
+    page = _report.markdown({"threads": 2}, [result(0.002)], ["bars.svg"])
+    assert "![bars](bars.svg)" in page
+    assert "| 8 x 9216, bfloat16, decode | gemma2_ext | 2 ms | 5e-05 GB/s | 50% |  |" in page
+
+
+def test_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    _report.plot_bars([result(0.002)], tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="a roofline needs a case that multiplies"):
+        _report.plot_roofline([result(0.002)], tmp_path / "roof.png")
+    multiplies = replace(result(0.002), operations=1000, peak=1e6)
+    _report.plot_roofline([multiplies], tmp_path / "roof.png")
+    assert (tmp_path / "roof.png").stat().st_size > 1000
+
+
+def test_probes_measure(probes: _probes.CpuProbes, isa: str) -> None:
+    for mix in ((1, 0), (2, 0), (1, 1), (2, 1)):
+        assert probes.bandwidth(*mix) > 1e8
+    assert probes.arithmetic("float32") > 1e8
+    assert probes.arithmetic("bfloat16") > 1e8
+    assert (probes.arithmetic("int8") > 1e8) == (isa != "scalar")
+
+
+def test_probe_errors() -> None:
+    with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or int8"):
+        gemma2_ext._C.probe_multiply("int3", 1, 0.001)
+    with pytest.raises(ValueError, match="threads must be at least 1"):
+        gemma2_ext._C.probe_multiply("float32", 0, 0.001)
+    with pytest.raises(ValueError, match="bytes must be a multiple of 65536, got 1000"):
+        gemma2_ext._C.probe_memory(0, 0, 0, 1000, 1)
+
+
+def test_the_probe_writes_the_sum() -> None:
+    a, b, out = (torch.full((1 << 15,), value) for value in (1.0, 2.0, float("nan")))
+    gemma2_ext._C.probe_memory(a.data_ptr(), b.data_ptr(), out.data_ptr(), out.nbytes, 2)
+    assert torch.equal(out, torch.full_like(out, 3.0))
+
+
+def test_command(small: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    common = ("bench", "--dtype", "float32", "--rounds", "3", "--no-peers", "--phase", "decode")
+    assert cli.main([*common, "rope", "--shape", "1 x", "--json", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "rope  1 x (4 + 2) heads of 16  float32 decode" in out
+    page = tmp_path / "page.md"
+    again = ("bench", "--load", str(path), "--compare", str(path), "--report", str(page))
+    assert cli.main(again) == 0
+    assert "no change beyond noise" in capsys.readouterr().out
+    assert page.read_text().startswith("# Performance")
+
+
+def test_command_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["bench", "no_such_op"]) == 2
+    assert "there is no op 'no_such_op'" in capsys.readouterr().err
+    assert cli.main(["bench", "rope", "--compare", str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert cli.main(["bench", "rope", "--device", "cuda"]) == 2
+        assert "torch finds no CUDA device" in capsys.readouterr().err
+
+
+def test_case_describes_itself(small: None) -> None:
+    case = next(iter(_suite.cases("linear", setting())))
+    assert isinstance(case, Case)
+    assert case.shape == "qkv: 1 x 64 -> 128"
+    assert case.operations == 2 * 64 * 128
