@@ -103,6 +103,7 @@ template <class T, int kHeadDim, bool kOfKeys>
 GEMMA2_DEVICE void gradient_block(const AttentionBackwardParams& b, const AttentionPlan& plan,
                                   const Unit<T>& u, bool of_v, int key_begin) {
   using Layout = RowLayout<kHeadDim>;
+  constexpr int kUnroll = 4;  // addresses of more copies would not fit beside the gradient
   const AttentionParams& p = b.forward;
   const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
   const int head_dim = int(p.head_dim);
@@ -124,17 +125,17 @@ GEMMA2_DEVICE void gradient_block(const AttentionBackwardParams& b, const Attent
       states[r] = row_state(b, u, r < u.rows ? r : u.rows - 1);
   }
   const auto copy_rows = [&](T* a_tile, T* b_tile, auto count, int first, int rows) {
-    copy_tile<Layout, count.value, kThreads>(a_tile, rows, head_dim, thread,
-                                             [&](int row) { return row_of(p.q, u, first + row); });
-    copy_tile<Layout, count.value, kThreads>(b_tile, rows, head_dim, thread, [&](int row) {
+    copy_tile<Layout, count.value, kThreads, kUnroll>(
+        a_tile, rows, head_dim, thread, [&](int row) { return row_of(p.q, u, first + row); });
+    copy_tile<Layout, count.value, kThreads, kUnroll>(b_tile, rows, head_dim, thread, [&](int row) {
       return row_of(b.grad_out, u, first + row);
     });
   };
   const auto copy_keys = [&](T* a_tile, T* b_tile, auto count, int first, int keys) {
-    copy_tile<Layout, count.value, kThreads>(a_tile, keys, head_dim, thread, [&](int key) {
+    copy_tile<Layout, count.value, kThreads, kUnroll>(a_tile, keys, head_dim, thread, [&](int key) {
       return key_row(plan, u, u.k, plan.k_stride, first + key);
     });
-    copy_tile<Layout, count.value, kThreads>(b_tile, keys, head_dim, thread, [&](int key) {
+    copy_tile<Layout, count.value, kThreads, kUnroll>(b_tile, keys, head_dim, thread, [&](int key) {
       return key_row(plan, u, u.v, plan.v_stride, first + key);
     });
   };
