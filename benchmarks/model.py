@@ -3,8 +3,8 @@
     python benchmarks/model.py --size 2b --prompt 512 --new-tokens 16 --json out.json
     python benchmarks/model.py --size 27b --quantize int4 --prompt 16
 
-Packed weights are drawn as such, so that sizes run whose bfloat16 weights memory does not hold; they
-have no peer in transformers.
+Packed weights are drawn as such, so that sizes run whose bfloat16 weights memory does not hold;
+they have no peer in transformers.
 Both models share one set of weights (transformers' parameters are views of ours). The memory's read
 bandwidth is probed between the decoded tokens, so that a share of it means something on a machine
 whose memory is also used by others.

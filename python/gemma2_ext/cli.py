@@ -34,7 +34,7 @@ from .speculative import Draft, ModelDraft, NgramDraft
 from .threads import default_threads
 from .tokenizer import Tokenizer
 from .training import commands as training
-from .weights import SINGLE, available_memory, memory_needed, stored_dtype
+from .weights import SINGLE, available_memory, memory_needed
 
 PROGRAM = "gemma2-ext"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
