@@ -96,6 +96,7 @@ SCALARS: dict[str, Any] = {
     "int64_t": ctypes.c_int64,
     "int32_t": ctypes.c_int32,
     "float": ctypes.c_float,
+    "double": ctypes.c_double,
     "bool": ctypes.c_bool,
     "DType": ctypes.c_int32,
 }
