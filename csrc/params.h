@@ -207,6 +207,7 @@ struct AttentionBackwardParams {
   HeadsView grad_out;
   const float* grad_lse;             // like lse
   HeadsView grad_q, grad_k, grad_v;  // like q, k, v
+  float* row_terms;                  // CUDA: like lse, scratch
 };
 
 // out[r, n] = sum_k x[r, k] * weight[n, k]; with softcap > 0: softcap * tanh(out / softcap)
@@ -238,6 +239,7 @@ struct GemmParams {
   void* out;  // (rows, columns), last dimension contiguous
   int64_t out_stride;
   int64_t rows, columns, depth;
+  int64_t unit_rows;  // rows of out in one unit, at most kGemmRows
   DType a_dtype, b_dtype, out_dtype;
   DType product;   // kBFloat16: factors may be rounded to it; else they are float32
   bool add;        // to out, which is float32 then
