@@ -239,6 +239,7 @@ struct GemmParams {
   void* out;  // (rows, columns), last dimension contiguous
   int64_t out_stride;
   int64_t rows, columns, depth;
+  int64_t unit_rows;  // rows of out in one unit, at most kGemmRows
   DType a_dtype, b_dtype, out_dtype;
   DType product;   // kBFloat16: factors may be rounded to it; else they are float32
   bool add;        // to out, which is float32 then

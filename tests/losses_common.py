@@ -61,22 +61,26 @@ def assert_same_for_any_threads(loss: Loss, *tensors: Tensor, **options: Any) ->
 
 
 def peak_growth(code: str) -> float:
-    """MB by which the peak memory of a process grows while `code` calls run().
+    """MB by which a process's memory grows at most while `code` calls run().
 
     `code` sets everything up and defines run(); run() is called once before, on fewer tokens, so
     that neither imports nor threads count.
     """
     script = f"""
-import resource
-import torch
+import ctypes, torch
+from pathlib import Path
 from gemma2_ext import ops
 {code}
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def status(field):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
 run(16)
-before = peak()
+ctypes.CDLL(None).malloc_trim(0)
+Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+before = status("VmRSS")
 run(None)
-print(peak() - before)
+print(status("VmHWM") - before)
 """
     result = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True

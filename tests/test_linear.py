@@ -181,8 +181,8 @@ def test_backward(isa: str, dtype: torch.dtype, in_features: int, out_features: 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_backward_in_blocks(isa: str, dtype: torch.dtype) -> None:
-    # Beyond what is packed at a time: 1024 columns of a result, 4096 elements of depth.
-    x, weight = operands(20, 1100, 4500, dtype)
+    # Beyond what is packed at a time: 1280 columns of a result, 4096 elements of depth.
+    x, weight = operands(20, 1400, 4500, dtype)
     grad = torch.randn(20, 4500).to(dtype)
     grad_x, grad_weight = gradients(ops.linear, x, weight, grad)
     assert_product(grad_x, grad, weight.T)
@@ -266,6 +266,13 @@ def test_backward_through_compile_autocast_and_checkpoint() -> None:
     expected = gradients(ops.linear, x.bfloat16(), weight.bfloat16(), grad.bfloat16())
     for one, other in zip(narrow, expected, strict=True):
         assert torch.equal(one, other.float())
+
+
+def test_no_second_derivative() -> None:
+    x, weight = operands(5, 64, 33)
+    out = ops.linear(x.requires_grad_(), weight)
+    with pytest.raises(NotImplementedError, match="linear has no second derivative"):
+        torch.autograd.grad(out.sum(), x, create_graph=True)
 
 
 def test_backward_errors() -> None:

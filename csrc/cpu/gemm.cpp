@@ -1,7 +1,7 @@
 // out = a b^T, or added to out; a (rows, depth), b (columns, depth), each with either dimension
 // contiguous: the products of a backward pass.
 //
-// b is packed before, once for all units; a unit of gemm_rows is kGemmRows rows of out and all its
+// b is packed before, once for all units; a unit of gemm_rows is unit_rows rows of out and all its
 // columns (gemm-inl.h says how sums are made). float32 sums go to out itself, a block of k after
 // another; narrower ones through scratch, rounded once. Arithmetic bounds this.
 #include "gemm-inl.h"
@@ -154,11 +154,13 @@ template <class T, class S>
 void multiply_rows(const GemmParams& p, int64_t row) {
   using Factor = typename Math<T>::Factor;
   constexpr int64_t kDepth = kGemmDepth * Math<T>::kPerFactor;
-  const int64_t rows = min_of(kGemmRows, p.rows - row);
+  const int64_t rows = min_of(p.unit_rows, p.rows - row);
   const bool direct = p.out_dtype == DType::kFloat32;
   Factor* lines = (Factor*)p.scratch;
   float* sums = direct ? (float*)p.out + row * p.out_stride : p.scratch + kGemmScratch;
   const int64_t stride = direct ? p.out_stride : divide_up(p.columns, kLanes) * kLanes;
+  for (int64_t r = 0; p.depth == 0 && !p.add && r < rows; ++r)
+    memset(sums + r * stride, 0, p.columns * sizeof *sums);
   for (int64_t k = 0; k < p.depth; k += kDepth) {
     const int64_t depth = min_of(kDepth, p.depth - k), n = factors<T>(depth);
     unpack_rows<T, S>(p, row, rows, k, depth, lines);
@@ -194,12 +196,12 @@ void gemm_pack_panels(const GemmParams& p, int64_t begin, int64_t end) {
   });
 }
 
-// A unit is kGemmRows rows of out.
+// A unit is unit_rows rows of out.
 void gemm_rows(const GemmParams& p, int64_t begin, int64_t end) {
   dispatch_product(p.product, [&](auto t) {
     dispatch_dtype(p.a_dtype, [&](auto s) {
       for (int64_t unit = begin; unit < end; ++unit)
-        multiply_rows<decltype(t), decltype(s)>(p, unit * kGemmRows);
+        multiply_rows<decltype(t), decltype(s)>(p, unit * p.unit_rows);
     });
   });
 }

@@ -5,7 +5,7 @@
 
 namespace gemma2 {
 
-// Rows of out in one unit of gemm_rows.
+// At most this many rows of out in one unit of gemm_rows.
 constexpr int64_t kGemmRows = 96;
 // This many factors of a row of the broadcast operand are unpacked at a time, with a distance
 // between rows that does not put them all into one set of the first-level cache.

@@ -44,7 +44,7 @@ GEMMA2_INLINE Logits make_logits(const LinearLossParams& p, const LossSide& side
   g.packed_b = const_cast<void*>(side.packed_hidden);
   g.out = logits;
   g.out_stride = p.stride;
-  g.rows = words;
+  g.rows = g.unit_rows = words;
   g.columns = divide_up(p.tokens, kLanes) * kLanes;
   g.depth = side.hidden_size;
   g.a_dtype = g.product = side.dtype;
@@ -253,7 +253,7 @@ void linear_loss_gradient(const LinearLossParams& p, int64_t begin, int64_t end)
     g.a_row = p.stride;
     g.a_k = 1;
     g.a_dtype = DType::kFloat32;
-    g.rows = words;
+    g.rows = g.unit_rows = words;
     dispatch_dtype(g.out_dtype, [&](auto t) {
       g.out = (decltype(t)*)g.out + (word - p.grad_weight_begin) * g.out_stride;
     });

@@ -21,6 +21,7 @@ struct LinearLoss {
   int64_t entries_per_token;
   const int64_t* entry_word;  // (tokens, entries_per_token); below 0: no entry
   const double* entry_weight;
+  double* scratch;  // (3, vocab_size)
 };
 
 // The statistics of a token that its loss is made of.

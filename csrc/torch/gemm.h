@@ -36,9 +36,27 @@ inline void gemm_pack(const GemmParams& p) {
   });
 }
 
+// Rows of a unit such that the threads finish together. Every unit reads all of b, which speaks for
+// long ones; whole register tiles (of 6 rows, 12 with AVX-512) speak for multiples.
+inline int64_t gemm_unit_rows(int64_t rows) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t tile = cpu_isa().rfind("avx512", 0) == 0 ? 12 : 6;
+  int64_t best = kGemmRows, best_cost = INT64_MAX;
+  for (int64_t unit = kGemmRows; unit >= 2 * tile; unit -= tile) {
+    const int64_t turns = divide_up(divide_up(rows, unit), threads);
+    const int64_t cost = turns * (unit + 6);
+    if (cost < best_cost) {
+      best_cost = cost;
+      best = unit;
+    }
+  }
+  return best;
+}
+
 // The product of all rows with what gemm_pack has packed.
 inline void gemm_multiply(GemmParams p, const Tensor& like) {
-  const int64_t units = divide_up(p.rows, kGemmRows);
+  p.unit_rows = gemm_unit_rows(p.rows);
+  const int64_t units = divide_up(p.rows, p.unit_rows);
   const int64_t each = p.out_dtype == DType::kFloat32 ? kGemmScratch : gemm_scratch(p.columns);
   const Tensor scratch = scratch_floats(like, sharing_threads(units) * each);
   parallel_runs(units, 1, [&](int64_t thread, int64_t begin, int64_t end) {
@@ -51,8 +69,8 @@ inline void gemm_multiply(GemmParams p, const Tensor& like) {
 // out = a b^T, or added to it. Packs at most kColumns columns and kDepth elements of depth of b at
 // once; `like` is a tensor of the device that scratch comes from.
 inline void gemm(GemmParams p, const Tensor& like) {
-  constexpr int64_t kRows = 4032, kColumns = 1024, kDepth = 4096;
-  static_assert(kRows % kGemmRows == 0 && kDepth % (2 * kGemmDepth) == 0);
+  constexpr int64_t kRows = 4032, kColumns = 1280, kDepth = 4096;
+  static_assert(kDepth % (2 * kGemmDepth) == 0);
   const bool whole = p.depth <= kDepth || p.out_dtype == DType::kFloat32;
   const int64_t columns = round_up(divide_up(p.columns, divide_up(p.columns, kColumns)), 32);
   const int64_t rows = whole ? p.rows : std::min(p.rows, kRows);

@@ -208,11 +208,12 @@ float64::LossSide float64_side(const LossProblemSide& side) {
   return s;
 }
 
-float64::LinearLoss float64_params(const LossProblem& problem) {
+float64::LinearLoss float64_params(const LossProblem& problem, std::vector<double>& scratch) {
+  scratch.resize(3 * problem.student.vocab_size);
   return {float64_side(problem.student),   float64_side(problem.teacher),
           int64_t(problem.counted.size()), problem.temperature,
           problem.entries_per_token,       problem.entry_word.data(),
-          problem.entry_weight.data()};
+          problem.entry_weight.data(),     scratch.data()};
 }
 
 void set_zero(Tensor t) { torch::stable::zero_(t); }
@@ -425,9 +426,10 @@ void forward(const LossProblem& problem, const Tensor& out, const Tensor* stats,
              const Tensor* kept) {
   const int64_t n = problem.counted.size();
   Sums sums(n);
+  std::vector<double> scratch;
   if (problem.dtype == DType::kFloat64) {
     float64::linear_loss(
-        float64_params(problem),
+        float64_params(problem, scratch),
         {sums.lse.data(), sums.hard_lse.data(), sums.logits.data(), sums.teacher_lse.data(),
          sums.teacher_logits.data(), sums.entries.data()});
   } else if (n > 0) {
@@ -597,9 +599,9 @@ void loss_backward(const LossProblem& problem, const Tensor& grad, const Tensor&
   }
   // The counted tokens' rows, one behind another, then to their places.
   const int64_t columns = problem.student.hidden_size;
-  std::vector<double> rows(grad_hidden ? problem.counted.size() * columns : 0);
+  std::vector<double> scratch, rows(grad_hidden ? problem.counted.size() * columns : 0);
   float64::linear_loss_backward(
-      float64_params(problem),
+      float64_params(problem, scratch),
       {scales.lse.data(), scales.hard_lse.data(), scales.teacher_lse.data(), scales.scale.data(),
        scales.hard_scale.data(), scales.uniform_scale.data(), scales.teacher_scale.data(),
        scales.entry_scale.data()},

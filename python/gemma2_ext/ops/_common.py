@@ -163,17 +163,17 @@ def cast_under_autocast(op: str, *positions: int) -> None:
     register("cuda", "AutocastCUDA")
 
 
-def refuse_gradient(op: str) -> None:
+def refuse_gradient(op: str, message: str | None = None) -> None:
     """As refuse_backward, for an op that writes into its arguments: the call itself raises.
 
-    torch.library.register_autograd takes no such op.
+    torch.library.register_autograd takes no such op. The message says what is missing.
     """
     overload = getattr(torch.ops.gemma2_ext, op).default
 
     def autograd(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             raise NotImplementedError(
-                f"gemma2_ext::{op} has no backward; run it under torch.no_grad()"
+                message or f"gemma2_ext::{op} has no backward; run it under torch.no_grad()"
             )
         with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)

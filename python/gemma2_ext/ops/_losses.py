@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._common import _library
+from ._common import _library, refuse_gradient
 
 # As csrc/torch/linear_loss.cpp has it.
 _KEPT_FLOATS = (128 << 20) // 4
@@ -38,7 +39,7 @@ def check_mask(op: str, mask: object) -> None:
 
 def _kept_like(hidden: Tensor, weight: Tensor, sides: int) -> Tensor:
     """Empty room for the logits that a forward keeps."""
-    tokens = hidden.numel() // hidden.shape[-1] if hidden.shape[-1] else 0
+    tokens = math.prod(hidden.shape[:-1])
     stride = (tokens + _TOKENS - 1) // _TOKENS * _TOKENS
     words = _KEPT_FLOATS // max(1, sides * stride)
     words = weight.shape[0] if words >= weight.shape[0] else words // _WORDS * _WORDS
@@ -73,10 +74,9 @@ def register_loss(op: str, tensors: tuple[str, ...], options: tuple[str, ...]) -
 
     @torch.library.register_fake(f"gemma2_ext::{op}_forward")
     def _(hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        tokens = hidden[..., 0].numel()
         return (
             result_like(hidden, args[count - 2 + reduction]),
-            hidden.new_empty((3, tokens), dtype=_dtype(hidden)),
+            hidden.new_empty((3, math.prod(hidden.shape[:-1])), dtype=_dtype(hidden)),
             _kept_like(hidden, weight, sides),
         )
 
@@ -106,6 +106,8 @@ def register_loss(op: str, tensors: tuple[str, ...], options: tuple[str, ...]) -
     torch.library.register_autograd(
         f"gemma2_ext::{op}_forward", backward, setup_context=setup_context
     )
+
+    refuse_gradient(f"{op}_backward_out", f"gemma2_ext::{op} has no second derivative")
 
     def autograd(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Tensor:
         if torch.is_grad_enabled() and any(

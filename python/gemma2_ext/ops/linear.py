@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from ..quantize import QuantizedWeight
-from ._common import cast_under_autocast, check_in_features, check_tensor, through_dispatcher
+from ._common import (
+    cast_under_autocast,
+    check_in_features,
+    check_tensor,
+    refuse_gradient,
+    through_dispatcher,
+)
 from .linear_int4 import linear_int4
 from .linear_int8 import linear_int8
 
@@ -94,4 +100,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 
 torch.library.register_autograd("gemma2_ext::linear", _backward, setup_context=_setup_context)
+refuse_gradient("linear_backward_out", "gemma2_ext::linear has no second derivative")
 cast_under_autocast("linear", 0, 1)
