@@ -381,7 +381,7 @@ def model(bench: Bench) -> None:
     if importlib.util.find_spec("transformers") is None:
         bench.missing["transformers"] = "not installed"
         return
-    from model import transformers_model  # benchmarks/model.py
+    from gemma2_ext.bench.model import transformers_model
 
     hf = transformers_model(config, weights).to(bench.device)
     call = lambda n: hf.generate(  # noqa: E731

@@ -2,11 +2,13 @@
 
 Decoding is bound by reading the weights: memory's read bandwidth is probed before every token, and
 the limit is the time to read all weights once. Both models share one set of weights
-(transformers' parameters are views of ours).
+(transformers' parameters are views of ours). Packed weights are drawn as such, so that sizes run
+whose bfloat16 weights memory does not hold; they have no peer in transformers.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -18,7 +20,8 @@ from torch import Tensor
 
 from ..config import Gemma2Config
 from ..model import Gemma2
-from ..weights import random_weights, to_hugging_face_names
+from ..quantize import BLOCK_ROWS, Format, QuantizedWeight
+from ..weights import Arena, parameter_shapes, random_weights, to_hugging_face_names
 from ._common import needs
 from ._harness import Result, Side, Unavailable, _quartiles, compare_tensors
 from ._probes import CpuProbes
@@ -30,7 +33,8 @@ class ModelSettings:
 
     Attributes:
         size: "2b", "9b" or "27b".
-        dtype: of the weights.
+        dtype: of the weights, and of activations.
+        quantize: the format of packed weights, or None.
         prompt: tokens of the prefill.
         new_tokens: that are decoded after it.
         rounds: of the prefill.
@@ -40,6 +44,7 @@ class ModelSettings:
 
     size: str = "2b"
     dtype: torch.dtype = torch.bfloat16
+    quantize: Format | None = None
     prompt: int = 512
     new_tokens: int = 20
     rounds: int = 3
@@ -62,21 +67,30 @@ class _Ours:
         return self._model(ids, cache=self._cache, last_only=True)[:, -1]
 
 
+def transformers_model(config: Gemma2Config, weights: dict[str, Tensor]) -> Any:
+    """transformers' model, eager, whose parameters are views of our fused weights.
+
+    Raises:
+        Unavailable: transformers is not installed.
+    """
+    transformers: Any = needs("transformers")
+    hf_config = transformers.Gemma2Config(**config.to_dict(), attn_implementation="eager")
+    with torch.device("meta"):
+        hf = transformers.Gemma2ForCausalLM(hf_config)
+    hf.load_state_dict(to_hugging_face_names(weights, config), strict=False, assign=True)
+    hf.tie_weights()
+    # What is not in a checkpoint is still without a value.
+    hf.model.rotary_emb = type(hf.model.rotary_emb)(hf_config)
+    if hasattr(hf.model.embed_tokens, "embed_scale"):
+        hf.model.embed_tokens.embed_scale = torch.tensor(config.hidden_size**0.5)
+    return hf.eval().requires_grad_(False)
+
+
 class _Transformers:
     name = "transformers"
 
     def __init__(self, config: Gemma2Config, weights: dict[str, Tensor]) -> None:
-        transformers: Any = needs("transformers")
-        hf_config = transformers.Gemma2Config(**config.to_dict(), attn_implementation="eager")
-        with torch.device("meta"):
-            hf = transformers.Gemma2ForCausalLM(hf_config)
-        hf.load_state_dict(to_hugging_face_names(weights, config), strict=False, assign=True)
-        hf.tie_weights()
-        # What is not in a checkpoint is still without a value.
-        hf.model.rotary_emb = type(hf.model.rotary_emb)(hf_config)
-        if hasattr(hf.model.embed_tokens, "embed_scale"):
-            hf.model.embed_tokens.embed_scale = torch.tensor(config.hidden_size**0.5)
-        self._model = hf.eval().requires_grad_(False)
+        self._model = transformers_model(config, weights)
 
     def prefill(self, ids: Tensor) -> Tensor:
         self._cache = None
@@ -89,6 +103,32 @@ class _Transformers:
         self._cache = out.past_key_values
         logits: Tensor = out.logits[:, -1]
         return logits.float()
+
+
+def random_packed_weights(
+    config: Gemma2Config, format: Format, dtype: torch.dtype
+) -> dict[str, Tensor | QuantizedWeight]:
+    """Packed weights of standard deviation hidden_size ** -0.5, drawn packed."""
+    arena = Arena(config, dtype, format)
+    weights: dict[str, Tensor | QuantizedWeight] = {}
+    # The largest of a group is taken to 127, or to about 7 by a scale of s = 100.
+    scale = 2 * config.hidden_size**-0.5 / (127 if format == "int8" else 7 * 100**2)
+    for name, shape in parameter_shapes(config).items():
+        if len(shape) == 1:
+            weights[name] = arena.tensors[name].normal_(0, 0.05)
+            continue
+        data, scales = arena.tensors[f"{name}.data"], arena.tensors[f"{name}.scales"]
+        words = data.view(-1).view(torch.int64)
+        words.random_(-(2**63), 2**63 - 1)
+        if format == "int8":
+            scales.fill_(scale)
+        else:
+            scales.random_(80, 120)
+            blocks = scales.view(shape[0] // BLOCK_ROWS, -1)
+            factors = torch.full((len(blocks), BLOCK_ROWS), scale, dtype=torch.bfloat16)
+            blocks[:, : 2 * BLOCK_ROWS] = factors.view(torch.int8)
+        weights[name] = QuantizedWeight(data, scales, format, (shape[0], shape[1]))
+    return weights
 
 
 def run_model(
@@ -109,18 +149,27 @@ def run_model(
             num_hidden_layers=settings.layers,
             layer_types=config.layer_types[: settings.layers],
         )
-    weights = random_weights(config, settings.dtype, seed=0)
-    model = Gemma2(config, weights)
-    sides: list[Any] = [_Ours(model, settings.prompt + settings.new_tokens)]
     missing: list[Side] = []
-    if settings.peers:
+    sides: list[Any] = []
+    length = settings.prompt + settings.new_tokens
+    if settings.quantize:
+        packed = random_packed_weights(config, settings.quantize, settings.dtype)
+        size = sum(w.nbytes for w in packed.values())
+        sides.append(_Ours(Gemma2(config, packed), length))
+        missing.append(Side(_Transformers.name, "unavailable: it has no such weights"))
+    else:
+        weights = random_weights(config, settings.dtype, seed=0)
+        size = sum(w.nbytes for w in weights.values())
+        sides.append(_Ours(Gemma2(config, weights), length))
+    if settings.peers and not settings.quantize:
         try:
             sides.append(_Transformers(config, weights))
         except Unavailable as error:
             missing.append(Side(_Transformers.name, f"unavailable: {error}"))
     probes = CpuProbes()
     kind = "float32" if settings.dtype != torch.bfloat16 else "bfloat16"
-    size = sum(w.nbytes for w in weights.values())
+    if settings.quantize:
+        kind = "int8"
     ids = torch.randint(3, config.vocab_size, (1, settings.prompt))
 
     with torch.inference_mode():
@@ -137,11 +186,16 @@ def run_model(
         if problem := compare_tensors(logits["gemma2_ext"], exact, settings.dtype):
             raise RuntimeError(f"gemma2_ext's logits are not transformers': {problem}")
         # Without the embedding, whose rows are only looked up; of the head, the last token's.
-        multiplied = sum(w.numel() for name, w in weights.items() if name.startswith("layers."))
+        multiplied = sum(
+            math.prod(shape)
+            for name, shape in parameter_shapes(config).items()
+            if name.startswith("layers.")
+        )
         prefill = _result(settings, config, "prefill", taken, missing)
         prefill.operations = 2 * multiplied * settings.prompt
         prefill.peak = statistics.median(peaks)
-        prefill.limit_seconds = prefill.operations / prefill.peak
+        if prefill.peak:
+            prefill.limit_seconds = prefill.operations / prefill.peak
         prefill.bound = "arithmetic"
         show(prefill)
 
@@ -176,7 +230,7 @@ def _result(
         shape=f"{settings.size}, {config.num_hidden_layers} layers, {what}",
         size=settings.size,
         phase=phase,
-        dtype=str(settings.dtype).removeprefix("torch."),
+        dtype=settings.quantize or str(settings.dtype).removeprefix("torch."),
         device="cpu",
         bytes=0,
         operations=0,
