@@ -52,7 +52,7 @@ def tensors(rows: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, T
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("hidden_size", [1, 41, 2304])
+@pytest.mark.parametrize("hidden_size", [7, 41, 2304])
 @pytest.mark.parametrize("rows", [1, 21])
 def test_value(dtype: torch.dtype, hidden_size: int, rows: int) -> None:
     given = tensors(rows, hidden_size, dtype)
@@ -62,6 +62,16 @@ def test_value(dtype: torch.dtype, hidden_size: int, rows: int) -> None:
         assert_accurate(
             out, lambda *t, which=which: expected(which, *t), *given, roundings=8, loosen=4
         )
+
+
+def test_one_column() -> None:
+    """grad_x is s (g - g x^2 / (x^2 + eps)): all but eps / x^2 of its terms cancels."""
+    grad_out, x, weight = tensors(21, 1, torch.float32)
+    grad_x, grad_weight = rms_norm_backward(grad_out, x, weight)
+    exact = expected(0, grad_out.double(), x.double(), weight.double())
+    terms = grad_out * (1 + weight) * (x * x + 1e-6).rsqrt()
+    assert ((grad_x.double() - exact).abs() <= 8 * 2**-23 * terms.abs()).all()
+    assert_accurate(grad_weight, lambda *t: expected(1, *t), grad_out, x, weight, roundings=8)
 
 
 def test_another_gradient_is_added() -> None:
