@@ -188,7 +188,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--json", action="store_true")
     command.set_defaults(run=run_info)
-    training.add_commands(commands, Parser, whole_number)
+    training.add_commands(commands, Parser, machine, whole_number)
     add_bench(commands)
     return parser
 

@@ -230,12 +230,10 @@ def plot(results: Path, image: Path) -> None:
     sizes, curves = figure.subplots(1, 2)
     for kind, color in (("scratch", "tab:red"), ("distilled", "tab:blue")):
         points = []
-        for size, student in SIZES.items():
-            records = [
-                json.loads(path.read_text())
-                for path in sorted(results.glob(f"{size}-{kind}-[0-9].json"))
-            ]
-            points += [(student.num_parameters, r["held_out_perplexity"]) for r in records]
+        for size in SIZES:
+            paths = sorted(results.glob(f"{size}-{kind}-[0-9].json"))
+            records = [json.loads(path.read_text()) for path in paths]
+            points += [(r["parameters"], r["held_out_perplexity"]) for r in records]
             for record in records:
                 style = {"small": ":", "medium": "--", "large": "-"}[size]
                 label = f"{size}, {kind}" if record is records[0] else None
@@ -288,7 +286,8 @@ def main() -> None:
             ],
         )
     )
-    plot(results, args.out / "distillation.png")
+    docs = HERE.parents[1] / "docs"
+    plot(results, (docs if args.out == HERE else args.out) / "distillation.png")
 
 
 if __name__ == "__main__":

@@ -30,18 +30,19 @@ TEXT_HELP = "UTF-8 text, JSON Lines (*.jsonl), or shards of `tokenize`"
 
 
 def add_commands(
-    commands: Any, parser: Callable[..., argparse.ArgumentParser], whole_number: Any
+    commands: Any,
+    parser: Callable[..., argparse.ArgumentParser],
+    machine: argparse.ArgumentParser,
+    whole_number: Any,
 ) -> None:
     """Adds the commands to a parser's subparsers.
 
     Args:
         commands: what `add_subparsers` gave.
         parser: the class of parsers.
+        machine: the parser of what all commands take.
         whole_number: the command line's type for integers.
     """
-    common = parser(add_help=False)
-    common.add_argument("--threads", type=whole_number(1), metavar="N", help="default: torch's")
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     text = parser(add_help=False)
     group = text.add_argument_group("text")
     group.add_argument(
@@ -56,7 +57,7 @@ def add_commands(
 
     command = commands.add_parser(
         "train",
-        parents=[common, text, run],
+        parents=[machine, text, run],
         help="train a model, from scratch or further",
         description="Trains a model on text; OUT becomes a Hugging Face folder.",
     )
@@ -72,7 +73,7 @@ def add_commands(
 
     command = commands.add_parser(
         "distill",
-        parents=[common, text, run],
+        parents=[machine, text, run],
         help="train a student on a teacher's distribution",
         description="Trains a student to predict what a teacher does; OUT becomes a Hugging Face "
         "folder.",
@@ -101,7 +102,7 @@ def add_commands(
 
     command = commands.add_parser(
         "teach",
-        parents=[common, text],
+        parents=[machine, text],
         help="store a teacher's distribution once, for `distill`",
         description="Stores a teacher's most probable tokens for every token of a text.",
     )
@@ -125,7 +126,7 @@ def add_commands(
 
     command = commands.add_parser(
         "tokenize",
-        parents=[common, text],
+        parents=[machine, text],
         help="text to a shard of token ids",
         description="Writes the token ids of text to a shard, which training maps into memory.",
     )
