@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,8 @@ def test_autocast(op: str) -> None:
 
 
 @pytest.mark.skipif(
-    not (shutil.which("c++") or shutil.which("g++")), reason="AOTInductor needs a C++ compiler"
+    "GEMMA2_EXT_SLOW_TESTS" not in os.environ,
+    reason="AOTInductor compiles for a minute: GEMMA2_EXT_SLOW_TESTS=1 runs it",
 )
 @torch.no_grad()
 def test_ahead_of_time(tmp_path: Path) -> None:
@@ -181,6 +182,6 @@ def test_ahead_of_time(tmp_path: Path) -> None:
 
 
 def test_every_op_is_here() -> None:
-    """An op whose name another one begins with is its quantized or fused form, tested there."""
-    plain = {name for name in ops.__all__ if name.startswith(("linear_", "quant")) is False}
-    assert set(CASES) == plain & set(ops.__all__) - {"QuantizedWeight"}
+    """But the losses and the packed and fused products, which have such tests of their own."""
+    elsewhere = ("linear_", "logits_", "quant", "Quant", "dequant")
+    assert set(CASES) == {name for name in ops.__all__ if not name.startswith(elsewhere)}

@@ -57,7 +57,7 @@ def through_dispatcher(*tensors: Tensor) -> bool:
     Otherwise the public function allocates the output and calls the `_out` op, which is cheaper
     and leaves an out-of-memory error to torch.
     """
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(tensors[0].device.type):
+    if torch.compiler.is_compiling() or _autocast(tensors[0]):
         return True
     return needs_gradient(*tensors)
 
@@ -89,7 +89,8 @@ def narrow(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _autocast(tensor: Tensor) -> bool:
-    return torch.is_autocast_enabled(tensor.device.type)
+    kind = tensor.device.type  # torch raises for one that has no autocast
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 # Kept for the life of the process, as its registrations are.
