@@ -207,6 +207,7 @@ struct AttentionBackwardParams {
   HeadsView grad_out;
   const float* grad_lse;             // like lse
   HeadsView grad_q, grad_k, grad_v;  // like q, k, v
+  float* row_terms;                  // CUDA: like lse, scratch
 };
 
 // out[r, n] = sum_k x[r, k] * weight[n, k]; with softcap > 0: softcap * tanh(out / softcap)

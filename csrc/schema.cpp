@@ -162,13 +162,13 @@ STABLE_TORCH_LIBRARY(gemma2_ext, m) {
       "Tensor(c!) grad_v) -> ()");
   m.def(
       "attention_varlen_backward(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, "
-      "Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, "
-      "int max_seqlen_k, float scale, float? softcap, int? window, bool causal) "
+      "Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
+      "SymInt max_seqlen_k, float scale, float? softcap, int? window, bool causal) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
       "attention_varlen_backward_out(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, "
       "Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-      "int max_seqlen_q, int max_seqlen_k, float scale, float? softcap, int? window, "
+      "SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, float? softcap, int? window, "
       "bool causal, Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v) -> ()");
   m.def("geglu_backward(Tensor grad_out, Tensor gate, Tensor up) -> (Tensor, Tensor)");
   m.def(

@@ -472,6 +472,48 @@ def test_perplexity_shows_progress_on_a_terminal(terminal: list[Terminal], tmp_p
     assert program.process.wait(timeout=30) == 0
 
 
+# ---- quantize ------------------------------------------------------------------------------------
+
+
+def test_quantize(main, tmp_path: Path):
+    out_folder = tmp_path / "packed"
+    result = run("quantize", shipped_model(), out_folder, "--to", "int4")
+    assert result.returncode == 0
+    assert result.stdout.decode() == f"{out_folder}: 2.10 MB of weights in int4\n"
+    assert re.fullmatch(r"\[[\d.]+ s\]\n", result.stderr.decode())
+
+    _, packed, _ = main("generate", "ROMEO:", "--model", out_folder, "--max-new-tokens", 8)
+    _, loaded, _ = main("generate", "ROMEO:", "--quantize", "int4", "--max-new-tokens", 8)
+    assert packed == loaded != ""
+
+    for more in ((), ("--dtype", "float32")):
+        _, out, _ = main("info", "--model", out_folder, "--json", *more)
+        summary = json.loads(out)
+        assert summary["model"]["quantization"] == "int4"
+        _, out, _ = main("info", "--quantize", "int4", "--json", *more)
+        assert json.loads(out)["memory"] == summary["memory"] | {
+            "available_bytes": json.loads(out)["memory"]["available_bytes"]
+        }
+    _, out, _ = main("info", "--model", out_folder)
+    assert "parameters, matrices in int4, the rest in bfloat16" in out
+
+    code, out, err = main("quantize", shipped_model(), out_folder, "--to", "int8")
+    assert (code, out) == (2, "")
+    assert "has a config.json already; name a new folder" in err
+    code, _, err = main("generate", "x", "--model", out_folder, "--quantize", "int8")
+    assert (code, "is packed in int4, not in int8" in err) == (2, True)
+    code, _, err = main("info", "--model", out_folder, "--quantize", "int8")
+    assert (code, "is packed in int4, not in int8" in err) == (2, True)
+
+
+def test_quantize_shows_progress_on_a_terminal(terminal: list[Terminal], tmp_path: Path):
+    args = ("quantize", shipped_model(), tmp_path / "packed", "--to", "int8")
+    terminal.append(program := Terminal(*args))
+    program.read_until(r"weights: +\d+%")
+    program.read_until(r"3\.89 MB of weights in int8")
+    assert program.process.wait(timeout=30) == 0
+
+
 # ---- info ----------------------------------------------------------------------------------------
 
 
@@ -541,6 +583,9 @@ BAD_ARGUMENTS = [
     (["perplexity", __file__, "--context", "8", "--stride", "9"], "between 1 and context = 8"),
     (["info", "--max-length", "10000"], "--max-length must be at most max_position.* = 512, got"),
     (["info", "--model", "/nowhere"], "/nowhere"),
+    (["quantize", "/nowhere", "/tmp/x", "--to", "int8"], "/nowhere"),
+    (["quantize", "/nowhere", "/tmp/x", "--to", "int3"], "--to: invalid choice: 'int3'"),
+    (["quantize", "/nowhere", "/tmp/x"], "the following arguments are required: --to"),
 ]
 
 

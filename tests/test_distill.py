@@ -85,6 +85,18 @@ def test_a_student_learns_what_its_teacher_knows(tmp_path: Path) -> None:
     assert losses[-1] < losses[0] - 1.0
 
 
+def test_a_packed_teacher_teaches_and_is_no_student(tmp_path: Path) -> None:
+    folder, packed = teacher_folder(tmp_path / "teacher"), tmp_path / "packed"
+    assert cli.main(["quantize", str(folder), str(packed), "--to", "int8"]) == 0
+    options = ("--steps", 1, "--dtype", "float32")
+    exact = run(tmp_path / "exact", "--teacher", folder, *options, command="distill")
+    rounded = run(tmp_path / "rounded", "--teacher", packed, *options, command="distill")
+    assert rounded["loss"] == pytest.approx(exact["loss"], rel=1e-2)
+    teach(tmp_path, packed, "--top-k", 4, "--sequence-length", 32)
+    error = run(tmp_path / "out", "--model", packed, "--steps", 1)["error"]
+    assert "packed weights cannot be trained" in error
+
+
 def teach(tmp_path: Path, folder: Path, *args: object) -> Path:
     out = tmp_path / "taught.tokens"
     text = tmp_path / "text.txt"

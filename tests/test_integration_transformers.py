@@ -116,6 +116,28 @@ def test_the_features_bite() -> None:
         assert (other - eager).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("kind", ["Llama", "Mistral"])
+@torch.no_grad()
+def test_the_attention_of_other_models(kind: str) -> None:
+    """`register` serves causal models that ask for nothing the kernels lack, windows included."""
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=151,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        **({"sliding_window": 16} if kind == "Mistral" else {}),
+    )
+    model = getattr(transformers, f"{kind}ForCausalLM")._from_config(
+        config, attn_implementation="eager"
+    )
+    ids, mask = batch("left")
+    expected, actual = (m(ids, attention_mask=mask).logits for m in (model, registered(model)))
+    torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @torch.no_grad()

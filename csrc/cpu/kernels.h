@@ -34,9 +34,9 @@ namespace gemma2 {
   X(linear_loss_merge, LinearLossParams)                     \
   X(linear_loss_gradient, LinearLossParams)                  \
   X(linear_int8_pack, LinearParams)                          \
-  X(linear_int8_blocks, LinearParams)                        \
+  X(linear_int8_units, LinearParams)                         \
   X(linear_int4_pack, LinearParams)                          \
-  X(linear_int4_blocks, LinearParams)                        \
+  X(linear_int4_units, LinearParams)                         \
   X(quantize_int8_blocks, QuantizeParams)                    \
   X(quantize_int4_blocks, QuantizeParams)                    \
   X(probe_memory, ProbeParams)                               \

@@ -1,13 +1,12 @@
 // out = x weight^T with packed weights of 8 or 4 bits; x (rows, in_features), weight (out_features,
 // in_features) in blocks of 16 rows, as python/gemma2_ext/quantize.py describes them.
 //
-// A unit is a block: 16 columns of out. x is packed before, kQuantDepth columns of a row together
-// with one scale: to 16 bits for int8 weights, so that products are as good as float32's, to 8 bits
-// for int4 weights, whose own error is 30 times as large. A piece of weights (kQuantDepth columns
-// of a vector of rows) is unpacked to registers and meets all rows of x: its products are summed as
-// integers, exactly, then scaled and added to the row's sums in float32. Every lane is a row of
-// weight, so nothing is summed across lanes, and a row of x is computed the same way whatever rows
-// and threads are beside it. Memory bounds few rows, arithmetic many.
+// A unit is kQuantUnitBlocks blocks: 64 columns of out. x is packed before, kQuantDepth columns of
+// a row together with one scale, to 8 bits. A piece of weights (kQuantDepth columns of a vector of
+// rows) is unpacked to registers and meets all rows of x: its products are summed as integers,
+// exactly, then scaled and added to the row's sums in float32. Every lane is a row of weight, so
+// nothing is summed across lanes, and a row of x is computed the same way whatever rows and threads
+// are beside it. Memory bounds few rows, arithmetic many.
 #include "kernels.h"
 #include "quantized-inl.h"
 
@@ -109,6 +108,30 @@ struct Int8 {
     }
     return fma(to_floats(total), w.scale * set(x.scale), sum);
   }
+  // One row of x against kVectors vectors of rows of weight, whose data begin at data[v]: as `dot`
+  // does it, but with x's part in registers.
+  template <int kVectors>
+  static GEMMA2_INLINE void dot_row(const uint8_t* const (&data)[kVectors],
+                                    const Scales (&scales)[kVectors / kBlockVectors], const X& x,
+                                    VecF (&sums)[kVectors]) {
+    const VecI16 ones = VecI16{} + 1;
+    VecI total[kVectors] = {};
+    GEMMA2_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      const VecI8 signs = (VecI8)broadcast_bits(x.q + 4 * i);
+      const VecU8 magnitudes = (VecU8)broadcast_bits(x.magnitude + 4 * i);
+      GEMMA2_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        const VecI8 w = with_sign((VecI8)load_bits(data[v] + i * kQuadBytes), signs);
+        total[v] += multiply_add_words(multiply_add_bytes(magnitudes, w), ones);
+      }
+    }
+    GEMMA2_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const VecF scale = scales[v / kBlockVectors].s[v % kBlockVectors];
+      sums[v] = fma(to_floats(total[v]), scale * set(x.scale), sums[v]);
+    }
+  }
 };
 
 // s|s| of a block's rows in 16 bits, of each row twice.
@@ -124,7 +147,7 @@ GEMMA2_INLINE void square_twice(const int8_t* from, VecI16 (&to)[kBlockVectors])
   GEMMA2_UNROLL
   for (int v = 0; v < kBlockVectors; ++v) {
     const VecI s = load_bytes(from + v * kLanes);
-    const VecI16 twice = (VecI16)(s << 16 | (s & 0xffff)), sign = twice >> 15;
+    const VecI16 twice = join_words(s, s), sign = twice >> 15;
     to[v] = twice * ((twice ^ sign) - sign);
   }
 #endif
@@ -194,6 +217,35 @@ struct Int4 {
     }
     return fma(to_floats(total), set(x.scale), sum);
   }
+  template <int kVectors>
+  static GEMMA2_INLINE void dot_row(const uint8_t* const (&data)[kVectors],
+                                    const Scales (&scales)[kVectors / kBlockVectors], const X& x,
+                                    VecF (&sums)[kVectors]) {
+    VecI16 words[2][kVectors];
+    GEMMA2_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      words[0][v] = (VecI16)broadcast_bits(x.offset[0]);
+      words[1][v] = (VecI16)broadcast_bits(x.offset[1]);
+    }
+    GEMMA2_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const VecI8 low = (VecI8)broadcast_bits(x.q + 4 * i);
+      const VecI8 high = (VecI8)broadcast_bits(x.q + kInt4Group + 4 * i);
+      GEMMA2_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        const VecU bits = load_bits(data[v] + i * kQuadBytes);
+        words[0][v] += multiply_add_bytes((VecU8)(bits & 0x0f0f0f0fu), low);
+        words[1][v] += multiply_add_bytes((VecU8)(bits >> 4 & 0x0f0f0f0fu), high);
+      }
+    }
+    GEMMA2_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const Scales& s = scales[v / kBlockVectors];
+      const VecI total = multiply_add_words(words[0][v], s.s[0][v % kBlockVectors]) +
+                         multiply_add_words(words[1][v], s.s[1][v % kBlockVectors]);
+      sums[v] = fma(to_floats(total), set(x.scale), sums[v]);
+    }
+  }
 };
 
 #else
@@ -247,6 +299,30 @@ struct Int8 {
       total[i % 2] = dot_quads(total[i % 2], w.w[i], (VecI8)broadcast_bits(x.q + 4 * i));
     return fma(to_floats(total[0] + total[1]), w.scale * set(x.scale), sum);
   }
+  // One row of x against kVectors vectors of rows of weight, whose data begin at data[v]: as `dot`
+  // does it, but with x's part in registers.
+  template <int kVectors>
+  static GEMMA2_INLINE void dot_row(const uint8_t* const (&data)[kVectors],
+                                    const Scales (&scales)[kVectors / kBlockVectors], const X& x,
+                                    VecF (&sums)[kVectors]) {
+    VecI total[kVectors];
+    GEMMA2_UNROLL
+    for (int v = 0; v < kVectors; ++v) total[v] = VecI{} + x.offset;
+    GEMMA2_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      const VecI8 q = (VecI8)broadcast_bits(x.q + 4 * i);
+      GEMMA2_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        const VecU8 w = (VecU8)(load_bits(data[v] + i * kQuadBytes) ^ 0x80808080u);
+        total[v] = dot_quads(total[v], w, q);
+      }
+    }
+    GEMMA2_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const VecF scale = scales[v / kBlockVectors].s[v % kBlockVectors];
+      sums[v] = fma(to_floats(total[v]), scale * set(x.scale), sums[v]);
+    }
+  }
 };
 
 struct Int4 {
@@ -259,11 +335,11 @@ struct Int4 {
     float scale;
   };
   struct Scales {
-    VecF s[2][kBlockVectors];  // s|s|
+    VecI16 s[kBlockVectors];  // s|s| of both groups
   };
   struct Weights {
     VecU8 w[8];
-    VecF scale[2];
+    VecI16 scale;
   };
 
   static GEMMA2_INLINE X pack(const Quantized& from) {
@@ -278,13 +354,11 @@ struct Int4 {
   }
   static GEMMA2_INLINE Scales load_scales(const uint8_t* from) {
     Scales scales;
+    const int8_t* s = (const int8_t*)from;
     GEMMA2_UNROLL
-    for (int g = 0; g < 2; ++g) {
-      GEMMA2_UNROLL
-      for (int v = 0; v < kBlockVectors; ++v) {
-        const VecF s = to_floats(load_bytes((const int8_t*)from + g * kQuantRows + v * kLanes));
-        scales.s[g][v] = s * abs(s);
-      }
+    for (int v = 0; v < kBlockVectors; ++v, s += kLanes) {
+      const VecI16 both = join_words(load_bytes(s), load_bytes(s + kQuantRows)), sign = both >> 15;
+      scales.s[v] = both * ((both ^ sign) - sign);
     }
     return scales;
   }
@@ -297,7 +371,7 @@ struct Int4 {
       w.w[i] = (VecU8)(bits & 0x0f0f0f0fu);
       w.w[4 + i] = (VecU8)(bits >> 4 & 0x0f0f0f0fu);
     }
-    for (int g = 0; g < 2; ++g) w.scale[g] = scales.s[g][vector];
+    w.scale = scales.s[vector];
     return w;
   }
   static GEMMA2_INLINE VecF dot(const Weights& w, const X& x, VecF sum) {
@@ -305,8 +379,37 @@ struct Int4 {
     GEMMA2_UNROLL
     for (int i = 0; i < 8; ++i)
       total[i / 4] = dot_quads(total[i / 4], w.w[i], (VecI8)broadcast_bits(x.q + 4 * i));
-    const VecF product = fma(to_floats(total[0]), w.scale[0], to_floats(total[1]) * w.scale[1]);
-    return fma(product, set(x.scale), sum);
+    // Both sums are below 2^14.
+    const VecI product = multiply_add_words(join_words(total[0], total[1]), w.scale);
+    return fma(to_floats(product), set(x.scale), sum);
+  }
+  template <int kVectors>
+  static GEMMA2_INLINE void dot_row(const uint8_t* const (&data)[kVectors],
+                                    const Scales (&scales)[kVectors / kBlockVectors], const X& x,
+                                    VecF (&sums)[kVectors]) {
+    VecI total[2][kVectors];
+    GEMMA2_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      total[0][v] = VecI{} + x.offset[0];
+      total[1][v] = VecI{} + x.offset[1];
+    }
+    GEMMA2_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const VecI8 low = (VecI8)broadcast_bits(x.q + 4 * i);
+      const VecI8 high = (VecI8)broadcast_bits(x.q + kInt4Group + 4 * i);
+      GEMMA2_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        const VecU bits = load_bits(data[v] + i * kQuadBytes);
+        total[0][v] = dot_quads(total[0][v], (VecU8)(bits & 0x0f0f0f0fu), low);
+        total[1][v] = dot_quads(total[1][v], (VecU8)(bits >> 4 & 0x0f0f0f0fu), high);
+      }
+    }
+    GEMMA2_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const VecI product = multiply_add_words(join_words(total[0][v], total[1][v]),
+                                              scales[v / kBlockVectors].s[v % kBlockVectors]);
+      sums[v] = fma(to_floats(product), set(x.scale), sums[v]);
+    }
   }
 };
 
@@ -383,14 +486,11 @@ GEMMA2_INLINE void add_piece(const uint8_t* data, const uint8_t* scales, const t
   }
 }
 
-// The sums of a chunk of rows; kRows: how many, where that is known.
-template <class F, int kRows>
+// The sums of a chunk of rows.
+template <class F>
 void dot_block(const Block<F>& block, int64_t pieces, const typename F::X* x, int64_t rows,
                VecF (*sums)[kBlockVectors]) {
-  if (kRows) rows = kRows;
-  VecF local[kRows ? kRows : 1][kBlockVectors] = {};
-  VecF(*to)[kBlockVectors] = kRows ? local : sums;
-  if (!kRows) memset(sums, 0, rows * sizeof *sums);
+  memset(sums, 0, rows * sizeof *sums);
   if (block.rows == kQuantRows) {
     const uint8_t *data = block.data, *scales = block.scales;
     for (int64_t i = 0; i < pieces; ++i, x += rows) {
@@ -398,17 +498,50 @@ void dot_block(const Block<F>& block, int64_t pieces, const typename F::X* x, in
       for (int64_t b = 0; b < kQuantRows * F::kRowBytes; b += 64)
         __builtin_prefetch(data + kPrefetchBytes + b);
       __builtin_prefetch(scales + kPrefetchBytes / 8);
-      add_piece<F>(data, scales, x, rows, to);
+      add_piece<F>(data, scales, x, rows, sums);
       data += kQuantRows * F::kRowBytes;
       scales += kQuantRows * F::kScaleBytes;
     }
   } else {
     for (int64_t i = 0; i < pieces; ++i, x += rows) {
       const WidePiece<F> wide(block, i);
-      add_piece<F>(wide.data, wide.scales, x, rows, to);
+      add_piece<F>(wide.data, wide.scales, x, rows, sums);
     }
   }
-  if (kRows) memcpy(sums, local, sizeof local);
+}
+
+// Vectors of rows of weight that one row of x meets at once: few enough for the sums of both groups
+// of int4 to stay in registers, many enough to read x seldom.
+constexpr int kRowVectors = 4;
+// The blocks that they are.
+constexpr int kRowBlocks = kRowVectors / kBlockVectors;
+
+// The sums of one row of x with kRowBlocks whole blocks, one behind the other.
+template <class F>
+void dot_row_blocks(const Block<F>& first, int64_t pieces, const typename F::X* x,
+                    VecF (*to)[kBlockVectors]) {
+  const int64_t data_stride = kQuantRows * pieces * F::kRowBytes;
+  const int64_t scales_stride = kQuantRows * (pieces * F::kScaleBytes + F::kFactorBytes);
+  const uint8_t *data = first.data, *scales = first.scales;
+  VecF sums[kRowVectors] = {};
+  for (int64_t i = 0; i < pieces; ++i, ++x) {
+    const uint8_t* at[kRowVectors];
+    typename F::Scales unpacked[kRowBlocks];
+    GEMMA2_UNROLL
+    for (int b = 0; b < kRowBlocks; ++b) {
+      const uint8_t* block = data + b * data_stride;
+      GEMMA2_UNROLL
+      for (int64_t line = 0; line < kQuantRows * F::kRowBytes; line += 64)
+        __builtin_prefetch(block + kPrefetchBytes + line);
+      GEMMA2_UNROLL
+      for (int v = 0; v < kBlockVectors; ++v) at[b * kBlockVectors + v] = block + v * kLanes * 4;
+      unpacked[b] = F::load_scales(scales + b * scales_stride);
+    }
+    F::dot_row(at, unpacked, *x, sums);
+    data += kQuantRows * F::kRowBytes;
+    scales += kQuantRows * F::kScaleBytes;
+  }
+  memcpy(to, sums, sizeof sums);
 }
 
 // Multiplies sums with the factors that int4's rows have, and stores them.
@@ -434,20 +567,25 @@ void pack_rows(const LinearParams& p, int64_t begin, int64_t end) {
 }
 
 template <class F>
-void dot_blocks(const LinearParams& p, int64_t begin, int64_t end) {
-  const int64_t pieces = piece_count(p);
+void dot_units(const LinearParams& p, int64_t begin, int64_t end) {
+  const int64_t pieces = piece_count(p), blocks = divide_up(p.out_features, kQuantRows);
   VecF sums[kQuantChunk][kBlockVectors];
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const Block<F> block(p, unit);
+  int64_t b = begin * kQuantUnitBlocks;
+  end = min_of(end * kQuantUnitBlocks, blocks);
+  if (p.rows == 1) {
+    for (; (b + kRowBlocks) * kQuantRows <= p.out_features && b + kRowBlocks <= end;
+         b += kRowBlocks) {
+      dot_row_blocks<F>(Block<F>(p, b), pieces, packed_chunk<F>(p, 0), sums);
+      for (int i = 0; i < kRowBlocks; ++i)
+        finish_block<F>(p, Block<F>(p, b + i), (b + i) * kQuantRows, 0, 1, sums + i);
+    }
+  }
+  for (; b < end; ++b) {
+    const Block<F> block(p, b);
     for (int64_t chunk = 0; chunk * kQuantChunk < p.rows; ++chunk) {
       const int64_t rows = chunk_rows(p, chunk);
-      const typename F::X* x = packed_chunk<F>(p, chunk);
-      if (rows == 1) {
-        dot_block<F, 1>(block, pieces, x, rows, sums);
-      } else {
-        dot_block<F, 0>(block, pieces, x, rows, sums);
-      }
-      finish_block<F>(p, block, unit * kQuantRows, chunk * kQuantChunk, rows, sums);
+      dot_block<F>(block, pieces, packed_chunk<F>(p, chunk), rows, sums);
+      finish_block<F>(p, block, b * kQuantRows, chunk * kQuantChunk, rows, sums);
     }
   }
 }
@@ -462,11 +600,11 @@ void linear_int4_pack(const LinearParams& p, int64_t begin, int64_t end) {
   pack_rows<Int4>(p, begin, end);
 }
 
-void linear_int8_blocks(const LinearParams& p, int64_t begin, int64_t end) {
-  dot_blocks<Int8>(p, begin, end);
+void linear_int8_units(const LinearParams& p, int64_t begin, int64_t end) {
+  dot_units<Int8>(p, begin, end);
 }
-void linear_int4_blocks(const LinearParams& p, int64_t begin, int64_t end) {
-  dot_blocks<Int4>(p, begin, end);
+void linear_int4_units(const LinearParams& p, int64_t begin, int64_t end) {
+  dot_units<Int4>(p, begin, end);
 }
 
 }  // namespace GEMMA2_ISA

@@ -27,6 +27,11 @@ GEMMA2_INLINE VecI broadcast_bits(const void* p) {
   return VecI{} + bits;
 }
 
+// Integers that fit in words: low[i] and high[i] in one lane.
+GEMMA2_INLINE VecI16 join_words(VecI low, VecI high) {
+  return (VecI16)(high << 16 | (low & 0xffff));
+}
+
 // a[2i] * b[2i] + a[2i + 1] * b[2i + 1] of words, in 32 bits.
 GEMMA2_INLINE VecI multiply_add_words(VecI16 a, VecI16 b) {
 #if defined(__AVX512BW__)

@@ -7,6 +7,8 @@ namespace gemma2 {
 
 // Rows of weight in a block; the last block of a matrix may have fewer.
 constexpr int64_t kQuantRows = 16;
+// Blocks in a unit of work of linear.
+constexpr int64_t kQuantUnitBlocks = 4;
 // Columns are padded to a multiple of this; x is scaled by as many together.
 constexpr int64_t kQuantDepth = 32;
 // Columns that share a scale.

@@ -8,11 +8,10 @@
 // attention_decode_kernel: at most 255 registers, 97 KiB of shared memory.
 // attention_combine_kernel: at most 64 registers, no shared memory.
 // attention_plain_kernel: at most 128 registers, no shared memory.
-#include "attention.cuh"
-
 #include <stdlib.h>
 #include <string.h>
 
+#include "attention.cuh"
 #include "kernels.h"
 #include "launch.cuh"
 
@@ -102,7 +101,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     if (busy) {
       float s[kMTiles][kKeyTiles][4] = {};
       multiply_keys<T, kHeadDim, kMTiles, kKeyTiles>(
-          s, k_tile, [&](int step, uint32_t(&a)[kMTiles][4]) {
+          s, k_tile, [&](int step, uint32_t (&a)[kMTiles][4]) {
 #pragma unroll
             for (int m = 0; m < kMTiles; ++m) {
               const int row = warp_row + 16 * m + lane % 16;
@@ -126,11 +125,10 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     if (busy) multiply_values<T, kHeadDim>(o, weights, v_tile);
   }
 
-  cp_async_wait<0>();
   __syncthreads();  // the tiles' memory takes the output
   float* rows = reinterpret_cast<float*>(shared_memory()) + warp_row * kOutputStride<kHeadDim>;
-  float* largest = reinterpret_cast<float*>(shared_memory()) + kRows * kOutputStride<kHeadDim> +
-                   warp_row;
+  float* largest =
+      reinterpret_cast<float*>(shared_memory()) + kRows * kOutputStride<kHeadDim> + warp_row;
   float* sum = largest + kRows;
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m) {
@@ -170,9 +168,8 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   T* const ring = reinterpret_cast<T*>(shared_memory()) + warp * kStages * kTileSize;
   const int first_key = warp * kKeys;
-  const int tiles = u.keys > first_key
-                        ? (u.keys - first_key + kWarps * kKeys - 1) / (kWarps * kKeys) * 2
-                        : 0;
+  const int tiles =
+      u.keys > first_key ? (u.keys - first_key + kWarps * kKeys - 1) / (kWarps * kKeys) * 2 : 0;
   const auto start_copy = [&](int tile, auto of_v, int stage) {
     if (tile < tiles) {
       copy_keys<RowLayout<kHeadDim>, kKeys, kWarpSize, of_v.value>(
@@ -220,7 +217,7 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
   for (int t = 0; t < tiles; t += 2) {
     const T* k_tile = next_tile(t, Flag<false>{});
     float s[1][2][4] = {}, factor[2];
-    multiply_keys<T, kHeadDim, 1, 2>(s, k_tile, [&](int step, uint32_t(&a)[1][4]) {
+    multiply_keys<T, kHeadDim, 1, 2>(s, k_tile, [&](int step, uint32_t (&a)[1][4]) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[0][i] = q[step][i];
     });
@@ -234,7 +231,6 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
     multiply_values<T, kHeadDim>(o, weights, v_tile);
   }
 
-  cp_async_wait<0>();
   __syncthreads();  // the rings' memory takes the warps' outputs
   constexpr int kWarpOutput = 16 * kOutputStride<kHeadDim>;
   float* const outputs = reinterpret_cast<float*>(shared_memory());
@@ -453,6 +449,8 @@ void launch_attention(const AttentionParams& p, cudaStream_t stream) {
     case DType::kFloat16:
       launch_16_bit<Half>(p, plan, grid, stream);
       break;
+    case DType::kFloat64:
+      throw std::invalid_argument("gemma2_ext::attention: no float64 on CUDA");
   }
   if (plan.splits == 1) return;
   dispatch_dtype(op, p.dtype, [&](auto t) {

@@ -1,5 +1,5 @@
-// Pieces of attention on CUDA: units of work, results of a row, softmax, tiles in shared memory, and
-// products with them. attention.cu and attention_wgmma.cu make kernels of them.
+// Pieces of attention on CUDA: units of work, results of a row, softmax, tiles in shared memory,
+// and products with them. attention.cu and attention_wgmma.cu make kernels of them.
 //
 // The query heads of one key head are packed into rows, position * group + head, so that a block of
 // rows shares every key it reads. A unit is (block of rows, sequence, key head, split of the keys).
@@ -35,6 +35,7 @@ struct Unit {
   int64_t batch, kv_head, block, split;
   int group, row_begin, rows;                 // row r of the unit is row_begin + r of the group
   int64_t q_offset, seqlen_q, length, start;  // of the sequence; its keys are [start, length)
+  int64_t k_offset;                           // of the sequence in k's rows
   int64_t key_begin;                          // that some row sees, of this split
   int keys;
   const T *k, *v;  // of the sequence and head, paged: of the head
@@ -98,13 +99,13 @@ GEMMA2_DEVICE bool make_unit(const AttentionParams& p, const AttentionPlan& plan
   u.batch = next_digit(p.batch);
   u.block = plan.row_blocks - 1 - index;  // those that see most keys come first
 
-  int64_t k_offset = 0;
+  u.k_offset = 0;
   u.q_offset = 0, u.seqlen_q = p.seqlen_q, u.length = p.seqlen_k, u.start = 0;
   if (p.cu_seqlens_q) {
     u.q_offset = clamp(p.cu_seqlens_q[u.batch], 0, p.total_q);
     u.seqlen_q = clamp(p.cu_seqlens_q[u.batch + 1], u.q_offset, p.total_q) - u.q_offset;
-    k_offset = clamp(p.cu_seqlens_k[u.batch], 0, p.total_k);
-    u.length = clamp(p.cu_seqlens_k[u.batch + 1], k_offset, p.total_k) - k_offset;
+    u.k_offset = clamp(p.cu_seqlens_k[u.batch], 0, p.total_k);
+    u.length = clamp(p.cu_seqlens_k[u.batch + 1], u.k_offset, p.total_k) - u.k_offset;
   }
   if (p.key_lengths) {
     u.length = clamp(p.key_lengths[u.batch], 0, p.capacity ? INT64_MAX : p.seqlen_k);
@@ -130,8 +131,8 @@ GEMMA2_DEVICE bool make_unit(const AttentionParams& p, const AttentionPlan& plan
   u.v = static_cast<const T*>(p.v.data) + u.kv_head * p.v.head_stride;
   u.slot = int(p.capacity ? u.key_begin % p.capacity : u.key_begin);
   if (!p.block_table) {
-    u.k += u.batch * p.k.batch_stride + k_offset * p.k.seqlen_stride;
-    u.v += u.batch * p.v.batch_stride + k_offset * p.v.seqlen_stride;
+    u.k += u.batch * p.k.batch_stride + u.k_offset * p.k.seqlen_stride;
+    u.v += u.batch * p.v.batch_stride + u.k_offset * p.v.seqlen_stride;
   }
   return true;
 }
@@ -461,6 +462,10 @@ GEMMA2_DEVICE void copy_keys(T* tile, const AttentionParams& p, const AttentionP
 template <bool kValue>
 struct Flag {
   static constexpr bool value = kValue;
+};
+template <int kValue>
+struct Count {
+  static constexpr int value = kValue;
 };
 
 // start_copy(tile, of_v, stage) for the tiles that fill the ring.

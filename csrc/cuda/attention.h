@@ -1,4 +1,5 @@
-// How attention is divided among blocks on CUDA: tile sizes, and the plan made of shapes and device.
+// How attention is divided among blocks on CUDA: tile sizes, and the plan made of shapes and
+// device.
 #pragma once
 #include <stdint.h>
 
@@ -21,7 +22,9 @@ constexpr int64_t attention_output_bytes(int rows, int head_dim) {
 
 // What the kernels keep behind the tiles until then: the keys that each row sees, and the Unit.
 constexpr int kAttentionUnitBytes = 160;
-constexpr int64_t attention_state_bytes(int rows) { return int64_t(rows) * 8 + kAttentionUnitBytes; }
+constexpr int64_t attention_state_bytes(int rows) {
+  return int64_t(rows) * 8 + kAttentionUnitBytes;
+}
 
 // Of the kernel for many rows: 16 m_tiles rows a warp, Q, and a ring of K and V tiles.
 struct AttentionTile {
@@ -98,9 +101,9 @@ struct AttentionPlan {
   int k_stride, v_stride;  // seqlen_stride of both
   int capacity;            // of a ring; INT_MAX: none
   int64_t block_rows;
-  int64_t row_blocks;  // for each key head (of the longest sequence)
-  int64_t splits;      // of a row block's keys
-  int64_t split_step;  // keys that a split is a multiple of
+  int64_t row_blocks;    // for each key head (of the longest sequence)
+  int64_t splits;        // of a row block's keys
+  int64_t split_step;    // keys that a split is a multiple of
   int64_t partial_size;  // floats at AttentionParams.partial, 0 where splits is 1: (row_blocks,
                          // batch, num_kv_heads, splits, block_rows, head_dim + 2), output before
                          // normalization, maximum, sum

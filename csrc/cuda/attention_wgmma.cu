@@ -6,8 +6,8 @@
 // other warpgroup's or this one's earlier scores. Copies are cp.async, not bulk tensor copies: they
 // take any stride, rings and pages, and cost the producer about a twentieth of the issue slots.
 // Not run on hardware; chosen only where GEMMA2_EXT_ATTENTION_WGMMA=1 (see attention.cu).
-// attention_wgmma_kernel: at most 168 registers (40 and 232 by warpgroup), 226 KiB of shared memory.
-// Source: FlashAttention-3 (arXiv 2407.08608), its tile of 128 x 80 for head_dim 256.
+// attention_wgmma_kernel: at most 168 registers (40 and 232 by warpgroup), 226 KiB of shared
+// memory. Source: FlashAttention-3 (arXiv 2407.08608), its tile of 128 x 80 for head_dim 256.
 #include "attention.cuh"
 #include "kernels.h"
 #include "launch.cuh"
@@ -88,8 +88,8 @@ GEMMA2_DEVICE void start_scores(float (&s)[kKeys / 8][4], const T* q_rows, const
 
 // o += weights v.
 template <class T, int kHeadDim, int kKeys>
-GEMMA2_DEVICE void start_output(float (&o)[kHeadDim / 8][4], const uint32_t (&weights)[kKeys / 16][4],
-                                const T* v_tile) {
+GEMMA2_DEVICE void start_output(float (&o)[kHeadDim / 8][4],
+                                const uint32_t (&weights)[kKeys / 16][4], const T* v_tile) {
 #pragma unroll
   for (int step = 0; step < kKeys / 16; ++step) {
     wgmma_registers<T, kHeadDim>(o, weights[step],

@@ -20,7 +20,8 @@ namespace gemma2 {
   X(linear_int4, LinearParams)                \
   X(dequantize_int8, DequantizeParams)        \
   X(dequantize_int4, DequantizeParams)        \
-  X(attention, AttentionParams)
+  X(attention, AttentionParams)               \
+  X(attention_backward, AttentionBackwardParams)
 
 #define GEMMA2_DECLARE(op, Params) void launch_##op(const Params& p, cudaStream_t stream);
 GEMMA2_CUDA_KERNELS(GEMMA2_DECLARE)

@@ -84,8 +84,7 @@ GEMMA2_DEVICE void wgmma_registers(float (&d)[kColumns / 8][4], const uint32_t (
 #define GEMMA2_D4(x) "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])
 
 template <>
-GEMMA2_DEVICE void wgmma_shared<BFloat16, 80>(float (&d)[10][4], uint64_t a, uint64_t b,
-                                            bool add) {
+GEMMA2_DEVICE void wgmma_shared<BFloat16, 80>(float (&d)[10][4], uint64_t a, uint64_t b, bool add) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %42, 0; "
       "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 "
@@ -99,7 +98,7 @@ GEMMA2_DEVICE void wgmma_shared<BFloat16, 80>(float (&d)[10][4], uint64_t a, uin
 }
 template <>
 GEMMA2_DEVICE void wgmma_shared<BFloat16, 128>(float (&d)[16][4], uint64_t a, uint64_t b,
-                                            bool add) {
+                                               bool add) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %66, 0; "
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
@@ -115,8 +114,8 @@ GEMMA2_DEVICE void wgmma_shared<BFloat16, 128>(float (&d)[16][4], uint64_t a, ui
       : "l"(a), "l"(b), "r"(int(add)));
 }
 template <>
-GEMMA2_DEVICE void wgmma_registers<BFloat16, 128>(float (&d)[16][4],
-                                               const uint32_t (&a)[4], uint64_t b) {
+GEMMA2_DEVICE void wgmma_registers<BFloat16, 128>(float (&d)[16][4], const uint32_t (&a)[4],
+                                                  uint64_t b) {
   asm volatile(
       "{ .reg .pred p; setp.eq.b32 p, 0, 0; "
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
@@ -132,8 +131,8 @@ GEMMA2_DEVICE void wgmma_registers<BFloat16, 128>(float (&d)[16][4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 template <>
-GEMMA2_DEVICE void wgmma_registers<BFloat16, 256>(float (&d)[32][4],
-                                               const uint32_t (&a)[4], uint64_t b) {
+GEMMA2_DEVICE void wgmma_registers<BFloat16, 256>(float (&d)[32][4], const uint32_t (&a)[4],
+                                                  uint64_t b) {
   asm volatile(
       "{ .reg .pred p; setp.eq.b32 p, 0, 0; "
       "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
@@ -144,7 +143,8 @@ GEMMA2_DEVICE void wgmma_registers<BFloat16, 256>(float (&d)[32][4],
       "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
       "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
       "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, "
+      "%127}, "
       "{%128, %129, %130, %131}, %132, p, 1, 1, 1; }"
       : GEMMA2_D4(d[0]), GEMMA2_D4(d[1]), GEMMA2_D4(d[2]), GEMMA2_D4(d[3]), GEMMA2_D4(d[4]),
         GEMMA2_D4(d[5]), GEMMA2_D4(d[6]), GEMMA2_D4(d[7]), GEMMA2_D4(d[8]), GEMMA2_D4(d[9]),
@@ -156,8 +156,7 @@ GEMMA2_DEVICE void wgmma_registers<BFloat16, 256>(float (&d)[32][4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 template <>
-GEMMA2_DEVICE void wgmma_shared<Half, 80>(float (&d)[10][4], uint64_t a, uint64_t b,
-                                            bool add) {
+GEMMA2_DEVICE void wgmma_shared<Half, 80>(float (&d)[10][4], uint64_t a, uint64_t b, bool add) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %42, 0; "
       "wgmma.mma_async.sync.aligned.m64n80k16.f32.f16.f16 "
@@ -170,8 +169,7 @@ GEMMA2_DEVICE void wgmma_shared<Half, 80>(float (&d)[10][4], uint64_t a, uint64_
       : "l"(a), "l"(b), "r"(int(add)));
 }
 template <>
-GEMMA2_DEVICE void wgmma_shared<Half, 128>(float (&d)[16][4], uint64_t a, uint64_t b,
-                                            bool add) {
+GEMMA2_DEVICE void wgmma_shared<Half, 128>(float (&d)[16][4], uint64_t a, uint64_t b, bool add) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %66, 0; "
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
@@ -187,8 +185,8 @@ GEMMA2_DEVICE void wgmma_shared<Half, 128>(float (&d)[16][4], uint64_t a, uint64
       : "l"(a), "l"(b), "r"(int(add)));
 }
 template <>
-GEMMA2_DEVICE void wgmma_registers<Half, 128>(float (&d)[16][4],
-                                               const uint32_t (&a)[4], uint64_t b) {
+GEMMA2_DEVICE void wgmma_registers<Half, 128>(float (&d)[16][4], const uint32_t (&a)[4],
+                                              uint64_t b) {
   asm volatile(
       "{ .reg .pred p; setp.eq.b32 p, 0, 0; "
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
@@ -204,8 +202,8 @@ GEMMA2_DEVICE void wgmma_registers<Half, 128>(float (&d)[16][4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 template <>
-GEMMA2_DEVICE void wgmma_registers<Half, 256>(float (&d)[32][4],
-                                               const uint32_t (&a)[4], uint64_t b) {
+GEMMA2_DEVICE void wgmma_registers<Half, 256>(float (&d)[32][4], const uint32_t (&a)[4],
+                                              uint64_t b) {
   asm volatile(
       "{ .reg .pred p; setp.eq.b32 p, 0, 0; "
       "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 "
@@ -216,7 +214,8 @@ GEMMA2_DEVICE void wgmma_registers<Half, 256>(float (&d)[32][4],
       "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
       "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
       "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, "
+      "%127}, "
       "{%128, %129, %130, %131}, %132, p, 1, 1, 1; }"
       : GEMMA2_D4(d[0]), GEMMA2_D4(d[1]), GEMMA2_D4(d[2]), GEMMA2_D4(d[3]), GEMMA2_D4(d[4]),
         GEMMA2_D4(d[5]), GEMMA2_D4(d[6]), GEMMA2_D4(d[7]), GEMMA2_D4(d[8]), GEMMA2_D4(d[9]),

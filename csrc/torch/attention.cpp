@@ -246,6 +246,27 @@ struct BackwardTensors {
   Tensor grad_out, grad_lse, out, lse, grad_q, grad_k, grad_v;
 };
 
+#ifdef GEMMA2_WITH_CUDA
+// The tensors are as run_backward leaves them.
+void run_backward_on_cuda(const Problem& problem, BackwardTensors& t) {
+  const torch::stable::accelerator::DeviceGuard guard(problem.q.get_device_index());
+  // Keys that no row sees, and rows of no sequence, get zeros.
+  torch::stable::zero_(t.grad_k);
+  torch::stable::zero_(t.grad_v);
+  if (problem.p.cu_seqlens_q) torch::stable::zero_(t.grad_q);
+  if (problem.p.batch == 0) return;
+  const Tensor terms = torch::stable::new_empty(t.lse, t.lse.sizes(), ScalarType::Float);
+  const AttentionBackwardParams p{problem.p,
+                                  view(t.grad_out),
+                                  static_cast<const float*>(t.grad_lse.data_ptr()),
+                                  view(t.grad_q),
+                                  view(t.grad_k),
+                                  view(t.grad_v),
+                                  static_cast<float*>(terms.data_ptr())};
+  run_on_cuda(problem.q, launch_attention_backward, p);
+}
+#endif
+
 void run_backward(const char* op, Problem& problem, BackwardTensors t) {
   AttentionParams& p = problem.p;
   check_like(op, "grad_out", t.grad_out, "q", problem.q);
@@ -256,8 +277,14 @@ void run_backward(const char* op, Problem& problem, BackwardTensors t) {
   check_out(op, "grad_q", t.grad_q, "q", problem.q);
   check_out(op, "grad_k", t.grad_k, "k", problem.k);
   check_out(op, "grad_v", t.grad_v, "v", problem.v);
-  t.grad_out = last_dim_contiguous(t.grad_out);
-  t.out = last_dim_contiguous(t.out);
+  t.grad_out = readable(t.grad_out);
+  t.out = readable(t.out);
+#ifdef GEMMA2_WITH_CUDA
+  if (!problem.q.is_cpu()) {
+    set_results(p, t.out, t.lse);
+    return run_backward_on_cuda(problem, t);
+  }
+#endif
   // Keys outside of the valid ones, and rows behind the last sequence, get zeros.
   const int64_t size = size_of(p.dtype);
   std::memset(t.grad_k.data_ptr(), 0, t.grad_k.numel() * size);
@@ -276,7 +303,8 @@ void run_backward(const char* op, Problem& problem, BackwardTensors t) {
          static_cast<const float*>(t.grad_lse.data_ptr()),
          view(t.grad_q),
          view(t.grad_k),
-         view(t.grad_v)};
+         view(t.grad_v),
+         nullptr};
   if (p.dtype == DType::kFloat64) return float64::attention_backward(w.p);
 
   constexpr int64_t kBlock = kAttentionBackwardBlock;
@@ -613,6 +641,8 @@ template <class Library>
 void implement(Library& m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_out", TORCH_BOX(&attention_out));
+  m.impl("attention_backward_out", TORCH_BOX(&attention_backward_out));
+  m.impl("attention_varlen_backward_out", TORCH_BOX(&attention_varlen_backward_out));
   m.impl("attention_varlen", TORCH_BOX(&attention_varlen));
   m.impl("attention_varlen_out", TORCH_BOX(&attention_varlen_out));
   m.impl("attention_cache", TORCH_BOX(&attention_cache));
@@ -623,8 +653,3 @@ void implement(Library& m) {
 }  // namespace gemma2
 
 GEMMA2_REGISTER(gemma2::implement)
-
-STABLE_TORCH_LIBRARY_IMPL(gemma2_ext, CPU, m) {
-  m.impl("attention_backward_out", TORCH_BOX(&gemma2::attention_backward_out));
-  m.impl("attention_varlen_backward_out", TORCH_BOX(&gemma2::attention_varlen_backward_out));
-}

@@ -17,7 +17,7 @@ struct Format {
   // Elements of a row of scales: some, and so many for kQuantDepth columns.
   int64_t scales_first, scales_each;
   void (*CpuKernels::*pack)(const LinearParams&, int64_t, int64_t);
-  void (*CpuKernels::*blocks)(const LinearParams&, int64_t, int64_t);
+  void (*CpuKernels::*units)(const LinearParams&, int64_t, int64_t);
   void (*CpuKernels::*quantize)(const QuantizeParams&, int64_t, int64_t);
 #ifdef GEMMA2_WITH_CUDA
   void (*launch)(const LinearParams&, cudaStream_t);
@@ -37,7 +37,7 @@ const Format kInt8{ScalarType::Char,
                    0,
                    kQuantDepth / kInt8Group,
                    &CpuKernels::linear_int8_pack,
-                   &CpuKernels::linear_int8_blocks,
+                   &CpuKernels::linear_int8_units,
                    &CpuKernels::quantize_int8_blocks GEMMA2_LAUNCHERS(int8)};
 const Format kInt4{ScalarType::Byte,
                    ScalarType::Char,
@@ -45,7 +45,7 @@ const Format kInt4{ScalarType::Byte,
                    kInt4FactorBytes,
                    kQuantDepth / kInt4Group,
                    &CpuKernels::linear_int4_pack,
-                   &CpuKernels::linear_int4_blocks,
+                   &CpuKernels::linear_int4_units,
                    &CpuKernels::quantize_int4_blocks GEMMA2_LAUNCHERS(int4)};
 
 int64_t piece_count(int64_t in_features) { return (in_features + kQuantDepth - 1) / kQuantDepth; }
@@ -157,9 +157,10 @@ void run(const char* op, const char* name, const Format& format, const Tensor& x
   parallel_units(p.rows, in_features * 8,
                  [&](int64_t begin, int64_t end) { (kernels.*format.pack)(p, begin, end); });
   // Many rows carry more work a byte.
-  const int64_t block_bytes = kQuantRows * piece_count(in_features) * format.row_bytes;
-  parallel_units(block_count(out_features), block_bytes * (1 + p.rows / 16),
-                 [&](int64_t begin, int64_t end) { (kernels.*format.blocks)(p, begin, end); });
+  const int64_t unit_rows = kQuantUnitBlocks * kQuantRows;
+  const int64_t unit_bytes = unit_rows * piece_count(in_features) * format.row_bytes;
+  parallel_units((out_features + unit_rows - 1) / unit_rows, unit_bytes * (1 + p.rows / 16),
+                 [&](int64_t begin, int64_t end) { (kernels.*format.units)(p, begin, end); });
 }
 
 void check_softcap(const char* op, const std::optional<double>& softcap) {

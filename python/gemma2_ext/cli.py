@@ -28,7 +28,7 @@ from .evaluate import perplexity, window_sizes
 from .generate import Sampler
 from .model import Gemma2
 from .models import shipped_model
-from .packed import quantize_checkpoint, stored_format
+from .packed import declared_format, quantize_checkpoint, stored_format
 from .quantize import FORMATS
 from .speculative import Draft, ModelDraft, NgramDraft
 from .threads import default_threads
@@ -592,10 +592,13 @@ def run_quantize(args: argparse.Namespace) -> None:
 def run_info(args: argparse.Namespace) -> None:
     """`gemma2-ext info`."""
     config = load_config(args)
-    dtype, format = stored_format(args.model, config)
+    if args.dtype:  # then there need be no weights
+        dtype, format = DTYPES[args.dtype], declared_format(args.model)
+    else:
+        dtype, format = stored_format(args.model, config)
     if format is not None and args.quantize not in (None, format):
         raise ValueError(f"{args.model}: is packed in {format}, not in {args.quantize}")
-    dtype, format = DTYPES.get(args.dtype, dtype), format or args.quantize
+    format = format or args.quantize
     max_length = sequence_length(args, config)
     full = replace(config, layer_types=(GLOBAL,) * config.num_hidden_layers)
     weights, cache = (

@@ -19,15 +19,24 @@ __all__ = ["MLP", "Attention", "GeGLU", "Linear", "RMSNorm"]
 class Config(Protocol):
     """What the modules read of a configuration: `gemma2_ext.Gemma2Config`, or transformers'."""
 
-    hidden_size: Any
-    intermediate_size: Any
-    num_attention_heads: Any
-    num_key_value_heads: Any
-    head_dim: Any
-    query_pre_attn_scalar: Any
-    sliding_window: Any
-    attn_logit_softcapping: Any
-    layer_types: Any
+    @property
+    def hidden_size(self) -> Any: ...
+    @property
+    def intermediate_size(self) -> Any: ...
+    @property
+    def num_attention_heads(self) -> Any: ...
+    @property
+    def num_key_value_heads(self) -> Any: ...
+    @property
+    def head_dim(self) -> Any: ...
+    @property
+    def query_pre_attn_scalar(self) -> Any: ...
+    @property
+    def sliding_window(self) -> Any: ...
+    @property
+    def attn_logit_softcapping(self) -> Any: ...
+    @property
+    def layer_types(self) -> Any: ...
 
 
 class RMSNorm(torch.nn.Module):

@@ -108,6 +108,12 @@ def stored_format(
         return common_dtype(kept), format
 
 
+def declared_format(folder: str | os.PathLike[str]) -> Format | None:
+    """The format that a folder's config.json says its matrices are packed in."""
+    says = read_json(check_folder(folder) / "config.json").get("quantization_config")
+    return cast("Format", says["format"]) if says else None
+
+
 def _sources(
     files: list[SafetensorsFile], config: Gemma2Config, format: Format | None
 ) -> dict[str, Source]:

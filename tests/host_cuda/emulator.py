@@ -96,6 +96,7 @@ SCALARS: dict[str, Any] = {
     "int64_t": ctypes.c_int64,
     "int32_t": ctypes.c_int32,
     "float": ctypes.c_float,
+    "double": ctypes.c_double,
     "bool": ctypes.c_bool,
     "DType": ctypes.c_int32,
 }
@@ -138,6 +139,9 @@ def _extent(t: Tensor) -> tuple[int, int]:
 def _convert(kind: Any, value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return DTYPE_NUMBERS[value]
+    if isinstance(value, dict):
+        kinds = dict(kind._fields_)
+        return kind(**{name: _convert(kinds[name], inner) for name, inner in value.items()})
     if isinstance(value, Tensor):
         if kind is ctypes.c_void_p:
             return value.data_ptr()
@@ -178,7 +182,8 @@ def launch(
     params = struct(**{name: _convert(kinds[name], value) for name, value in fields.items()})
     lib = library()
     lib.emulation_configure(schedule, shared_bytes, multiprocessors, max_blocks, left_out.encode())
-    for value in fields.values():
+    inner = [v for f in fields.values() if isinstance(f, dict) for v in f.values()]
+    for value in (*fields.values(), *inner):
         if isinstance(value, Tensor):
             lib.emulation_allow(*_extent(value))
     run = getattr(lib, f"emulated_{op}")

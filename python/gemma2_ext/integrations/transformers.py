@@ -469,7 +469,7 @@ class _ForCausalLM(_stock.Gemma2ForCausalLM):
             return CausalLMOutputWithPast(loss=loss, **rest)
         if torch.compiler.is_compiling():
             return CausalLMOutputWithPast(loss=loss, logits=compute(), **rest)
-        return LazyLogitsOutput(loss=loss, logits=cast("Any", compute), **rest)
+        return LazyLogitsOutput.of(compute, loss=loss, **rest)
 
 
 _causal_lm_signature = inspect.signature(_stock.Gemma2ForCausalLM.forward)
@@ -521,6 +521,13 @@ class LazyLogitsOutput(CausalLMOutputWithPast):
     A training step that reads the loss alone never makes them. By attribute, by key, by index or
     in a loop over all values they are as of the stock model, with their gradient.
     """
+
+    @classmethod
+    def of(cls, logits: partial[Tensor], **fields: Any) -> LazyLogitsOutput:
+        # The constructor reads what it is given, so it is given something else in their place.
+        output = cls(logits=cast("Any", False), **fields)
+        object.__setattr__(output, "logits", logits)
+        return output
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
@@ -606,7 +613,8 @@ def patch(model: _Module, *, skip_logits: bool = False) -> _Module:
     for name, module in base.named_modules():
         twin = _TWINS.get(type(module))
         if twin is None and type(module) is nn.Linear and module.bias is None:
-            twin = _Linear
+            # Quantized or distributed weights are tensors of another class, with its own product.
+            twin = _Linear if type(module.weight.data) is Tensor else None
         if twin is not None:
             if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
                 raise ValueError(

@@ -42,7 +42,6 @@ def add_commands(
     common = parser(add_help=False)
     common.add_argument("--threads", type=whole_number(1), metavar="N", help="default: torch's")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    common.set_defaults(model=None)
     text = parser(add_help=False)
     group = text.add_argument_group("text")
     group.add_argument(

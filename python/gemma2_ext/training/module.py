@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import ops
 from ..config import Gemma2Config
 from ..model import Gemma2, Layer, Weight, packed_attention, run_layer
+from ..quantize import QuantizedWeight
 from ..weights import parameter_shapes
 from .data import Batch
 
@@ -97,6 +98,11 @@ class TrainingModule(nn.Module):
         self.dtype = dtype
         # Not a submodule: neither wrapped nor trained.
         self.objective = objective
+        self.teacher_embedding = None
+        if objective.teacher is not None:
+            weight = objective.teacher.embed_tokens.weight
+            packed = isinstance(weight, QuantizedWeight)
+            self.teacher_embedding = weight.dequantize(self.dtype) if packed else weight.detach()
         self.activation_checkpointing = activation_checkpointing
         self.embed_tokens = model.embed_tokens
         layers = cast("list[Layer]", list(model.layers))
@@ -157,7 +163,7 @@ class TrainingModule(nn.Module):
             hidden,
             embedding,
             states,
-            teacher.embed_tokens.weight,
+            self.teacher_embedding,
             teacher_softcap=teacher.config.final_logit_softcapping,
             **options,
         )

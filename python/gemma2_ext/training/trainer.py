@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from ..config import shown
 from ..model import Gemma2
+from ..quantize import QuantizedWeight
 from . import checkpoint
 from .data import Batches
 from .export import export_model
@@ -194,7 +195,7 @@ class Trainer:
     Raises:
         ValueError: the processes do not divide a step, or out holds a run that this one does not
             continue.
-        TypeError: the model is not float32.
+        TypeError: the model is not float32, or packed.
     """
 
     def __init__(
@@ -210,6 +211,8 @@ class Trainer:
         tokenizer_folder: Path | None = None,
         facts: dict[str, Any] | None = None,
     ) -> None:
+        if any(isinstance(module, QuantizedWeight) for module in model.modules()):
+            raise TypeError("training: packed weights cannot be trained; load those packed from")
         if model.dtype != torch.float32:
             raise TypeError(f"training: the model must be float32, got {model.dtype}")
         self.world = dist.get_world_size() if dist.is_initialized() else 1
