@@ -113,3 +113,43 @@ def test_setup_says_when_torch_can_be_had_from_nowhere(tmp_path: Path, bare_pyth
     assert result.returncode == 1
     assert f"'{bare_python}' has no torch >= 2.11, and pip could not install" in result.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+@pytest.mark.parametrize(
+    ("torch_cuda", "message"),
+    [
+        ("", "GEMMA2_EXT_CUDA=ON, but /a/torch is a CPU-only PyTorch"),
+        ("12.8", "nvcc is CUDA 13.0, but PyTorch was built with CUDA 12.8"),
+    ],
+)
+def test_cuda_that_cannot_be_built_is_an_error(
+    tmp_path: Path, torch_cuda: str, message: str
+) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
+    nvcc.chmod(0o755)
+    settings = {
+        "GEMMA2_EXT_CUDA": "ON",
+        "GEMMA2_EXT_CPU_ISAS": "scalar",
+        "Python_EXECUTABLE": sys.executable,
+        "TORCH_DIR": "/a/torch",
+        "TORCH_VERSION": "2.13.0",
+        "TORCH_CUDA": torch_cuda,
+    }
+    result = subprocess.run(
+        [
+            "cmake",
+            "-S",
+            ROOT,
+            "-B",
+            tmp_path / "build",
+            *(f"-D{k}={v}" for k, v in settings.items()),
+        ],
+        env={**os.environ, "CUDA_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert message in " ".join(result.stderr.split())

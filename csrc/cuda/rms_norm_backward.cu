@@ -22,12 +22,12 @@ constexpr int kSumColumns = 32, kSumGroups = 8;
 
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kMaxThreads)
-    rms_norm_backward_kernel(const RmsNormBackwardParams p) {
+    rms_norm_backward_kernel(const RmsNormBackwardParams p, int64_t block_rows) {
   constexpr int kSize = kVectorSize<T>;
   float* scratch = reinterpret_cast<float*>(shared_memory());
   const int64_t size = p.hidden_size;
   const int64_t stride = int64_t(blockDim.x) * kSize, first = threadIdx.x * kSize;
-  const int64_t block_rows = norm_block_rows(p.rows), begin = blockIdx.x * block_rows;
+  const int64_t begin = blockIdx.x * block_rows;
   const int64_t end = begin + block_rows < p.rows ? begin + block_rows : p.rows;
   float* partial = p.partial + blockIdx.x * size;
   float grad_weight[kHeld][kSize] = {};
@@ -152,7 +152,7 @@ void launch_rms_norm_backward(const RmsNormBackwardParams& p, cudaStream_t strea
                          is_aligned(p.grad_x, p.hidden_size * sizeof(T)) && is_aligned(p.weight, 0);
     launch(op, aligned ? rms_norm_backward_kernel<T, true> : rms_norm_backward_kernel<T, false>,
            dim3(unsigned(blocks)), row_threads(p.hidden_size, kVectorSize<T>, kMaxThreads),
-           2 * kWarpSize * sizeof(float), stream, p);
+           2 * kWarpSize * sizeof(float), stream, p, norm_block_rows(p.rows));
   });
   dispatch_dtype(op, p.weight_dtype, [&](auto w) {
     launch(op, sum_partials_kernel<decltype(w)>,
