@@ -47,7 +47,7 @@ def operands(
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize(
     "tokens, hidden_size, vocab_size",
-    [(2, 1, 2), (7, 41, 95), (33, 111, 97), (70, 64, 500)],
+    [(7, 41, 95), (33, 111, 97), (70, 64, 500)],
 )
 def test_value_and_gradients(
     isa: str,
