@@ -57,4 +57,6 @@ def assert_lse_accurate(actual: Tensor, q: Tensor, k: Tensor, v: Tensor, **optio
     relative, which is float32's rounding of a score made of 256 products."""
     exact = reference.attention(q.double(), k.double(), v.double(), return_lse=True, **options)[1]
     assert actual.dtype == torch.float32
-    torch.testing.assert_close(actual.double(), exact, rtol=2e-6, atol=1e-5)
+    # On a GPU 16-bit scores are capped by a tanh with an absolute error of 3e-7, times 50.
+    atol = 2.5e-5 if q.is_cuda and q.element_size() == 2 else 1e-5
+    torch.testing.assert_close(actual.double(), exact, rtol=2e-6, atol=atol)

@@ -184,7 +184,10 @@ def test_unseen_keys_do_not_leak(
     actual = attend(q, k, v, scale=0.1, window=window)
     position = torch.arange(100 - seqlen_q, 100)
     sees = (position >= key) & (position < key + (window or 1000))
-    assert torch.equal(actual[0, ~sees], expected[0, ~sees])
+    if isa == "cuda":  # such rows are computed anew there, with weights that are not rounded
+        torch.testing.assert_close(actual[0, ~sees], expected[0, ~sees], rtol=1.6e-2, atol=5e-3)
+    else:
+        assert torch.equal(actual[0, ~sees], expected[0, ~sees])
     assert actual[0, sees].isnan().all()
 
 

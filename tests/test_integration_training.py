@@ -64,12 +64,13 @@ def patched(model: Any, attention: str, **options: Any) -> Any:
 
 
 def batch() -> dict[str, Tensor]:
-    """Two rows, the second padded on the left, labels where there are tokens and not everywhere."""
+    """Two rows, the second padded on the left; labels on tokens, but not on all of them."""
     ids = tiny.random_ids(CONFIG, 2, SEQLEN)
     mask = torch.ones_like(ids)
     mask[1, :9] = 0
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, 20:24] = -100
+    labels[1, 9] = -100  # predicted by padding: a test of its own
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
@@ -141,6 +142,26 @@ def test_loss_and_gradients(attention: str, dtype: torch.dtype) -> None:
             rtol=1e-5 if dtype == torch.float32 else 1e-2,
             atol=0,
         )
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_loss_next_to_padding(attention: str, side: str) -> None:
+    """On the left the last padding predicts the first token, as any collator has it.
+
+    Its gradient is not compared: eager gives one to scores that are masked and had no effect.
+    """
+    model = stock()
+    ids = tiny.random_ids(CONFIG, 2, SEQLEN)
+    mask = torch.ones_like(ids)
+    mask[1, slice(0, 9) if side == "left" else slice(-9, None)] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    loss, expected = backward(model, inputs)
+    actual_loss, actual = backward(patched(model, attention), inputs)
+    torch.testing.assert_close(actual_loss, loss, rtol=1e-5, atol=0)
+    for name, gradient in expected.items() if side == "right" else ():
+        error = (actual[name] - gradient).norm() / gradient.norm()
+        assert error < 1e-3, (name, error)
 
 
 def test_logits_with_labels() -> None:

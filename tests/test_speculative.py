@@ -200,6 +200,17 @@ def test_a_draft_that_is_the_model_is_always_right() -> None:
         assert torch.equal(actual, model.generate(ids, max_new_tokens=60, stop_ids=()))
 
 
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_packed_weights(quantize: Any) -> None:
+    model = Gemma2.from_pretrained(shipped_model(), quantize=quantize)
+    ids = tiny.random_ids(model.config, 1, 20)
+    for options in ({}, {"temperature": 0.8, "seed": 1}):
+        plain = model.generate(ids, max_new_tokens=40, stop_ids=(), **options)
+        draft = Liar(plain[0].tolist(), 5, MAX_ROWS - 1)
+        actual = model.generate(ids, max_new_tokens=40, stop_ids=(), draft=draft, **options)
+        assert torch.equal(actual, plain)
+
+
 def test_the_draft_models_context_may_be_shorter() -> None:
     model = tiny.small_model()
     ids = tiny.random_ids(model.config, 1, 20)

@@ -354,8 +354,12 @@ struct KeyBlock {
     // Blocks of keys begin at multiples of kKeys from the sequence's first key.
     const int64_t turn = (key - s.start) / kKeys - (block.first_key - s.start) / kKeys;
     int32_t* done = w.turns + block.index;
-    for (int tries = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) != turn; ++tries)
-      if (tries > 1000) sched_yield();
+    for (int tries = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) != turn;) {
+      if (tries < 1000)
+        ++tries;
+      else
+        sched_yield();
+    }
     float* sums = w.grad_q + block.index * kRows * padded;
     if (turn == 0) memset(sums, 0, rows * padded * sizeof(float));
     add_to_rows(rows, sums);

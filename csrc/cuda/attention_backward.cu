@@ -23,7 +23,9 @@ namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
 constexpr int kMine = 16 * kWarps;  // rows or keys of a block
-constexpr int kOthers = 32;         // keys or rows that they meet at a time
+// Keys or rows that they meet at a time; what fits beside a gradient of 128 registers.
+template <int kHeadDim>
+constexpr int kOthersOf = kHeadDim > 128 ? 16 : 32;
 
 // What the softmax of a row needs: its keys, log2 of its denominator, and its term.
 struct RowState {
@@ -103,6 +105,7 @@ template <class T, int kHeadDim, bool kOfKeys>
 GEMMA2_DEVICE void gradient_block(const AttentionBackwardParams& b, const AttentionPlan& plan,
                                   const Unit<T>& u, bool of_v, int key_begin) {
   using Layout = RowLayout<kHeadDim>;
+  constexpr int kOthers = kOthersOf<kHeadDim>;
   constexpr int kUnroll = 4;  // addresses of more copies would not fit beside the gradient
   const AttentionParams& p = b.forward;
   const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
@@ -330,7 +333,7 @@ void launch_gradients(const AttentionBackwardParams& b, const AttentionPlan& row
                       const AttentionPlan& keys, int64_t row_units, int64_t key_units,
                       int64_t sequences, cudaStream_t stream) {
   constexpr int64_t kShared =
-      int64_t(2) * (kMine + kOthers) * kHeadDim * sizeof(T) + kMine * sizeof(RowState);
+      int64_t(2) * (kMine + kOthersOf<kHeadDim>)*kHeadDim * sizeof(T) + kMine * sizeof(RowState);
   static_assert(kShared <= 99 << 10, "");
   const char* op = "attention_backward";
   launch(op, attention_backward_rows_kernel<T, kHeadDim>, dim3(unsigned(row_units)), kThreads,

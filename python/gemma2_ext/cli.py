@@ -66,7 +66,10 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; `run` in its result is the command's function."""
     machine = Parser(add_help=False)
     machine.add_argument(
-        "--threads", type=whole_number(1, os.cpu_count() or 1), metavar="N", help="default: torch's"
+        "--threads",
+        type=whole_number(1, os.cpu_count() or 1),
+        metavar="N",
+        help="default: OMP_NUM_THREADS, or one a core that may be used",
     )
     machine.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -80,12 +83,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--quantize",
         choices=FORMATS,
         help="pack the weights while they are read; default: as stored",
-    )
-    group.add_argument(
-        "--threads",
-        type=whole_number(1, os.cpu_count() or 1),
-        metavar="N",
-        help="default: OMP_NUM_THREADS, or one a core that may be used",
     )
     group.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     group.add_argument(

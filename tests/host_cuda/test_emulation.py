@@ -95,4 +95,4 @@ def test_structs_are_those_of_the_compiler() -> None:
     for op, struct in ops().items():
         assert struct in structs(), op
     assert ctypes.sizeof(structs()["HeadsView"]) == 32
-    assert structs()["RmsNormParams"].weight_dtype.offset == 56
+    assert structs()["RmsNormParams"].weight_dtype.offset == 60

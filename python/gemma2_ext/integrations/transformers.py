@@ -8,7 +8,8 @@
 
 Works with transformers 4.57 and later, any cache of theirs and every way to generate. Between the
 mask function and the attention function goes an int32 tensor in place of a 4-D mask: (2, batch),
-where each row's keys start and end; or (sequences + 1,), where packed sequences begin; or None.
+where each row's keys start and end; (3, batch), with the number of its queries that are padding; or
+(sequences + 1,), where packed sequences begin; or None.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ def attention_mask(
 
     Returns:
         None: the keys are those of the last query and before. (2, batch) int32: each row's first
-        key and the end of its keys. (sequences + 1,) int32: where packed sequences begin and end.
+        key and the end of its keys. (3, batch) int32: and how many of its queries stand before its
+        first key. (sequences + 1,) int32: where packed sequences begin and end.
 
     Raises:
         NotImplementedError: the kernels cannot express the mask: padding between tokens,
@@ -186,12 +188,16 @@ def _bounds(
     kv_offset: int,
     device: torch.device | str | None,
 ) -> Tensor | None:
-    """(2, batch): first key and end of the keys, counted from the first key that is given."""
+    """(2, batch): first key and end of the keys, counted from the first key that is given.
+
+    (3, batch) where a query stands before its row's first key.
+    """
     compiling = torch.compiler.is_compiling()
     if not compiling:
         q_offset = int(q_offset)  # a sync, as torch's own `mask.all()` is
     end = q_offset + q_length
     starts: int | Tensor = 0
+    padded: Tensor | None = None
     if mask is not None:
         if not isinstance(end, Tensor):
             if mask.shape[-1] < end:
@@ -212,13 +218,20 @@ def _bounds(
         elif not whole.all():
             raise NotImplementedError(holes)
         if compiling or first.any():
-            starts = torch.where(tokens == 0, end, first).sub(kv_offset).clamp(min=0)
+            first = torch.where(tokens == 0, end, first)
+            starts = first.sub(kv_offset).clamp(min=0)
+            before = (first - q_offset).clamp(0, q_length)
+            # In decoding there is none; a graph cannot look.
+            if q_length > 1 if compiling else before.any():
+                padded = before
     length = end - kv_offset
     if not isinstance(starts, Tensor) and not isinstance(length, Tensor) and length == kv_length:
         return None
-    bounds = torch.zeros(2, batch_size, dtype=torch.int32, device=device)
+    bounds = torch.zeros(2 if padded is None else 3, batch_size, dtype=torch.int32, device=device)
     bounds[0] = starts
     bounds[1] = length
+    if padded is not None:
+        bounds[2] = padded
     return bounds
 
 
@@ -293,9 +306,24 @@ def attention_forward(
         )
     if attention_mask.dim() == 1:
         return _attention_packed(q, k, v, attention_mask, attention_mask, options), None
-    starts, lengths = attention_mask.unbind(0)
+    starts, lengths = attention_mask[0], attention_mask[1]
     out = ops.attention(q, k, v, key_starts=starts, key_lengths=lengths, **options)
-    return cast("Tensor", out), None
+    out = cast("Tensor", out)
+    if attention_mask.shape[0] == 3:
+        out = _mean_for_padding(out, v, attention_mask[2])
+    return out, None
+
+
+def _mean_for_padding(out: Tensor, v: Tensor, padded: Tensor) -> Tensor:
+    """Each row's first `padded` queries, which see no key, get the mean of all values.
+
+    That is what stock eager makes of a row of masked scores, equal as they are. No token depends
+    on it, but a loss does that has the last padding predict the first token.
+    """
+    mean = v.mean(1, keepdim=True, dtype=torch.float32).to(out.dtype)
+    mean = mean.repeat_interleave(out.shape[2] // v.shape[2], dim=2)
+    before = torch.arange(out.shape[1], device=out.device) < padded[:, None]
+    return torch.where(before[..., None, None], mean, out)
 
 
 def _attention_packed(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -22,34 +22,40 @@ def check_packed(op: str, name: str, value: object) -> None:
         )
 
 
-def run(
-    op: str,
-    name: str,
-    x: Tensor,
-    data: Tensor,
-    scales: Tensor,
-    *more: Any,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Calls the op, or allocates its output and calls its `_out` form.
+class Packed(NamedTuple):
+    """An op over packed weights and its `_out` form.
 
-    Args:
-        op: the op's name.
-        name: x's name there.
-        x: (..., in_features).
-        data: packed weights.
-        scales: their scales.
-        more: the arguments behind.
-        dtype: of the output; None: x's.
+    name: of the op; x: what the op calls its input.
     """
-    check_tensor(op, name, x)
-    check_packed(op, "data", data)
-    check_packed(op, "scales", scales)
-    if through_dispatcher(x) or x.dim() < 1 or data.dim() != 2:
-        return getattr(torch.ops.gemma2_ext, op).default(x, data, scales, *more)
-    out = x.new_empty((*x.shape[:-1], data.shape[0]), dtype=dtype)
-    getattr(torch.ops.gemma2_ext, f"{op}_out").default(x, data, scales, *more, out)
-    return out
+
+    name: str
+    x: str
+    op: Any
+    out_op: Any
+
+    @classmethod
+    def named(cls, name: str, x: str) -> Packed:
+        """The op of this name."""
+        ops = torch.ops.gemma2_ext
+        return cls(name, x, getattr(ops, name).default, getattr(ops, f"{name}_out").default)
+
+    def __call__(
+        self,
+        x: Tensor,
+        data: Tensor,
+        scales: Tensor,
+        *more: Any,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Calls the op, or allocates its output (of x's dtype by default) and calls `_out`."""
+        check_tensor(self.name, self.x, x)
+        check_packed(self.name, "data", data)
+        check_packed(self.name, "scales", scales)
+        if through_dispatcher(x) or x.dim() < 1 or data.dim() != 2:
+            return cast("Tensor", self.op(x, data, scales, *more))
+        out = x.new_empty((*x.shape[:-1], data.shape[0]), dtype=dtype)
+        self.out_op(x, data, scales, *more, out)
+        return out
 
 
 def register(format: Format) -> None:

@@ -45,7 +45,8 @@ def attention_cache(
         TypeError: q or a cache is not a floating tensor of those dtypes, or key_lengths is none.
         ValueError: shapes, dtypes or devices do not fit; scale or softcap is no positive number;
             window is below 1; key_lengths is negative, or exceeds the capacity where there is no
-            window or window + seqlen_q - 1 exceeds it too, as keys that are seen are overwritten.
+            window or window + seqlen_q - 1 exceeds it too, as keys that are seen are overwritten
+            (not checked on a GPU: the last `capacity` keys are all that a query sees).
         NotImplementedError: a gradient is asked for.
 
     Source: FlashAttention-2 (arXiv 2307.08691); Flash-Decoding for the split over keys.

@@ -63,7 +63,9 @@ def attention_varlen(
         TypeError: q, k or v is not a floating tensor of those dtypes, or cu_seqlens are no tensor.
         ValueError: shapes, dtypes or devices do not fit; scale or softcap is no positive number;
             window is below 1 or goes with causal=False; cu_seqlens are out of order or range; a
-            sequence is longer than max_seqlen_q or max_seqlen_k.
+            sequence is longer than max_seqlen_q or max_seqlen_k. On a GPU, where looking at
+            cu_seqlens would wait for it, they are clamped to the tensors instead, and rows past
+            max_seqlen_q of their sequence are not computed.
         NotImplementedError: a second derivative is asked for.
 
     Source: FlashAttention-2 (arXiv 2307.08691) and its varlen interface.

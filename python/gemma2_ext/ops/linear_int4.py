@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._quantized import register, run
+from ._quantized import Packed, register
+
+_packed = Packed.named("linear_int4", "x")
 
 
 def linear_int4(x: Tensor, data: Tensor, scales: Tensor) -> Tensor:
@@ -30,7 +32,7 @@ def linear_int4(x: Tensor, data: Tensor, scales: Tensor) -> Tensor:
 
     Source: docs/quantization.md.
     """
-    return run("linear_int4", "x", x, data, scales)
+    return _packed(x, data, scales)
 
 
 register("int4")

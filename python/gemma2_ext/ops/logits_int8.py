@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from ._common import refuse_backward
-from ._quantized import register_logits, run
+from ._quantized import Packed, register_logits
+
+_packed = Packed.named("logits_int8", "hidden")
 
 
 def logits_int8(
@@ -30,7 +32,7 @@ def logits_int8(
 
     Source: Gemma 2 (arXiv 2408.00118); docs/quantization.md.
     """
-    return run("logits_int8", "hidden", hidden, data, scales, softcap, dtype=torch.float32)
+    return _packed(hidden, data, scales, softcap, dtype=torch.float32)
 
 
 register_logits("int8")

@@ -469,7 +469,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on a device."""
-        values = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        values: dict[str, Any] = {
+            k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()
+        }
         return Batch(**values)
 
 

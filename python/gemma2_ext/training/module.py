@@ -157,6 +157,7 @@ class TrainingModule(nn.Module):
             return ops.linear_distillation_topk(
                 hidden, embedding, batch.top_ids, batch.top_log_probs, **options
             )
+        assert self.teacher_embedding is not None
         with torch.no_grad():  # not inference_mode: autograd keeps what this gives
             states = teacher.hidden(batch.input_ids, batch.cu_seqlens, batch.max_seqlen)
         return ops.linear_distillation(
