@@ -3,11 +3,11 @@
 // the dtype, as in transformers; the rest is in float32.
 //
 // A block a row, one launch for what torch does in about a dozen. x and residual are read once,
-// into registers, as far as kHeld vectors a thread reach (8192 16-bit elements); beyond, x is read
+// into registers, as far as kHeld vectors a thread reach (6144 16-bit elements); beyond, x is read
 // twice and residual_out again. Memory bounds it: 8 bytes an element in 16 bits, weights from the
 // cache.
 //
-// add_rms_norm_kernel: at most 96 registers, 256 bytes of shared memory.
+// add_rms_norm_kernel: at most 80 registers, 256 bytes of shared memory.
 #include "kernels.h"
 #include "vector.cuh"
 
@@ -15,7 +15,7 @@ namespace gemma2 {
 namespace cuda {
 namespace {
 
-constexpr int kMaxThreads = 512;  // of more, a thread would have too few registers
+constexpr int kMaxThreads = 384;  // of two blocks, so that a thread has 80 registers
 constexpr int kHeld = 2;          // vectors of x, and of residual, in a thread's registers
 
 // Walks the vectors of a row that belong to this thread, the held ones first: f(at, i), i the
@@ -31,7 +31,7 @@ GEMMA2_DEVICE void for_vectors(int64_t columns, const F& f) {
 }
 
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kMaxThreads) add_rms_norm_kernel(const AddRmsNormParams p) {
+__global__ void __launch_bounds__(kMaxThreads, 2) add_rms_norm_kernel(const AddRmsNormParams p) {
   constexpr int kSize = kVectorSize<T>;
   float* scratch = reinterpret_cast<float*>(shared_memory());
   const int64_t size = p.hidden_size;

@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     linear_quantized_kernel(const LinearParams p, bool aligned) {
   constexpr int kWords = Format::kWords;
   // Chunks whose loads are on the way together; with two tiles of x fewer registers are left.
-  constexpr int kUnroll = kRowTiles == 1 ? 4 : 2;
+  constexpr int kUnroll = kRowTiles == 1 ? 3 : 2;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int g = lane / 4, t = lane % 4;
   const int64_t chunks = (p.in_features + kChunk - 1) / kChunk;
