@@ -6,7 +6,7 @@
 // a warp a row. The splits of a row are added up in their order, so that results repeat exactly.
 // attention_tile_kernel: at most 255 registers, 161 KiB of shared memory (99 on most devices).
 // attention_decode_kernel: at most 255 registers, 97 KiB of shared memory.
-// attention_combine_kernel: at most 64 registers, no shared memory.
+// attention_combine_kernel: at most 80 registers, no shared memory.
 // attention_plain_kernel: at most 128 registers, no shared memory.
 #include <stdlib.h>
 #include <string.h>
@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
 
 // A warp a row: the splits' results in their order.
 template <class T>
-__global__ void __launch_bounds__(kAttentionCombineThreads)
+__global__ void __launch_bounds__(kAttentionCombineThreads, 2)
     attention_combine_kernel(const AttentionParams p, const AttentionPlan plan) {
   const int lane = threadIdx.x % kWarpSize;
   AttentionPlan whole = plan;

@@ -7,7 +7,7 @@
 // rounding at the end. Memory bounds it: 4 bytes an element of q, k and (with a cache) v in 16
 // bits. Source: transformers, apply_rotary_pos_emb.
 //
-// rope_kernel: at most 48 registers, 4 head_dim bytes of shared memory.
+// rope_kernel: at most 64 registers, 4 head_dim bytes of shared memory.
 #include "kernels.h"
 #include "vector.cuh"
 
