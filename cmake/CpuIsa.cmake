@@ -48,9 +48,11 @@ function(gemma2_cpu_kernels target)
     target_compile_definitions(${library} PRIVATE GEMMA2_ISA=${isa} GEMMA2_LANES=${gemma2_lanes_${isa}}
       GEMMA2_ISA_${isa})
     target_sources(${target} PRIVATE $<TARGET_OBJECTS:${library}>)
-    target_compile_definitions(${target} PRIVATE GEMMA2_BUILT_${isa})
+    list(APPEND built GEMMA2_BUILT_${isa})
   endforeach()
   if(GEMMA2_EXT_EMULATE_ISA)
-    target_compile_definitions(${target} PRIVATE GEMMA2_EMULATE_ISA)
+    list(APPEND built GEMMA2_EMULATE_ISA)
   endif()
+  # For the file that chooses alone: all others are the same however many levels there are.
+  set_source_files_properties(csrc/cpu/isa.cpp PROPERTIES COMPILE_DEFINITIONS "${built}")
 endfunction()

@@ -8,7 +8,10 @@ cd -P "$(dirname "$0")/.."
 variant=$1
 shift
 case $variant in
-  sanitize) settings=(-DGEMMA2_EXT_SANITIZE=address,undefined) ;;
+  sanitize)
+    settings=(-DGEMMA2_EXT_SANITIZE=address,undefined)
+    settings+=("-DGEMMA2_EXT_CPU_ISAS=${SANITIZE_ISAS:-scalar;avx2;avx512;avx512_bf16}")
+    ;;
   emulate) settings=(-DGEMMA2_EXT_EMULATE_ISA=ON) ;;
   scalar) settings=(-DGEMMA2_EXT_CPU_ISAS=scalar) ;;
   *) echo "test_variant.sh: sanitize, emulate or scalar, got '$variant'" >&2 && exit 2 ;;
