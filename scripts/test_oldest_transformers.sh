@@ -12,7 +12,8 @@ if [[ $(cat "$venv/release" 2>/dev/null) != "$RELEASE" ]]; then
   site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
   .venv/bin/python -c '
 import sysconfig
-print(f"import site; site.addsitedir({sysconfig.get_path("purelib")!r})")' >"$site/zz_packages_of_venv.pth"
+folder = sysconfig.get_path("purelib")
+print(f"import site; site.addsitedir({folder!r})")' >"$site/zz_packages_of_venv.pth"
   echo "$RELEASE" >"$venv/release"
 fi
 "$venv/bin/python" -c "
