@@ -1,12 +1,24 @@
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import torch
 
 import gemma2_ext
 from common import ISAS
+
+with suppress(ImportError):
+    from hypothesis import settings
+
+    # The same examples in every run: a failure is one of the code at hand, and can be repeated.
+    settings.register_profile("repeatable", derandomize=True, database=None)
+    settings.load_profile("repeatable")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # As in a shell's background job. The programs that tests start would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HAS_CUDA = torch.cuda.is_available() and gemma2_ext._C.build_info()["cuda"]
 

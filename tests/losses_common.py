@@ -31,8 +31,13 @@ def assert_loss(
     """Asserts that value and gradients are as accurate as assert_accurate demands.
 
     Four roundings: the largest element of a gradient is a probability's, which carries those of
-    the logit, of the denominator's logarithm and of the exponential.
+    the logit, of the denominator's logarithm and of the exponential. A loss is a difference of
+    logits, a gradient one of probabilities times rows of the other factor: where they cancel, as
+    with few words, what is left carries four roundings of the terms.
     """
+    hidden, weight = (t.detach().float() for t in tensors[:2])
+    terms = ((hidden @ weight.T).abs(), weight.abs(), hidden.abs())
+    noise = [4 * 2.0**-23 * (float(t.max()) if t.numel() else 0.0) for t in terms]
     actual = value_and_gradients(loss, *tensors, **options)
     wide = [t.double() if t.is_floating_point() else t for t in tensors]
     exact = value_and_gradients(reference, *wide, **options)
@@ -43,6 +48,7 @@ def assert_loss(
             lambda t, i=i: (exact if t.dtype == torch.float64 else plain)[i],
             tensors[0],
             roundings=roundings,
+            noise=noise[i],
         )
 
 
