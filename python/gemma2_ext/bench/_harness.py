@@ -59,7 +59,6 @@ class Case:
         reads, writes: bytes that have to move.
         operations: additions and multiplications that have to be done.
         arithmetic: what they are done in: "float32" or "bfloat16".
-        in_cache: whether the inputs stay in the caches, where no limit is measured.
     """
 
     op: str
@@ -76,7 +75,6 @@ class Case:
     writes: int
     operations: int
     arithmetic: str
-    in_cache: bool = False
 
 
 @dataclass
@@ -183,11 +181,10 @@ def measure(case: Case, settings: Settings, probes: CpuProbes | CudaProbes) -> R
     peaks: list[float] = []
     mix = _mix(case)
     for _ in range(settings.rounds):
-        if not case.in_cache:
-            if case.reads + case.writes:
-                bandwidths.append(probes.bandwidth(*mix))
-            if case.operations:
-                peaks.append(probes.arithmetic(case.arithmetic))
+        if case.reads + case.writes:
+            bandwidths.append(probes.bandwidth(*mix))
+        if case.operations:
+            peaks.append(probes.arithmetic(case.arithmetic))
         for side, call in calls:
             name, taken = side.name, samples[side.name]
             if spent[name] > settings.budget_seconds and len(taken) >= 3:
@@ -235,7 +232,7 @@ def _result(
         bandwidth=bandwidth,
         peak=peak,
         limit_seconds=max(by_memory, by_arithmetic),
-        bound="" if case.in_cache else "memory" if by_memory >= by_arithmetic else "arithmetic",
+        bound="memory" if by_memory >= by_arithmetic else "arithmetic",
         sides=sides,
     )
 
