@@ -3,8 +3,10 @@
     benchmarks/gpu.sh                      # builds, tests and then runs this
     python benchmarks/gpu.py --json out.json --only norms,linear --budget 120
 
-Each line is checked against the reference before it is timed: the median of 20 runs or more after
-a warm-up, between CUDA events, over copies of the inputs that together exceed the second cache.
+Each line is checked against the reference before it is timed: the median of 20 runs after a warm-up,
+between CUDA events, over copies of the inputs that together exceed the second cache. What takes
+under a millisecond is timed as a CUDA graph of 20 calls, so that the host's part does not show;
+"eager us" is then the time of a call from Python.
 A peer that is missing or fails is named in the JSON and left out of the table. The limits (copy
 bandwidth, cuBLAS) are measured first, in the same process. On a CPU (--device cpu --quick) it runs
 small shapes, as a test of itself; those figures mean nothing.
@@ -13,6 +15,7 @@ small shapes, as a test of itself; those figures mean nothing.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import importlib.util
 import itertools
@@ -39,8 +42,8 @@ SOFTCAP, WINDOW, HEAD_DIM, HEADS, KV_HEADS = 50.0, 4096, 256, 8, 4
 class Bench:
     """Times calls, keeps the rows, stops when the time is over."""
 
-    def __init__(self, device: str, quick: bool, budget: float) -> None:
-        self.device, self.quick = torch.device(device), quick
+    def __init__(self, device: str, quick: bool, budget: float, peers: bool = True) -> None:
+        self.device, self.quick, self.peers = torch.device(device), quick, peers
         self.end = time.monotonic() + budget
         self.rows: list[dict[str, Any]] = []
         self.missing: dict[str, str] = {}
@@ -68,16 +71,17 @@ class Bench:
         torch.cuda.synchronize()
         return statistics.median(b.elapsed_time(e) for b, e in pairs) / 1e3
 
-    def graphed(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        """The call as a CUDA graph, so that a small one shows its kernels and not Python."""
-        if self.device.type == "cpu":
-            return call
-        for _ in range(2):
-            call()
+    def graph_seconds(self, call: Callable[[], Any], calls: int = 20) -> float | None:
+        """Time of a call in a graph of several, or None where it cannot be captured."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        return graph.replay
+        try:
+            with torch.cuda.graph(graph):
+                for _ in range(calls):
+                    call()
+        except Exception:
+            torch.cuda.synchronize()
+            return None
+        return self.seconds(graph.replay, 10) / calls
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         """Random bfloat16 on the device."""
@@ -100,23 +104,30 @@ class Bench:
         nbytes: float = 0,
         flop: float = 0,
         tolerance: float = 2e-2,
+        graph: bool = True,
     ) -> None:
         """One row for each call. The first is ours, and is compared with `exact`."""
         if time.monotonic() > self.end:
             self.missing[f"{group} {shape}"] = "the time was over"
             return
         for name, call in calls.items():
+            if not self.peers and name != next(iter(calls)):
+                continue
             label = f"{group} {shape} {name}"
             try:
                 result = call(*inputs[0])
                 if exact is not None and name == next(iter(calls)):
                     self.check(result, exact(*inputs[0]), tolerance)
                 turn = itertools.cycle(inputs)
-                seconds = self.seconds(lambda call=call, turn=turn: call(*next(turn)))
+                timed = lambda call=call, turn=turn: call(*next(turn))  # noqa: E731
+                eager = seconds = self.seconds(timed)
+                if self.device.type == "cuda" and eager < 1e-3 and graph:
+                    seconds = self.graph_seconds(timed) or eager
             except Exception as error:
                 self.missing[label] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
                 continue
             row = {"group": group, "shape": shape, "name": name, "us": seconds * 1e6}
+            row["eager us"] = eager * 1e6
             if nbytes:
                 row["GB/s"] = nbytes / seconds / 1e9
                 row["of limit"] = row["GB/s"] / self.limits["copy GB/s"]
@@ -236,19 +247,18 @@ def linear(bench: Bench) -> None:
             shape = f"{name} {rows} x {into} -> {out}"
             calls = {"gemma2_ext": ops.linear, "torch": F.linear}
             bench.compare("linear", shape, inputs, calls, F.linear, nbytes=2 * out * into)
-            if hasattr(ops, "quantize"):
-                for format in ("int8", "int4"):
-                    packed = [(x, ops.quantize(w, format)) for x, w in inputs[:1]]
-                    weight = packed[0][1]
-                    x = inputs[0][0]
-                    bench.compare(
-                        f"linear {format}",
-                        shape,
-                        [(x,)],
-                        {"gemma2_ext": lambda x, w=weight: ops.linear(x, w)},
-                        lambda x, w=weight: F.linear(x, w.dequantize(x.dtype)),
-                        nbytes=weight.nbytes,
-                    )
+            for format in ("int8", "int4"):
+                x, weight = inputs[0]
+                packed = ops.quantize(weight, format)
+                copies = min(64, max(2, ROTATED_BYTES // packed.nbytes))
+                bench.compare(
+                    f"linear {format}",
+                    shape,
+                    [(x, copy.deepcopy(packed)) for _ in range(copies)],
+                    {"gemma2_ext": ops.linear},
+                    lambda x, w: F.linear(x, w.dequantize(x.dtype)),
+                    nbytes=packed.nbytes,
+                )
     vocab = 512 if bench.quick else 256000
     inputs = [(bench.normal(1, 2304), bench.normal(vocab, 2304, scale=1 / 48))]
     exact = lambda h, w: 30 * torch.tanh(F.linear(h.float(), w.float()) / 30)  # noqa: E731
@@ -259,8 +269,10 @@ def linear(bench: Bench) -> None:
     bench.compare("logits", f"1 x 2304 -> {vocab}", inputs, calls, exact, nbytes=2 * vocab * 2304)
 
 
-def flex(bench: Bench, seqlen: int, window: int | None) -> Callable[..., Tensor] | None:
+def flex(bench: Bench, seqlen: int, window: int | None, scale: float) -> Callable[..., Tensor] | None:
     """flex_attention compiled with soft-cap and window."""
+    if not bench.peers:
+        return None
     try:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -278,7 +290,7 @@ def flex(bench: Bench, seqlen: int, window: int | None) -> Callable[..., Tensor]
             *(t.transpose(1, 2) for t in (q, k, v)),
             score_mod=cap,
             block_mask=blocks,
-            scale=HEAD_DIM**-0.5,
+            scale=scale,
             enable_gqa=True,
         ).transpose(1, 2)
     except Exception as error:
@@ -286,35 +298,67 @@ def flex(bench: Bench, seqlen: int, window: int | None) -> Callable[..., Tensor]
         return None
 
 
+def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+    """Without a soft-cap, as a bound."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+def gradients(call: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """Of call's output with regard to q, k and v, for a given gradient of it."""
+
+    def backward(*tensors: Tensor) -> tuple[Tensor, ...]:
+        *inputs, of_out = tensors
+        if backward.out is None:  # once: the forward pass is not part of it
+            with torch.enable_grad():
+                backward.leaves = [t.detach().requires_grad_() for t in inputs]
+                backward.out = call(*backward.leaves)
+        return torch.autograd.grad(backward.out, backward.leaves, of_out, retain_graph=True)
+
+    backward.out = None
+    return backward
+
+
 def attention(bench: Bench) -> None:
+    shapes = [(64, HEAD_DIM, None)] if bench.quick else []
+    for head_dim in () if bench.quick else (256, 128):
+        for seqlen in (1024, 8192, 16384):
+            windows = (None, WINDOW) if seqlen > WINDOW else (None,)
+            shapes += [(seqlen, head_dim, window) for window in windows]
+    for seqlen, head_dim, window in shapes:
+        scale = head_dim**-0.5
+        num_heads = HEADS * HEAD_DIM // head_dim
+        heads = (num_heads, num_heads // 2, num_heads // 2)
+        inputs = [tuple(bench.normal(1, seqlen, h, head_dim) for h in heads)]
+        options: dict[str, Any] = {"scale": scale, "softcap": SOFTCAP, "window": window}
+        ours = functools.partial(ops.attention, **options)
+        calls: dict[str, Callable[..., Any]] = {"gemma2_ext": ours}
+        peer = flex(bench, seqlen, window, scale)
+        if peer:
+            calls["flex_attention"] = peer
+        if window is None:
+            calls["SDPA, no soft-cap"] = functools.partial(sdpa, scale=scale, causal=True)
+        exact = functools.partial(reference.attention, **options) if seqlen <= 1024 else None
+        seen = sum(min(i + 1, window or seqlen) for i in range(seqlen))
+        flop = 4 * seen * num_heads * head_dim
+        name = f"{seqlen}, head_dim {head_dim}" + (f", window {window}" if window else "")
+        bench.compare("attention", name, inputs, calls, exact, flop=flop, graph=False)
+        if seqlen > 8192 or window:
+            continue
+        inputs = [(*inputs[0], bench.normal(1, seqlen, num_heads, head_dim))]
+        backward = {peer: gradients(call) for peer, call in calls.items()}
+        if exact is not None:
+            exact = gradients(exact)
+        bench.compare(
+            "attention backward", name, inputs, backward, exact, flop=2.5 * flop, graph=False
+        )
+
+
+def decode(bench: Bench) -> None:
     scale = HEAD_DIM**-0.5
-    for seqlen in (64,) if bench.quick else (1024, 8192, 16384):
-        for window in (None, WINDOW) if seqlen > WINDOW else (None,):
-            heads = (HEADS, KV_HEADS, KV_HEADS)
-            inputs = [tuple(bench.normal(1, seqlen, h, HEAD_DIM) for h in heads)]
-            ours = functools.partial(ops.attention, scale=scale, softcap=SOFTCAP, window=window)
-            calls: dict[str, Callable[..., Any]] = {"gemma2_ext": ours}
-            peer = flex(bench, seqlen, window)
-            if peer:
-                calls["flex_attention"] = peer
-            if window is None:
-                calls["SDPA, no soft-cap"] = lambda q, k, v: F.scaled_dot_product_attention(
-                    *(t.transpose(1, 2) for t in (q, k, v)),
-                    is_causal=True,
-                    scale=scale,
-                    enable_gqa=True,
-                )
-            exact = None
-            if seqlen <= 1024:
-                exact = functools.partial(
-                    reference.attention, scale=scale, softcap=SOFTCAP, window=window
-                )
-            seen = sum(min(i + 1, window or seqlen) for i in range(seqlen))
-            flop = 4 * seen * HEADS * HEAD_DIM
-            name = f"{seqlen}" + (f", window {window}" if window else "")
-            bench.compare("attention", name, inputs, calls, exact, flop=flop)
     for batch, keys in (
-        ((2, 64),) if bench.quick else ((1, 8192), (8, 8192), (64, 8192), (1, 65536))
+        ((2, 64),) if bench.quick else ((1, 8192), (8, 8192), (64, 8192), (1, 65536), (8, 65536))
     ):
         inputs = bench.rotated(
             bench.normal(batch, 1, HEADS, HEAD_DIM),
@@ -326,9 +370,7 @@ def attention(bench: Bench) -> None:
             "gemma2_ext": lambda q, k, v, n=lengths: ops.attention_cache(
                 q, k, v, n, scale=scale, softcap=SOFTCAP
             ),
-            "SDPA, no soft-cap": lambda q, k, v: F.scaled_dot_product_attention(
-                *(t.transpose(1, 2) for t in (q, k, v)), scale=scale, enable_gqa=True
-            ),
+            "SDPA, no soft-cap": functools.partial(sdpa, scale=scale, causal=False),
         }
         traffic = 2 * batch * keys * KV_HEADS * HEAD_DIM * 2
         name = f"batch {batch}, {keys} keys"
@@ -336,10 +378,22 @@ def attention(bench: Bench) -> None:
         bench.compare("decode", name, inputs, calls, exact if batch == 1 else None, nbytes=traffic)
 
 
-@torch.inference_mode()
-def model(bench: Bench) -> None:
-    """Decoding token/s of 2B on random weights, through `stream`, and its share of the limit."""
-    config = Gemma2Config.gemma2_2b()
+def decode_rate(ours: Gemma2, ids: Tensor, tokens: int) -> tuple[float, float]:
+    """Tokens per second of prefill and of decoding, the latter behind its first step's capture."""
+    for _ in range(2):
+        steps = ours.stream(ids, max_new_tokens=tokens, stop_ids=[])
+        start = time.perf_counter()
+        next(steps)
+        first = time.perf_counter()
+        next(steps)  # its graph is captured here
+        second = time.perf_counter()
+        count = sum(1 for _ in steps)
+        end = time.perf_counter()
+    return len(ids[0]) / (first - start), count / (end - second)
+
+
+def random_model(bench: Bench, size: str) -> tuple[Gemma2Config, dict[str, Tensor]]:
+    config = getattr(Gemma2Config, f"gemma2_{size}")()
     if bench.quick:
         from gemma2_ext.models import shipped_model
 
@@ -352,32 +406,49 @@ def model(bench: Bench) -> None:
         else torch.empty(shape, dtype=torch.bfloat16, device=bench.device).normal_(0, 0.02)
         for name, shape in parameter_shapes(config).items()
     }
-    ours = Gemma2(config, weights)
-    ids = torch.randint(3, config.vocab_size, (1, 16 if bench.quick else 512))
+    return config, weights
+
+
+@torch.inference_mode()
+def model(bench: Bench) -> None:
+    """Decoding token/s on random weights, through `stream`, and its share of the limit."""
     tokens = 8 if bench.quick else 128
-    for attempt in ("warm-up", "timed"):
-        steps = ours.stream(ids, max_new_tokens=tokens, stop_ids=[])
-        start = time.perf_counter()
-        next(steps)
-        first = time.perf_counter()
-        next(steps)  # its graph is captured here
-        second = time.perf_counter()
-        count = sum(1 for _ in steps)
-        end = time.perf_counter()
-        if attempt == "timed":
-            rate = count / (end - second)
-            nbytes = sum(p.nbytes for p in ours.parameters())
+    for size in ("2b",) if bench.quick else ("2b", "9b"):
+        config, weights = random_model(bench, size)
+        ids = torch.randint(3, config.vocab_size, (1, 16 if bench.quick else 512))
+        for format in ("bf16", "int8", "int4"):
+            if time.monotonic() > bench.end:
+                bench.missing[f"model {size} {format}"] = "the time was over"
+                continue
+            packed: dict[Any, ops.QuantizedWeight] = {}  # of each shape one: only time matters
+            chosen: dict[str, Any] = dict(weights)
+            for name, weight in weights.items() if format != "bf16" else ():
+                if weight.ndim == 2:
+                    if weight.shape not in packed:
+                        packed[weight.shape] = ops.quantize(weight, format)
+                    chosen[name] = copy.deepcopy(packed[weight.shape])
+            ours = Gemma2(config, chosen)
+            prefill, rate = decode_rate(ours, ids, tokens)
+            nbytes = sum(t.nbytes for t in (*ours.parameters(), *ours.buffers()))
             row = {
                 "group": "model",
-                "shape": f"2B bf16, {len(ids[0])} + {tokens}",
+                "shape": f"{size} {format}, {len(ids[0])} + {tokens}",
                 "name": "gemma2_ext",
                 "us": 1e6 / rate,
                 "token/s": rate,
                 "of limit": rate * nbytes / 1e9 / bench.limits["copy GB/s"],
-                "prefill token/s": len(ids[0]) / (first - start),
+                "prefill token/s": prefill,
             }
             bench.rows.append(row)
             bench.print(row)
+            del ours, chosen, packed
+        if size == "2b" and bench.peers:
+            transformers_rate(bench, config, weights, ids, tokens)
+
+
+def transformers_rate(
+    bench: Bench, config: Gemma2Config, weights: dict[str, Tensor], ids: Tensor, tokens: int
+) -> None:
     if importlib.util.find_spec("transformers") is None:
         bench.missing["transformers"] = "not installed"
         return
@@ -424,7 +495,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     return facts
 
 
-GROUPS = {"norms": norms, "linear": linear, "attention": attention, "model": model}
+GROUPS = {"norms": norms, "linear": linear, "decode": decode, "attention": attention, "model": model}
 
 
 def main() -> None:
@@ -432,11 +503,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", default=",".join(GROUPS), help="of " + ", ".join(GROUPS))
     parser.add_argument("--budget", type=float, default=240, help="seconds")
+    parser.add_argument("--alone", action="store_true", help="without the peers")
     parser.add_argument("--quick", action="store_true", help="small shapes, to test this script")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
-    bench = Bench(args.device, args.quick, args.budget)
+    bench = Bench(args.device, args.quick, args.budget, not args.alone)
     facts = machine(bench.device)
     print({name: facts[name] for name in ("torch", "commit", *(["gpu"] if "gpu" in facts else []))})
     with torch.no_grad():
