@@ -58,6 +58,15 @@ def assert_accurate(
     )
 
 
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    """Equal to the bit; on a GPU, where cuBLAS chooses its order of summing by shapes and strides,
+    within what an order of summing is worth."""
+    if actual.is_cuda:
+        torch.testing.assert_close(actual, expected)
+    else:
+        assert torch.equal(actual, expected)
+
+
 def gradients(f: Callable[..., Any], inputs: Sequence[Tensor], *grad_outs: Tensor) -> list[Tensor]:
     """Gradients of f's outputs, weighed by `grad_outs`, to its floating inputs."""
     leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]

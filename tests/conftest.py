@@ -30,6 +30,10 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     On the GPU ("cuda") everything that the test makes is made there.
     """
     if request.param == "cuda":
+        # cuBLAS may add up parts of a product in 16 bits unless told otherwise.
+        matmul = torch.backends.cuda.matmul
+        matmul.allow_fp16_reduced_precision_reduction = False
+        matmul.allow_bf16_reduced_precision_reduction = False
         torch.set_default_device("cuda")
         yield "cuda"
         torch.set_default_device(None)

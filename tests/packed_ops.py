@@ -33,6 +33,8 @@ def assert_exact(
 ) -> None:
     """Asserts that `actual` is x @ weight.T within float32's roundings, for x of `exact_x`."""
     wide, dense = x.double(), weight.dequantize().double()
+    if x.is_cuda and x.dtype != torch.float32 and len(x) > 16:  # unpacked into x's dtype
+        dense = weight.dequantize(x.dtype).double()
     expected = wide @ dense.T
     bound = product_bound(wide, dense)
     if softcap is not None:

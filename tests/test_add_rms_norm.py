@@ -242,7 +242,7 @@ def test_autocast_widens_to_the_residual(isa: str) -> None:
     # What a product under autocast gives, added to a float32 stream.
     x, residual, *weights = inputs(5, 64, torch.float32)
     expected = ops.add_rms_norm(x.bfloat16().float(), residual, *weights)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         actual = ops.add_rms_norm(x.bfloat16(), residual, *weights)
     assert all(map(torch.equal, actual, expected))
     with pytest.raises(ValueError, match="residual must have x's dtype BFloat16, got Float"):

@@ -82,7 +82,7 @@ def test_ring_longer_than_a_split(isa: str, seqlen_q: int) -> None:
 
 def test_random_writes_past_several_wraps(isa: str) -> None:
     # As the model uses it: chunks of random size are written, then read at once.
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     window, slack, total = 24, 12, 400
     capacity = window + slack
     q, k, v = random_qkv(2, total, total, (4, 2), 16)

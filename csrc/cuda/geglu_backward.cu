@@ -30,9 +30,10 @@ __global__ void __launch_bounds__(kThreads) geglu_backward_kernel(const GegluBac
                           grad);
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      const float g = gate[i], s = gelu_sigmoid(g);
-      const float slope = 2.0f * kGeluScale * (1.0f + 3.0f * kGeluCube * g * g);
-      gate[i] = grad[i] * up[i] * (s + g * s * (1.0f - s) * slope);
+      // 1 - s is the other side's s, where it would cancel; beyond 16 it, or s, is 0.
+      const float g = gate[i], s = gelu_sigmoid(g), rest = gelu_sigmoid(-g);
+      const float slope = 2.0f * kGeluScale * (1.0f + 3.0f * kGeluCube * fminf(g * g, 256.0f));
+      gate[i] = grad[i] * up[i] * (s + g * s * rest * slope);
       up[i] = grad[i] * (g * s);
     }
     const int64_t to = row * p.columns + at;

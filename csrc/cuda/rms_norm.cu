@@ -2,7 +2,8 @@
 //
 // A block a row; x is read once, into registers, as far as kHeld vectors a thread reach (16384
 // 16-bit elements), and a second time beyond. Memory bounds it: 4 bytes an element in 16 bits,
-// weights from the cache. At one row only the launch counts.
+// weights from the cache; of many rows a warp or two have one each, so that an SM has 140 KiB on
+// the way. At one row only the launch counts.
 //
 // rms_norm_kernel: at most 64 registers, 128 bytes of shared memory.
 #include "kernels.h"
@@ -12,11 +13,13 @@ namespace gemma2 {
 namespace cuda {
 namespace {
 
-constexpr int kMaxThreads = 1024;
-constexpr int kHeld = 2;  // vectors of x in a thread's registers
+// Vectors of x in a thread's registers: of few rows and of many.
+constexpr int kHeldOfFew = 2, kHeldOfMany = 9;
+constexpr int max_threads(int held) { return held == kHeldOfFew ? 1024 : 256; }
 
-template <class T, bool kAligned>
-__global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const RmsNormParams p) {
+template <class T, bool kAligned, int kHeld>
+__global__ void __launch_bounds__(max_threads(kHeld), 1024 / max_threads(kHeld))
+    rms_norm_kernel(const RmsNormParams p) {
   constexpr int kSize = kVectorSize<T>;
   float* scratch = reinterpret_cast<float*>(shared_memory());
   const int64_t stride = int64_t(blockDim.x) * kSize, first = threadIdx.x * kSize;
@@ -43,7 +46,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const RmsNormPara
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       const int64_t at = first + i * stride;
-      held[i] = load_vector<kAligned>(x + at, p.hidden_size - at);
+      held[i] = load_whole<kAligned>(x + at, p.hidden_size - at);
     }
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) add_squares(held[i]);
@@ -62,6 +65,15 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const RmsNormPara
   }
 }
 
+template <class T, int kHeld>
+void launch_held(const RmsNormParams& p, cudaStream_t stream) {
+  const bool aligned = is_aligned(p.x, p.x_stride * sizeof(T)) &&
+                       is_aligned(p.out, p.hidden_size * sizeof(T)) && is_aligned(p.weight, 0);
+  launch("rms_norm", aligned ? rms_norm_kernel<T, true, kHeld> : rms_norm_kernel<T, false, kHeld>,
+         row_grid(p.rows), row_threads(p.hidden_size, kVectorSize<T>, kHeld, max_threads(kHeld)),
+         kWarpSize * sizeof(float), stream, p);
+}
+
 }  // namespace
 }  // namespace cuda
 
@@ -69,11 +81,11 @@ void launch_rms_norm(const RmsNormParams& p, cudaStream_t stream) {
   using namespace cuda;
   dispatch_dtype("rms_norm", p.dtype, [&](auto t) {
     using T = decltype(t);
-    const bool aligned = is_aligned(p.x, p.x_stride * sizeof(T)) &&
-                         is_aligned(p.out, p.hidden_size * sizeof(T)) && is_aligned(p.weight, 0);
-    const auto kernel = aligned ? rms_norm_kernel<T, true> : rms_norm_kernel<T, false>;
-    const int threads = row_threads(p.hidden_size, kVectorSize<T>, kMaxThreads);
-    launch("rms_norm", kernel, row_grid(p.rows), threads, kWarpSize * sizeof(float), stream, p);
+    if (are_many_rows(p.rows)) {
+      launch_held<T, kHeldOfMany>(p, stream);
+    } else {
+      launch_held<T, kHeldOfFew>(p, stream);
+    }
   });
 }
 

@@ -144,16 +144,19 @@ void launch_rms_norm_backward(const RmsNormBackwardParams& p, cudaStream_t strea
   using namespace cuda;
   const char* op = "rms_norm_backward";
   const int64_t blocks = norm_blocks(p.rows);
-  dispatch_dtype(op, p.dtype, [&](auto t) {
-    using T = decltype(t);
-    const bool aligned = is_aligned(p.x, p.x_stride * sizeof(T)) &&
-                         is_aligned(p.grad_out, p.grad_out_stride * sizeof(T)) &&
-                         is_aligned(p.added, p.added_stride * sizeof(T)) &&
-                         is_aligned(p.grad_x, p.hidden_size * sizeof(T)) && is_aligned(p.weight, 0);
-    launch(op, aligned ? rms_norm_backward_kernel<T, true> : rms_norm_backward_kernel<T, false>,
-           dim3(unsigned(blocks)), row_threads(p.hidden_size, kVectorSize<T>, kMaxThreads),
-           2 * kWarpSize * sizeof(float), stream, p, norm_block_rows(p.rows));
-  });
+  if (blocks > 0) {
+    dispatch_dtype(op, p.dtype, [&](auto t) {
+      using T = decltype(t);
+      const bool aligned = is_aligned(p.x, p.x_stride * sizeof(T)) &&
+                           is_aligned(p.grad_out, p.grad_out_stride * sizeof(T)) &&
+                           is_aligned(p.added, p.added_stride * sizeof(T)) &&
+                           is_aligned(p.grad_x, p.hidden_size * sizeof(T)) &&
+                           is_aligned(p.weight, 0);
+      launch(op, aligned ? rms_norm_backward_kernel<T, true> : rms_norm_backward_kernel<T, false>,
+             dim3(unsigned(blocks)), row_threads(p.hidden_size, kVectorSize<T>, kHeld, kMaxThreads),
+             2 * kWarpSize * sizeof(float), stream, p, norm_block_rows(p.rows));
+    });
+  }
   dispatch_dtype(op, p.weight_dtype, [&](auto w) {
     launch(op, sum_partials_kernel<decltype(w)>,
            dim3(unsigned(divide_up(p.hidden_size, kSumColumns))), kSumColumns * kSumGroups,

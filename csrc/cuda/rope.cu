@@ -24,20 +24,18 @@ GEMMA2_DEVICE int64_t offset(const HeadsView& t, int64_t batch, int64_t token, i
 // Vectors of both halves of one head, `n` columns of which exist.
 template <class T>
 struct Pair {
-  const T* from;
   T* to;
-  int64_t column;
-  int64_t n;
+  int column;
+  int n;
   bool rotated;
   Vector16 halves[2];
 };
 
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kMaxThreads) rope_kernel(const RopeParams p) {
+__global__ void __launch_bounds__(kMaxThreads, 5) rope_kernel(const RopeParams p) {
   constexpr int kSize = kVectorSize<T>;
   float* cosines = reinterpret_cast<float*>(shared_memory());
-  const int64_t half = p.head_dim / 2;
-  const int vectors = int((half + kSize - 1) / kSize);
+  const int half = int(p.head_dim / 2), vectors = (half + kSize - 1) / kSize;
   float* sines = cosines + half;
   const bool cached = p.capacity > 0;
 
@@ -51,26 +49,27 @@ __global__ void __launch_bounds__(kMaxThreads) rope_kernel(const RopeParams p) {
 
     const auto load = [&](int i) {
       Pair<T> pair;
-      int64_t head = i / vectors;
+      const T* from;
+      int head = i / vectors;
       pair.column = i % vectors * kSize;
       pair.n = half - pair.column;
       pair.rotated = !padding;
-      if (head < p.num_heads) {
-        pair.from = static_cast<const T*>(p.q.data) + offset(p.q, b, token, head);
+      if (head < int(p.num_heads)) {
+        from = static_cast<const T*>(p.q.data) + offset(p.q, b, token, head);
         pair.to = static_cast<T*>(p.q_out.data) + offset(p.q_out, b, token, head);
-      } else if ((head -= p.num_heads) < p.num_kv_heads) {
+      } else if ((head -= int(p.num_heads)) < int(p.num_kv_heads)) {
         const HeadsView& to = cached ? p.k_cache : p.k_out;
-        pair.from = static_cast<const T*>(p.k.data) + offset(p.k, b, token, head);
+        from = static_cast<const T*>(p.k.data) + offset(p.k, b, token, head);
         pair.to = static_cast<T*>(to.data) + offset(to, b, slot, head);
       } else {
-        head -= p.num_kv_heads;
-        pair.from = static_cast<const T*>(p.v.data) + offset(p.v, b, token, head);
+        head -= int(p.num_kv_heads);
+        from = static_cast<const T*>(p.v.data) + offset(p.v, b, token, head);
         pair.to = static_cast<T*>(p.v_cache.data) + offset(p.v_cache, b, slot, head);
         pair.rotated = false;
       }
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        pair.halves[h] = load_vector<kAligned>(pair.from + h * half + pair.column, pair.n);
+        pair.halves[h] = load_whole<kAligned>(from + h * half + pair.column, pair.n);
       return pair;
     };
     const auto finish = [&](Pair<T>& pair) {
@@ -99,7 +98,7 @@ __global__ void __launch_bounds__(kMaxThreads) rope_kernel(const RopeParams p) {
     int i = threadIdx.x;
     Pair<T> pair;
     if (i < pairs) pair = load(i);
-    for (int64_t j = threadIdx.x; j < half; j += blockDim.x)
+    for (int j = threadIdx.x; j < half; j += blockDim.x)
       sincosf(float(position) * p.inv_freq[j], sines + j, cosines + j);
     __syncthreads();
     while (i < pairs) {

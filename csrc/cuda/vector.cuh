@@ -13,12 +13,16 @@ inline bool is_aligned(const void* p, int64_t stride_bytes) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride_bytes % 16 == 0;
 }
 
-// Threads for a block a row of `columns` elements: two vectors a thread while that is possible.
-inline int row_threads(int64_t columns, int vector_size, int most) {
-  const int64_t warps = divide_up(divide_up(columns, 2 * vector_size), kWarpSize);
+// Threads for a block a row of `columns` elements: `held` vectors a thread while that is possible.
+inline int row_threads(int64_t columns, int vector_size, int held, int most) {
+  const int64_t warps = divide_up(divide_up(columns, held * vector_size), kWarpSize);
   const int64_t threads = (warps < 1 ? 1 : warps) * kWarpSize;
   return int(threads < most ? threads : most);
 }
+// Whether there are rows enough to fill the device several times: then fewer threads a row, with
+// more vectors each, have more on the way and meet fewer barriers. With few rows only latency
+// counts.
+inline bool are_many_rows(int64_t rows) { return rows >= 8 * device_properties().multiprocessors; }
 // Blocks for so many rows; a kernel goes on in steps of the grid.
 inline dim3 row_grid(int64_t rows) {
   const int64_t most = device_properties().max_blocks;
@@ -67,6 +71,12 @@ GEMMA2_DEVICE Vector16 load_vector(const T* p, int64_t n) {
     }
   }
   return v;
+}
+// Of a row whose columns are a multiple of a vector where kAligned.
+template <bool kAligned, class T>
+GEMMA2_DEVICE Vector16 load_whole(const T* p, int64_t n) {
+  if constexpr (!kAligned) return load_vector<false>(p, n);
+  return n > 0 ? load_16(p) : Vector16{};
 }
 template <bool kAligned, class T>
 GEMMA2_DEVICE void load_floats(const T* p, int64_t n, float (&x)[kVectorSize<T>]) {

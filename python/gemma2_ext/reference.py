@@ -100,7 +100,7 @@ def rope_frequencies(
 
     Source: transformers, Gemma2RotaryEmbedding.compute_default_rope_parameters.
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
     return (1.0 / theta**exponent).to(device)
 
 

@@ -42,16 +42,18 @@ def tensors(rows: int, size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden_size", [1, 7, 8, 41, 111, 2304])
-def test_value(dtype: torch.dtype, hidden_size: int) -> None:
-    x, residual, post, pre = tensors(3, hidden_size, dtype)
+@pytest.mark.parametrize("rows", [3, 33])  # few and, for the emulated device, many
+def test_value(dtype: torch.dtype, hidden_size: int, rows: int) -> None:
+    x, residual, post, pre = tensors(rows, hidden_size, dtype)
     r, out = check_schedules(lambda **options: add_rms_norm(x, residual, post, pre, **options))
     assert_accurate(r, lambda *t: reference.add_rms_norm(*t)[0], x, residual, post, pre)
     # The second norm is of the rounded sum.
     assert_accurate(out, reference.rms_norm, r, pre)
 
 
-def test_rows_beyond_the_registers() -> None:
-    x, residual, post, pre = tensors(2, 20000, torch.float32)
+@pytest.mark.parametrize("rows", [2, 33])
+def test_rows_beyond_the_registers(rows: int) -> None:
+    x, residual, post, pre = tensors(rows, 20000, torch.float32)
     r, out = add_rms_norm(x, residual, post, pre)
     assert_accurate(r, lambda *t: reference.add_rms_norm(*t)[0], x, residual, post, pre)
     assert_accurate(out, reference.rms_norm, r, pre)

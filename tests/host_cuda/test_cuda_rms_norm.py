@@ -31,8 +31,9 @@ def rms_norm(x: Tensor, weight: Tensor, offset: int = 0, **options: Any) -> tupl
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden_size", [1, 7, 8, 41, 111, 2304])
-def test_value(dtype: torch.dtype, hidden_size: int) -> None:
-    x, weight = torch.randn(3, hidden_size).to(dtype), torch.randn(hidden_size).to(dtype)
+@pytest.mark.parametrize("rows", [3, 33])  # few and, for the emulated device, many
+def test_value(dtype: torch.dtype, hidden_size: int, rows: int) -> None:
+    x, weight = torch.randn(rows, hidden_size).to(dtype), torch.randn(hidden_size).to(dtype)
     (out,) = check_schedules(lambda **options: rms_norm(x, weight, **options))
     assert_accurate(out, reference.rms_norm, x, weight)
 
@@ -54,8 +55,9 @@ def test_weight_of_another_dtype(dtype: torch.dtype, weight_dtype: torch.dtype) 
     assert_accurate(rms_norm(x, weight)[0], reference.rms_norm, x, weight)
 
 
-def test_rows_beyond_the_registers() -> None:
-    x, weight = torch.randn(2, 20000), torch.randn(20000)
+@pytest.mark.parametrize("rows", [2, 33])
+def test_rows_beyond_the_registers(rows: int) -> None:
+    x, weight = torch.randn(rows, 20000), torch.randn(20000)
     assert_accurate(rms_norm(x, weight)[0], reference.rms_norm, x, weight)
 
 

@@ -64,6 +64,12 @@ def test_value(dtype: torch.dtype, hidden_size: int, rows: int) -> None:
         )
 
 
+def test_no_rows() -> None:
+    grad_x, grad_weight = rms_norm_backward(*tensors(0, 41, torch.bfloat16))
+    assert grad_x.shape == (0, 41)
+    assert torch.equal(grad_weight, torch.zeros_like(grad_weight))
+
+
 def test_one_column() -> None:
     """grad_x is s (g - g x^2 / (x^2 + eps)): all but eps / x^2 of its terms cancels."""
     grad_out, x, weight = tensors(21, 1, torch.float32)
