@@ -13,12 +13,17 @@
 // attention_backward_keys_kernel: at most 255 registers, 98 KiB of shared memory.
 // attention_backward_plain_rows_kernel: at most 128 registers, no shared memory.
 // attention_backward_plain_keys_kernel: at most 128 registers, no shared memory.
-#include "attention.cuh"
+#include "attention_backward.cuh"
 #include "kernels.h"
 #include "launch.cuh"
 
 namespace gemma2 {
 namespace cuda {
+
+// attention_backward_wgmma.cu, which cannot be emulated.
+bool attention_backward_wgmma_takes(const AttentionBackwardParams& b);
+void launch_attention_backward_wgmma(const AttentionBackwardParams& b, cudaStream_t stream);
+
 namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
@@ -32,18 +37,6 @@ struct RowState {
   RowKeys seen;
   float log2_sum, term;
 };
-
-template <class T>
-GEMMA2_DEVICE const T* row_of(const HeadsView& view, const Unit<T>& u, int r) {
-  return static_cast<const T*>(view.data) + u.batch * view.batch_stride +
-         (u.q_offset + u.query(r)) * view.seqlen_stride + u.head(r) * view.head_stride;
-}
-
-// Where lse, grad_lse and the terms have row r.
-template <class T>
-GEMMA2_DEVICE int64_t row_index(const AttentionParams& p, const Unit<T>& u, int r) {
-  return u.batch * p.lse_batch_stride + u.head(r) * p.lse_head_stride + u.q_offset + u.query(r);
-}
 
 template <class T>
 GEMMA2_DEVICE RowState row_state(const AttentionBackwardParams& b, const Unit<T>& u, int r) {
@@ -63,23 +56,10 @@ GEMMA2_DEVICE Weight weigh(float dot, float grad_p, const RowState& row, int key
     slope = 1.0f - z * z;
   }
   if (key < row.seen.first || key >= row.seen.end) return {0.0f, 0.0f};
-  const float p = exp2_approx(z * c.outer - row.log2_sum);
+  float exponent = z * c.outer - row.log2_sum;
+  if (!c.capped) exponent = fminf(exponent, 0.0f);  // huge scores are not as exact as that
+  const float p = exp2_approx(exponent);
   return {p, p * (grad_p - row.term) * slope};
-}
-
-// The first row in [0, rows) for which above(its keys) holds, as it does for all later ones.
-template <class T, class F>
-GEMMA2_DEVICE int first_row(const AttentionParams& p, const Unit<T>& u, const F& above) {
-  int low = 0, high = u.rows;
-  while (low < high) {
-    const int middle = low + (high - low) / 2;
-    if (above(u.row_keys(p, middle))) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  return low;
 }
 
 template <class T>
@@ -92,7 +72,19 @@ __global__ void __launch_bounds__(kThreads)
   for (int r = threadIdx.x / kWarpSize; r < u.rows; r += kWarps) {
     const T *out = row_of(p.out, u, r), *grad = row_of(b.grad_out, u, r);
     float sum = 0;
-    for (int d = lane; d < p.head_dim; d += kWarpSize) sum += to_float(out[d]) * to_float(grad[d]);
+    if constexpr (sizeof(T) == 2) {
+      for (int d = lane * 8; d < p.head_dim; d += kWarpSize * 8) {
+        const Vector16 x = load_16(out + d), y = load_16(grad + d);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          sum += to_float(T{uint16_t(x.words[j] & 0xffff)}) *
+                 to_float(T{uint16_t(y.words[j] & 0xffff)});
+          sum += to_float(T{uint16_t(x.words[j] >> 16)}) * to_float(T{uint16_t(y.words[j] >> 16)});
+        }
+      }
+    } else {
+      for (int d = lane; d < p.head_dim; d += kWarpSize) sum += out[d] * grad[d];
+    }
     sum = warp_sum(sum);
     const int64_t at = row_index(p, u, r);
     if (lane == 0) b.row_terms[at] = sum - b.grad_lse[at];
@@ -268,7 +260,8 @@ GEMMA2_DEVICE Weight weigh_plain(const AttentionParams& p, float product, float 
     const float z = tanhf(score / float(p.softcap));
     score = float(p.softcap) * z, slope = 1.0f - z * z;
   }
-  const float weight = exp2f(score * kLog2E - row.log2_sum);
+  // At most 1, which huge scores are not exact enough for.
+  const float weight = exp2f(fminf(score * kLog2E - row.log2_sum, 0.0f));
   return {weight, weight * (grad_p - row.term) * slope};
 }
 
@@ -352,14 +345,7 @@ void launch_attention_backward(const AttentionBackwardParams& b, cudaStream_t st
   const AttentionParams& p = b.forward;
   const int64_t group_rows = p.num_heads / p.num_kv_heads * p.seqlen_q;
   const int64_t sequences = p.batch * p.num_kv_heads;
-  AttentionPlan rows{};
-  rows.k_stride = int(p.k.seqlen_stride), rows.v_stride = int(p.v.seqlen_stride);
-  rows.capacity = INT_MAX;
-  rows.splits = 1;
-  rows.block_rows = kMine;
-  rows.row_blocks = divide_up(group_rows, kMine);
-  AttentionPlan keys = rows;  // all rows of a group in one unit
-  keys.block_rows = group_rows, keys.row_blocks = 1;
+  const AttentionPlan rows = plan_backward(p, kMine), keys = plan_backward(p, 0);
   const int64_t row_units = rows.row_blocks * sequences;
   const int64_t key_units = divide_up(p.seqlen_k, kMine) * sequences;
   if (row_units == 0) return;
@@ -377,6 +363,10 @@ void launch_attention_backward(const AttentionBackwardParams& b, cudaStream_t st
       launch(op, attention_backward_plain_keys_kernel, dim3(unsigned(key_units)), kThreads, 0,
              stream, b, keys, sequences);
     } else {
+#ifdef __CUDACC__
+      if (device_properties().compute_capability == 90 && attention_backward_wgmma_takes(b))
+        return launch_attention_backward_wgmma(b, stream);
+#endif
       const auto launch_dim = [&](auto head_dim) {
         launch_gradients<T, head_dim.value>(b, rows, keys, row_units, key_units, sequences, stream);
       };
