@@ -3,10 +3,10 @@
     benchmarks/gpu.sh                      # builds, tests and then runs this
     python benchmarks/gpu.py --json out.json --only norms,linear --budget 120
 
-Each line is checked against the reference before it is timed: the median of 20 runs after a warm-up,
-between CUDA events, over copies of the inputs that together exceed the second cache. What takes
-under a millisecond is timed as a CUDA graph of 20 calls, so that the host's part does not show;
-"eager us" is then the time of a call from Python.
+Each line is checked against the reference before it is timed: the median of 20 runs after a
+warm-up, between CUDA events, over copies of the inputs that together exceed the second cache. What
+takes under a millisecond is timed as a CUDA graph of 20 calls, so that the host's part does not
+show; "eager us" is then the time of a call from Python.
 A peer that is missing or fails is named in the JSON and left out of the table. The limits (copy
 bandwidth, cuBLAS) are measured first, in the same process. On a CPU (--device cpu --quick) it runs
 small shapes, as a test of itself; those figures mean nothing.
@@ -269,7 +269,9 @@ def linear(bench: Bench) -> None:
     bench.compare("logits", f"1 x 2304 -> {vocab}", inputs, calls, exact, nbytes=2 * vocab * 2304)
 
 
-def flex(bench: Bench, seqlen: int, window: int | None, scale: float) -> Callable[..., Tensor] | None:
+def flex(
+    bench: Bench, seqlen: int, window: int | None, scale: float
+) -> Callable[..., Tensor] | None:
     """flex_attention compiled with soft-cap and window."""
     if not bench.peers:
         return None
@@ -495,7 +497,13 @@ def machine(device: torch.device) -> dict[str, Any]:
     return facts
 
 
-GROUPS = {"norms": norms, "linear": linear, "decode": decode, "attention": attention, "model": model}
+GROUPS = {
+    "norms": norms,
+    "linear": linear,
+    "decode": decode,
+    "attention": attention,
+    "model": model,
+}
 
 
 def main() -> None:

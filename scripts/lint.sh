@@ -3,7 +3,8 @@
 # Without ruff's cache: it does not notice a module that appears, which changes the order of imports elsewhere.
 set -euo pipefail
 cd -P "$(dirname "$0")/.."
-export PATH=$PWD/.venv/bin:$PATH
+# The tools stand in the environment, or beside the Python that it is built on.
+export PATH=$PWD/.venv/bin:$(dirname "$(command -v "${PYTHON:-python3}")"):$PATH
 python_files=(build_backend benchmarks examples python scripts setup.py tests training)
 mapfile -t cpp_files < <(git ls-files --cached --others --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
 if [[ ${1:-} == --fix ]]; then

@@ -49,8 +49,8 @@ def test_value(
 def test_production_shape(isa: str, dtype: torch.dtype, rows: int) -> None:
     hidden, weight = operands(rows, 2304, 5000, dtype)
     actual = ops.logits(hidden, weight, 30.0)
-    # Float32 on both sides: one order of summing 2304 products is as good as another. A GPU's tensor
-    # cores add with fewer bits than float32 has.
+    # Float32 on both sides: one order of summing 2304 products is as good as another. A GPU's
+    # tensor cores add with fewer bits than float32 has.
     roundings = 16 if isa == "cuda" and dtype != torch.float32 else 4
     assert_accurate(
         actual, lambda h, w: reference_logits(h, w, 30.0), hidden, weight, roundings=roundings

@@ -5,12 +5,11 @@
 // hands p (1 - tanh^2) through shared memory to the other, which has grad_k. Seven products for
 // five, nothing added up between blocks: results repeat exactly.
 //
-// Bound by the tensor cores: of 64 x 64 x 256 a product takes 512 clocks, and reading it from shared
-// memory as long; p and 1 - tanh^2 take a third of that. Source: FlashAttention-3 (2407.08608).
-// attention_backward_wgmma_rows_kernel: at most 168 registers (40 and 232 by warpgroup), 226 KiB of
-// shared memory.
-// attention_backward_wgmma_keys_kernel: at most 168 registers (40 and 232 by warpgroup), 211 KiB of
-// shared memory.
+// Bound by the tensor cores: of 64 x 64 x 256 a product takes 512 clocks, and reading it from
+// shared memory as long; p and 1 - tanh^2 take a third of that. Source: FlashAttention-3
+// (2407.08608). attention_backward_wgmma_rows_kernel: at most 168 registers (40 and 232 by
+// warpgroup), 226 KiB of shared memory. attention_backward_wgmma_keys_kernel: at most 168 registers
+// (40 and 232 by warpgroup), 211 KiB of shared memory.
 #include "attention_backward.cuh"
 #include "kernels.h"
 #include "launch.cuh"
@@ -44,8 +43,8 @@ struct Shape {
   static constexpr int64_t kHandedBytes = kHandsOver ? 64 * kOthers * 4 : 0;
   static constexpr int kStates = kOfKeys ? kStagesA * kOthers : kMine;
   static constexpr int kBarriers = 1 + 2 * (kStagesA + kStagesB);
-  static constexpr int64_t kSharedBytes = kTileBytes + kHandedBytes + kStates * sizeof(RowState) +
-                                          kAttentionUnitBytes + 8 * kBarriers;
+  static constexpr int64_t kSharedBytes =
+      kTileBytes + kHandedBytes + kStates * sizeof(RowState) + kAttentionUnitBytes + 8 * kBarriers;
   static_assert(kSharedBytes <= 227 << 10, "");
 };
 
@@ -155,7 +154,9 @@ struct Shared {
     return reinterpret_cast<RowState*>(shared_memory() + S::kTileBytes + S::kHandedBytes) +
            (kOfKeys ? i % S::kStagesA * S::kOthers : 0);
   }
-  GEMMA2_DEVICE static Unit<T>* unit() { return reinterpret_cast<Unit<T>*>(states(0) + S::kStates); }
+  GEMMA2_DEVICE static Unit<T>* unit() {
+    return reinterpret_cast<Unit<T>*>(states(0) + S::kStates);
+  }
   GEMMA2_DEVICE static uint64_t* full_mine() {
     return reinterpret_cast<uint64_t*>(shared_memory() + S::kTileBytes + S::kHandedBytes +
                                        S::kStates * sizeof(RowState) + kAttentionUnitBytes);
@@ -206,8 +207,8 @@ GEMMA2_DEVICE void produce(const AttentionBackwardParams& b, const Unit<T>& u, c
   Walk walk_b = kOfKeys ? keys(u.v, p.v, range.mine_begin, u.keys) : rows(b.grad_out, 0, u.rows);
   copy_next<kHeadDim, S::kMine>(M::mine_b(), walk_b, inside);
   walk_a = kOfKeys ? rows(p.q, range.begin, range.end) : keys(u.k, p.k, range.begin, range.end);
-  walk_b = kOfKeys ? rows(b.grad_out, range.begin, range.end)
-                   : keys(u.v, p.v, range.begin, range.end);
+  walk_b =
+      kOfKeys ? rows(b.grad_out, range.begin, range.end) : keys(u.v, p.v, range.begin, range.end);
 
   // The barrier of the tile whose copies are to be waited for next.
   uint64_t* pending = M::full_mine();
@@ -374,9 +375,8 @@ GEMMA2_DEVICE void consume_rows(const AttentionBackwardParams& b, const Range& r
   }
   const Unit<T>& u = *M::unit();
   store_gradient<T, kHeadDim>(
-      grad, float(b.forward.scale), u.rows - group_row, int(b.forward.head_dim), [&](int r) {
-        return const_cast<T*>(row_of(b.grad_q, u, group_row + r));
-      });
+      grad, float(b.forward.scale), u.rows - group_row, int(b.forward.head_dim),
+      [&](int r) { return const_cast<T*>(row_of(b.grad_q, u, group_row + r)); });
 }
 
 template <class T>
@@ -460,9 +460,8 @@ GEMMA2_DEVICE void consume_keys(const AttentionBackwardParams& b, const Range& r
     wgmma_wait<1>();
     keep_in_order(s);
     const RowState* const states = M::states(i);
-    weigh_keys<T, kHeadDim>(s, scale, states, group_key, warp_key, [&](int n, int j, float p) {
-      put_weight<T>(weights, n, j, p);
-    });
+    weigh_keys<T, kHeadDim>(s, scale, states, group_key, warp_key,
+                            [&](int n, int j, float p) { put_weight<T>(weights, n, j, p); });
     start_gradient<T, kHeadDim, kOthers>(grad_v, weights, grad_out);
     wgmma_wait<1>();
     keep_in_order(grad_p);
@@ -482,12 +481,10 @@ GEMMA2_DEVICE void consume_keys(const AttentionBackwardParams& b, const Range& r
   }
   const Unit<T>& u = *M::unit();
   const int left = u.keys - group_key, head_dim = int(b.forward.head_dim);
-  store_gradient<T, kHeadDim>(grad_k, float(b.forward.scale), left, head_dim, [&](int r) {
-    return key_gradient_row(b.grad_k, u, group_key + r);
-  });
-  store_gradient<T, kHeadDim>(grad_v, 1.0f, left, head_dim, [&](int r) {
-    return key_gradient_row(b.grad_v, u, group_key + r);
-  });
+  store_gradient<T, kHeadDim>(grad_k, float(b.forward.scale), left, head_dim,
+                              [&](int r) { return key_gradient_row(b.grad_k, u, group_key + r); });
+  store_gradient<T, kHeadDim>(grad_v, 1.0f, left, head_dim,
+                              [&](int r) { return key_gradient_row(b.grad_v, u, group_key + r); });
 }
 
 // Barriers of warp w of both consumer warpgroups: what is handed over is there, or has been read.
@@ -652,8 +649,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (!make_unit(p, plan, unsigned(blockIdx.x % sequences), u) || key_begin >= u.keys) return;
   Range range{int(key_begin), 0, 0};
   const int last = range.mine_begin + S::kMine < u.keys ? range.mine_begin + S::kMine : u.keys;
-  range.begin =
-      first_row(p, u, [&](const RowKeys& keys) { return keys.end > range.mine_begin; });
+  range.begin = first_row(p, u, [&](const RowKeys& keys) { return keys.end > range.mine_begin; });
   range.end = first_row(p, u, [&](const RowKeys& keys) { return keys.first >= last; });
   prepare<T, kHeadDim, true>(b, u);
   if (threadIdx.x < kGroupThreads) {
