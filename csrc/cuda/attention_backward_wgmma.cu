@@ -21,7 +21,6 @@ namespace {
 
 constexpr int kGroupThreads = 4 * kWarpSize;  // a warpgroup
 constexpr int kConsumers = 2, kThreads = (1 + kConsumers) * kGroupThreads;
-constexpr int kConsumerWarps = 4 * kConsumers;
 
 // What the softmax of a row needs: its keys, log2 of its denominator, and its term.
 struct RowState {
@@ -601,11 +600,11 @@ GEMMA2_DEVICE void prepare(const AttentionBackwardParams& b, const Unit<T>& u) {
     mbarrier_init(M::full_mine(), kGroupThreads);
     for (int i = 0; i < S::kStagesA; ++i) {
       mbarrier_init(M::full_a(i), kGroupThreads);
-      mbarrier_init(M::empty_a(i), kConsumerWarps);
+      mbarrier_init(M::empty_a(i), 4 * kConsumers);
     }
     for (int i = 0; i < S::kStagesB; ++i) {
       mbarrier_init(M::full_b(i), kGroupThreads);
-      mbarrier_init(M::empty_b(i), kConsumerWarps);
+      mbarrier_init(M::empty_b(i), 4 * kConsumers);
     }
   }
   if (!kOfKeys && thread < S::kMine) {
