@@ -42,7 +42,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
 
 def check(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:
     out, lse = ops.attention(q, k, v, return_lse=True, **options)
-    assert_accurate(out, reference_of(**options), q, k, v)
+    # A GPU's exp2 is two units in the last place off; in float32 that is a rounding of the result.
+    roundings = 2 if out.is_cuda and q.dtype == torch.float32 else 1
+    assert_accurate(out, reference_of(**options), q, k, v, roundings=roundings)
     assert_lse_accurate(lse, q, k, v, **options)
     assert torch.equal(out, attend(q, k, v, **options))
 
