@@ -49,8 +49,8 @@ def test_value(
 def test_production_shape(isa: str, dtype: torch.dtype, rows: int) -> None:
     hidden, weight = operands(rows, 2304, 5000, dtype)
     actual = ops.logits(hidden, weight, 30.0)
-    # Float32 on both sides: one order of summing 2304 products is as good as another. A GPU's tensor
-    # cores cut off, rather than round, each of their 2304 / 16 sums, which are of the products' size.
+    # Float32 on both sides: one order of summing 2304 products is as good as another. A GPU's
+    # tensor cores cut off each of their 2304 / 16 sums, of the products' size, and do not round.
     noise = 0.0
     if isa == "cuda" and dtype != torch.float32:
         noise = 2304 / 16 * torch.finfo(torch.float32).eps * (3 * 2304**0.5)
