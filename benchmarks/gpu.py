@@ -141,6 +141,8 @@ class Bench:
     def check(result: Any, exact: Any, tolerance: float) -> None:
         pairs = zip(result, exact, strict=True) if isinstance(result, tuple) else [(result, exact)]
         for a, b in pairs:
+            if a.shape != b.shape:
+                a = a[:, -b.shape[1] :]  # the last rows, where all would take too much memory
             error = (a.double() - b.double()).abs().max().item()
             scale = b.double().abs().max().item()
             if not error <= tolerance * scale:
@@ -282,6 +284,7 @@ def flex(
             seen = j <= i
             return seen if window is None else seen & (j > i - window)
 
+        torch._dynamo.reset()  # each shape is a compilation of its own, and their number is limited
         blocks = create_block_mask(mask, None, None, seqlen, seqlen, device=bench.device.type)
         call = torch.compile(flex_attention, dynamic=False)
 
@@ -341,7 +344,9 @@ def attention(bench: Bench) -> None:
             calls["flex_attention"] = peer
         if window is None:
             calls["SDPA, no soft-cap"] = functools.partial(sdpa, scale=scale, causal=True)
-        exact = functools.partial(reference.attention, **options) if seqlen <= 1024 else None
+        exact = functools.partial(reference.attention, **options)
+        if seqlen > 1024:
+            exact = lambda q, k, v, f=exact: f(q[:, -64:], k, v)  # noqa: E731
         seen = sum(min(i + 1, window or seqlen) for i in range(seqlen))
         flop = 4 * seen * num_heads * head_dim
         name = f"{seqlen}, head_dim {head_dim}" + (f", window {window}" if window else "")
@@ -350,10 +355,14 @@ def attention(bench: Bench) -> None:
             continue
         inputs = [(*inputs[0], bench.normal(1, seqlen, num_heads, head_dim))]
         backward = {peer: gradients(call) for peer, call in calls.items()}
-        if exact is not None:
-            exact = gradients(exact)
         bench.compare(
-            "attention backward", name, inputs, backward, exact, flop=2.5 * flop, graph=False
+            "attention backward",
+            name,
+            inputs,
+            backward,
+            gradients(exact) if seqlen <= 1024 else None,
+            flop=2.5 * flop,
+            graph=False,
         )
 
 

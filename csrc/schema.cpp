@@ -32,6 +32,12 @@ STABLE_TORCH_LIBRARY(gemma2_ext, m) {
   m.def(
       "attention_cache_out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor key_lengths, *, "
       "float scale, float? softcap, int? window, Tensor(a!) out) -> ()");
+  m.def(
+      "attention_paged(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, "
+      "Tensor key_lengths, *, float scale, float? softcap=None, int? window=None) -> Tensor");
+  m.def(
+      "attention_paged_out(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, "
+      "Tensor key_lengths, *, float scale, float? softcap, int? window, Tensor(a!) out) -> ()");
   m.def("rms_norm(Tensor x, Tensor weight, float eps=1e-6) -> Tensor");
   m.def("rms_norm_out(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()");
   m.def("linear(Tensor x, Tensor weight) -> Tensor");

@@ -1,5 +1,5 @@
-// Bindings of attention, attention_varlen, their backwards, and attention_cache: checks, and how
-// the work is divided.
+// Bindings of attention, attention_varlen, their backwards, attention_cache and attention_paged:
+// checks, and how the work is divided.
 //
 // Lengths, starts and cu_seqlens stay where they are: on a GPU their values are not checked, which
 // would make every call wait for it; the kernels clamp them to what exists.
@@ -637,6 +637,121 @@ Tensor attention_cache(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
   return out;
 }
 
+// Keys or values of all sequences, (batch, seqlen, num_kv_heads, head_dim), from the pages that the
+// table names; sequence b's from position begins[b] on.
+Tensor gather_pages(const Tensor& pages, const Tensor& table, const std::vector<int64_t>& begins,
+                    const std::vector<int64_t>& lengths, int64_t seqlen) {
+  const int64_t batch = table.size(0), page_size = pages.size(1);
+  const int64_t row = pages.size(2) * pages.size(3);
+  const Tensor source = torch::stable::contiguous(pages);
+  const Tensor out = torch::stable::new_empty(pages, {batch, seqlen, pages.size(2), pages.size(3)});
+  const int64_t row_bytes = row * size_of(dtype_of("attention_paged", "k_pages", pages));
+  const auto* from = static_cast<const char*>(source.data_ptr());
+  auto* to = static_cast<char*>(out.data_ptr());
+  const auto* entries = static_cast<const int32_t*>(table.data_ptr());
+  const auto copy = [&](int64_t b) {
+    for (int64_t position = begins[b]; position < lengths[b];) {
+      const int64_t slot = position % page_size;
+      const int64_t keys = std::min(page_size - slot, lengths[b] - position);
+      const int64_t page = entries[b * table.stride(0) + position / page_size * table.stride(1)];
+      std::memcpy(to + (b * seqlen + position - begins[b]) * row_bytes,
+                  from + (page * page_size + slot) * row_bytes, keys * row_bytes);
+      position += keys;
+    }
+  };
+  torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) copy(b);
+  });
+  return out;
+}
+
+void attention_paged_out(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
+                         const Tensor& block_table, const Tensor& key_lengths, double scale,
+                         std::optional<double> softcap, std::optional<int64_t> window, Tensor out) {
+  const char* op = "attention_paged";
+  AttentionParams p{};
+  p.dtype = dtype_of(op, "q", q);
+  if (q.dim() != 4) {
+    fail(op, "q must have shape (batch, seqlen_q, num_heads, head_dim), got " + to_string(q));
+  }
+  if (k_pages.dim() != 4 || k_pages.size(3) != q.size(3)) {
+    fail(op, "k_pages must have shape (pages, page_size, num_kv_heads, head_dim) = (*, *, *, " +
+                 std::to_string(q.size(3)) + "), got " + to_string(k_pages));
+  }
+  check_keys(op, "k_pages", k_pages, "v_pages", v_pages, q);
+  const int64_t pages = k_pages.size(0), page_size = k_pages.size(1);
+  if (page_size < 1 || page_size > 1 << 20 || (page_size & (page_size - 1))) {
+    fail(op, "page_size must be a power of two up to 2^20, got " + std::to_string(page_size));
+  }
+  p.batch = q.size(0), p.seqlen_q = q.size(1), p.num_heads = q.size(2), p.head_dim = q.size(3);
+  p.num_kv_heads = k_pages.size(2);
+  check_common(op, p, scale, softcap, window, true);
+  check_device(op, "block_table", block_table, "q", q);
+  if (block_table.scalar_type() != ScalarType::Int) {
+    fail(op, std::string("block_table must be int32, got ") +
+                 torch::headeronly::toString(block_table.scalar_type()));
+  }
+  if (block_table.dim() != 2 || block_table.size(0) != p.batch) {
+    fail(op, "block_table must have shape (batch, pages of a row) = (" + std::to_string(p.batch) +
+                 ", *), got " + to_string(block_table));
+  }
+  check_integers(op, "key_lengths", key_lengths, p.batch, "batch", q);
+  check_out(op, "out", out, "q", q);
+  const int64_t room = block_table.size(1) * page_size;
+  p.out = heads_view(out);
+
+#ifdef GEMMA2_WITH_CUDA
+  if (!q.is_cpu()) {
+    if (out.numel() == 0) return;
+    check_total(op, "the keys that block_table has room for", room);
+    const Tensor q_rows = readable(q), k_rows = readable(k_pages), v_rows = readable(v_pages);
+    const Tensor table = torch::stable::contiguous(block_table);
+    std::optional<Tensor> lengths;
+    p.key_lengths = on_device<int64_t>(key_lengths, lengths), p.seqlen_k = room;
+    p.q = heads_view(q_rows), p.k = heads_view(k_rows), p.v = heads_view(v_rows);
+    p.block_table = static_cast<const int32_t*>(table.data_ptr());
+    p.block_table_stride = table.size(1);
+    while (int64_t(1) << p.page_shift < page_size) ++p.page_shift;
+    return run(p, q);
+  }
+#endif
+  std::vector<int64_t> lengths = to_vector(key_lengths), begins(p.batch);
+  for (int64_t b = 0; b < p.batch; ++b) {
+    if (lengths[b] < 0 || lengths[b] > room) {
+      fail(op, row_of("key_lengths", b) + " must be from 0 to pages of a row * page_size = " +
+                   std::to_string(room) + ", got " + std::to_string(lengths[b]));
+    }
+    // Where the first query's window begins; positions count from there in what is gathered.
+    if (p.window) begins[b] = std::max(lengths[b] - p.seqlen_q - p.window + 1, int64_t(0));
+    for (int64_t i = begins[b] / page_size; i * page_size < lengths[b]; ++i) {
+      const int64_t page = static_cast<const int32_t*>(
+          block_table.data_ptr())[b * block_table.stride(0) + i * block_table.stride(1)];
+      if (page < 0 || page >= pages) {
+        fail(op, "block_table[" + std::to_string(b) + ", " + std::to_string(i) +
+                     "] must be from 0 to pages - 1 = " + std::to_string(pages - 1) + ", got " +
+                     std::to_string(page));
+      }
+    }
+    p.seqlen_k = std::max(p.seqlen_k, lengths[b] - begins[b]);
+  }
+  if (out.numel() == 0) return;
+  const Tensor q_rows = readable(q);
+  const Tensor k = gather_pages(k_pages, block_table, begins, lengths, p.seqlen_k);
+  const Tensor v = gather_pages(v_pages, block_table, begins, lengths, p.seqlen_k);
+  for (int64_t b = 0; b < p.batch; ++b) lengths[b] -= begins[b];
+  p.key_lengths = lengths.data();
+  p.q = heads_view(q_rows), p.k = heads_view(k), p.v = heads_view(v);
+  run(p, q);
+}
+
+Tensor attention_paged(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
+                       const Tensor& block_table, const Tensor& key_lengths, double scale,
+                       std::optional<double> softcap, std::optional<int64_t> window) {
+  Tensor out = torch::stable::new_empty(q, q.sizes());
+  attention_paged_out(q, k_pages, v_pages, block_table, key_lengths, scale, softcap, window, out);
+  return out;
+}
+
 template <class Library>
 void implement(Library& m) {
   m.impl("attention", TORCH_BOX(&attention));
@@ -647,6 +762,8 @@ void implement(Library& m) {
   m.impl("attention_varlen_out", TORCH_BOX(&attention_varlen_out));
   m.impl("attention_cache", TORCH_BOX(&attention_cache));
   m.impl("attention_cache_out", TORCH_BOX(&attention_cache_out));
+  m.impl("attention_paged", TORCH_BOX(&attention_paged));
+  m.impl("attention_paged_out", TORCH_BOX(&attention_paged_out));
 }
 
 }  // namespace

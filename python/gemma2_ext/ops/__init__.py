@@ -9,6 +9,7 @@ from ._common import refuse_cuda_without_kernels
 from .add_rms_norm import add_rms_norm
 from .attention import attention
 from .attention_cache import attention_cache
+from .attention_paged import attention_paged
 from .attention_varlen import attention_varlen
 from .geglu import geglu
 from .linear import linear
@@ -31,6 +32,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "attention_cache",
+    "attention_paged",
     "attention_varlen",
     "geglu",
     "linear",
