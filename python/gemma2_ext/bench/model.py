@@ -8,6 +8,7 @@ whose bfloat16 weights memory does not hold; they have no peer in transformers.
 
 from __future__ import annotations
 
+import inspect
 import math
 import statistics
 import time
@@ -91,16 +92,17 @@ class _Transformers:
 
     def __init__(self, config: Gemma2Config, weights: dict[str, Tensor]) -> None:
         self._model = transformers_model(config, weights)
+        names = inspect.signature(self._model.forward).parameters
+        self._cache_name = "cache" if "cache" in names else "past_key_values"  # 5.24, before it
 
     def prefill(self, ids: Tensor) -> Tensor:
         self._cache = None
         return self.decode(ids)
 
     def decode(self, ids: Tensor) -> Tensor:
-        out = self._model(
-            input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1
-        )
-        self._cache = out.past_key_values
+        cache = {self._cache_name: self._cache}
+        out = self._model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache)
+        self._cache = getattr(out, self._cache_name)
         logits: Tensor = out.logits[:, -1]
         return logits.float()
 
