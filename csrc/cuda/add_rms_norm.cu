@@ -5,9 +5,9 @@
 // A block a row, one launch for what torch does in about a dozen. x and residual are read once,
 // into registers, as far as kHeld vectors a thread reach (6144 16-bit elements); beyond, x is read
 // twice and residual_out again. Memory bounds it: 8 bytes an element in 16 bits, weights from the
-// cache; of many rows two warps or so have one each, so that an SM has 110 KiB on the way.
+// cache; of many rows three warps or so have one each, so that an SM has 75 KiB on the way.
 //
-// add_rms_norm_kernel: at most 80 registers, 256 bytes of shared memory.
+// add_rms_norm_kernel: at most 96 registers, 256 bytes of shared memory.
 #include "kernels.h"
 #include "vector.cuh"
 
@@ -16,8 +16,8 @@ namespace cuda {
 namespace {
 
 // Vectors of x, and of residual, in a thread's registers: of few rows and of many.
-constexpr int kHeldOfFew = 1, kHeldOfMany = 5;
-// Of blocks that leave a thread 80 registers.
+constexpr int kHeldOfFew = 1, kHeldOfMany = 3;
+// Of blocks, one or three of which a multiprocessor has registers for.
 constexpr int max_threads(int held) { return held == kHeldOfFew ? 768 : 192; }
 
 // Walks the vectors of a row that belong to this thread, the held ones first: f(at, i), i the
@@ -39,7 +39,7 @@ GEMMA2_DEVICE void copy(float (&to)[kSize], const float (&from)[kSize]) {
 }
 
 template <class T, bool kAligned, int kHeld>
-__global__ void __launch_bounds__(max_threads(kHeld), 768 / max_threads(kHeld))
+__global__ void __launch_bounds__(max_threads(kHeld), kHeld == kHeldOfFew ? 1 : 3)
     add_rms_norm_kernel(const AddRmsNormParams p) {
   constexpr int kSize = kVectorSize<T>;
   float* scratch = reinterpret_cast<float*>(shared_memory());

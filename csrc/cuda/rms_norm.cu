@@ -2,7 +2,7 @@
 //
 // A block a row; x is read once, into registers, as far as kHeld vectors a thread reach (16384
 // 16-bit elements), and a second time beyond. Memory bounds it: 4 bytes an element in 16 bits,
-// weights from the cache; of many rows a warp or two have one each, so that an SM has 140 KiB on
+// weights from the cache; of many rows three warps or so have one each, so that an SM has 64 KiB on
 // the way. At one row only the launch counts.
 //
 // rms_norm_kernel: at most 64 registers, 128 bytes of shared memory.
@@ -14,7 +14,7 @@ namespace cuda {
 namespace {
 
 // Vectors of x in a thread's registers: of few rows and of many.
-constexpr int kHeldOfFew = 2, kHeldOfMany = 9;
+constexpr int kHeldOfFew = 2, kHeldOfMany = 4;
 constexpr int max_threads(int held) { return held == kHeldOfFew ? 1024 : 256; }
 
 template <class T, bool kAligned, int kHeld>
