@@ -5,6 +5,9 @@
 
 #include "cpu/isa.h"
 #include "probe.h"
+#ifdef GEMMA2_WITH_CUDA
+#include "cuda/kernels.h"
+#endif
 
 PYBIND11_MODULE(_C, m) {
   gemma2::cpu_isa();  // an unknown GEMMA2_EXT_CPU_ISA is an error of the import
@@ -22,6 +25,14 @@ PYBIND11_MODULE(_C, m) {
         pybind11::arg("seconds"), pybind11::call_guard<pybind11::gil_scoped_release>(),
         "Operations a second of multiply-adds in registers; dtype: float32, bfloat16 or int8 (0 "
         "where there is no such instruction).");
+#ifdef GEMMA2_WITH_CUDA
+  m.def(
+      "set_early_launches", [](bool on) { gemma2::early_launches = on; }, pybind11::arg("on"),
+      "Whether CUDA kernels that this thread launches may start before those in front of them have "
+      "ended, and read weights before that. Off at first; the caller sees to it that no kernel "
+      "that "
+      "may still run writes weights, key_lengths or inv_freq.");
+#endif
   m.def("build_info", [] {
     pybind11::dict info;
     info["built_with_torch"] = GEMMA2_BUILT_WITH_TORCH;

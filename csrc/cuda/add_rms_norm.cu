@@ -16,9 +16,9 @@ namespace cuda {
 namespace {
 
 // Vectors of x, and of residual, in a thread's registers: of few rows and of many.
-constexpr int kHeldOfFew = 2, kHeldOfMany = 5;
+constexpr int kHeldOfFew = 1, kHeldOfMany = 5;
 // Of blocks that leave a thread 80 registers.
-constexpr int max_threads(int held) { return held == kHeldOfFew ? 384 : 192; }
+constexpr int max_threads(int held) { return held == kHeldOfFew ? 768 : 192; }
 
 // Walks the vectors of a row that belong to this thread, the held ones first: f(at, i), i the
 // number of a held one, or -1.
@@ -32,12 +32,30 @@ GEMMA2_DEVICE void for_vectors(int64_t columns, const F& f) {
   for (int64_t at = first + kHeld * stride; at < columns; at += stride) f(at, -1);
 }
 
+template <int kSize>
+GEMMA2_DEVICE void copy(float (&to)[kSize], const float (&from)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) to[i] = from[i];
+}
+
 template <class T, bool kAligned, int kHeld>
 __global__ void __launch_bounds__(max_threads(kHeld), 768 / max_threads(kHeld))
     add_rms_norm_kernel(const AddRmsNormParams p) {
   constexpr int kSize = kVectorSize<T>;
   float* scratch = reinterpret_cast<float*>(shared_memory());
   const int64_t size = p.hidden_size;
+  // Of few rows, the weights that go with the held vectors: on the way before x is there.
+  constexpr bool kEarly = kHeld == kHeldOfFew;
+  float post_weight[kHeld][kSize], pre_weight[kHeld][kSize];
+  if constexpr (kEarly) {
+    allow_next_kernel();
+    for_vectors<kSize, kHeld>(size, [&](int64_t at, int i) {
+      if (i < 0) return;
+      load_floats_as<kAligned>(p.post_weight, p.weight_dtype, at, size - at, post_weight[i]);
+      load_floats_as<kAligned>(p.pre_weight, p.weight_dtype, at, size - at, pre_weight[i]);
+    });
+    wait_for_previous_kernels();
+  }
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
     const T* residual = static_cast<const T*>(p.residual) + row * p.residual_stride;
@@ -72,7 +90,11 @@ __global__ void __launch_bounds__(max_threads(kHeld), 768 / max_threads(kHeld))
       float values[kSize], weight[kSize], before[kSize];
       unpack(i >= 0 ? held_x[i] : load_vector<kAligned>(x + at, size - at), values, T{});
       unpack(i >= 0 ? held[i] : load_vector<kAligned>(residual + at, size - at), before, T{});
-      load_floats_as<kAligned>(p.post_weight, p.weight_dtype, at, size - at, weight);
+      if (kEarly && i >= 0) {
+        copy(weight, post_weight[i]);
+      } else {
+        load_floats_as<kAligned>(p.post_weight, p.weight_dtype, at, size - at, weight);
+      }
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
         const float normed = values[j] * x_scale * (1.0f + weight[j]);
@@ -88,7 +110,11 @@ __global__ void __launch_bounds__(max_threads(kHeld), 768 / max_threads(kHeld))
     for_vectors<kSize, kHeld>(size, [&](int64_t at, int i) {
       float values[kSize], weight[kSize];
       unpack(i >= 0 ? held[i] : load_vector<kAligned>(residual_out + at, size - at), values, T{});
-      load_floats_as<kAligned>(p.pre_weight, p.weight_dtype, at, size - at, weight);
+      if (kEarly && i >= 0) {
+        copy(weight, pre_weight[i]);
+      } else {
+        load_floats_as<kAligned>(p.pre_weight, p.weight_dtype, at, size - at, weight);
+      }
 #pragma unroll
       for (int j = 0; j < kSize; ++j) values[j] *= r_scale * (1.0f + weight[j]);
       store_vector<kAligned>(out + at, size - at, pack_vector(values, T{}));
@@ -103,10 +129,15 @@ void launch_held(const AddRmsNormParams& p, cudaStream_t stream) {
                        is_aligned(p.out, p.hidden_size * sizeof(T)) &&
                        is_aligned(p.residual_out, p.hidden_size * sizeof(T)) &&
                        is_aligned(p.post_weight, 0) && is_aligned(p.pre_weight, 0);
-  launch("add_rms_norm",
-         aligned ? add_rms_norm_kernel<T, true, kHeld> : add_rms_norm_kernel<T, false, kHeld>,
-         row_grid(p.rows), row_threads(p.hidden_size, kVectorSize<T>, kHeld, max_threads(kHeld)),
-         2 * kWarpSize * sizeof(float), stream, p);
+  const auto kernel =
+      aligned ? add_rms_norm_kernel<T, true, kHeld> : add_rms_norm_kernel<T, false, kHeld>;
+  const int threads = row_threads(p.hidden_size, kVectorSize<T>, kHeld, max_threads(kHeld));
+  constexpr int64_t kSharedBytes = 2 * kWarpSize * sizeof(float);
+  if constexpr (kHeld == kHeldOfFew) {
+    launch_early("add_rms_norm", kernel, row_grid(p.rows), threads, kSharedBytes, stream, p);
+  } else {
+    launch("add_rms_norm", kernel, row_grid(p.rows), threads, kSharedBytes, stream, p);
+  }
 }
 
 }  // namespace

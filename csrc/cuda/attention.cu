@@ -6,7 +6,7 @@
 // a warp a row. The splits of a row are added up in their order, so that results repeat exactly.
 // attention_tile_kernel: at most 255 registers, 161 KiB of shared memory (99 on most devices).
 // attention_decode_kernel: at most 255 registers, 97 KiB of shared memory.
-// attention_combine_kernel: at most 64 registers, 4 bytes of shared memory a split.
+// attention_combine_kernel: at most 128 registers, 17 KiB of shared memory.
 // attention_plain_kernel: at most 128 registers, no shared memory.
 #include <stdlib.h>
 #include <string.h>
@@ -161,6 +161,8 @@ template <class T, int kHeadDim, int kStages>
 __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
     attention_decode_kernel(const AttentionParams p, const AttentionPlan plan) {
   constexpr int kWarps = kAttentionDecodeWarps, kKeys = 16, kTileSize = kKeys * kHeadDim;
+  allow_next_kernel();
+  wait_for_previous_kernels();
   clear_rows_of_no_sequence<T>(p);
   Unit<T> u;
   if (!make_unit(p, plan, blockIdx.x, u)) return;
@@ -205,7 +207,8 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int d = 16 * step + 8 * half + lane % 4 * 2;
-        q[step][i + 2 * half] = r < u.rows && d < p.head_dim ? load_4(row + d) : 0;
+        const uint32_t word = load_4(row + (d < p.head_dim ? d : 0));
+        q[step][i + 2 * half] = r < u.rows && d < p.head_dim ? word : 0;
       }
     }
   }
@@ -259,51 +262,83 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
   }
 }
 
-// A block a row: sum over the splits, in their order, of 2^(largest - largest of all) times their
-// results. Each warp finds the weights, the first one keeps them in shared memory for all.
+// A block a row: sum over the splits of 2^(largest - largest of all) times their results. A warp
+// has every kCombineWarps-th split, several on the way together; the warps' sums are added in
+// order.
 template <class T>
 __global__ void __launch_bounds__(kAttentionCombineThreads)
     attention_combine_kernel(const AttentionParams p, const AttentionPlan plan) {
+  constexpr int kWarps = kAttentionCombineThreads / kWarpSize, kAtOnce = 4;
+  allow_next_kernel();
+  wait_for_previous_kernels();
   AttentionPlan whole = plan;
   whole.splits = 1;
   Unit<T> u;
   const int r = blockIdx.y;
   if (!make_unit(p, whole, blockIdx.x, u) || r >= u.rows) return;
-  const int lane = threadIdx.x % kWarpSize, splits = int(plan.splits), head_dim = int(p.head_dim);
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int splits = int(plan.splits), head_dim = int(p.head_dim);
   const float* const parts = partial_row(p, plan, u, 0, r);
   const int64_t stride = plan.block_rows * (p.head_dim + 2);
 
+  float values[kAtOnce][kLaneDims], own[kAtOnce][2];  // of kAtOnce splits from `first` on
+  const auto load = [&](int first) {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int s = first + i * kWarps;
+      const float* part = parts + (s < splits ? s : 0) * stride;
+#pragma unroll
+      for (int j = 0; j < kLaneDims; ++j) {
+        const int d = lane + j * kWarpSize;
+        values[i][j] = d < head_dim ? part[d] : 0.0f;
+      }
+      own[i][0] = part[head_dim];
+      own[i][1] = s < splits ? part[head_dim + 1] : 0.0f;  // 0: no key
+    }
+  };
+  load(warp);  // on the way while the largest is looked for
   float largest = -INFINITY;
   for (int s = lane; s < splits; s += kWarpSize) {
     const float* part = parts + s * stride + head_dim;
-    if (part[1] != 0) largest = fmaxf(largest, part[0]);  // 0: no key
+    if (part[1] != 0) largest = fmaxf(largest, part[0]);
   }
   largest = warp_max(largest);
   const float base = largest == -INFINITY ? 0.0f : largest;
-  float* const weights = reinterpret_cast<float*>(shared_memory());
-  float sum = 0;
-  for (int s = lane; s < splits; s += kWarpSize) {
-    const float* part = parts + s * stride + head_dim;
-    const float weight = part[1] != 0 ? exp2f(part[0] - base) : 0.0f;
-    if (threadIdx.x < kWarpSize) weights[s] = weight;
-    sum += weight * part[1];
+  float o[kLaneDims] = {}, sum = 0;
+  for (int first = warp; first < splits; first += kAtOnce * kWarps) {
+    if (first != warp) load(first);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (own[i][1] == 0) continue;
+      const float weight = exp2f(own[i][0] - base);
+      sum += weight * own[i][1];
+#pragma unroll
+      for (int j = 0; j < kLaneDims; ++j) o[j] += weight * values[i][j];
+    }
   }
-  sum = warp_sum(sum);
+  // scratch[warp]: head_dim sums of outputs, and that of the weights.
+  float* const scratch = reinterpret_cast<float*>(shared_memory());
+  float* const mine = scratch + warp * (head_dim + 1);
+#pragma unroll
+  for (int j = 0; j < kLaneDims; ++j) {
+    const int d = lane + j * kWarpSize;
+    if (d < head_dim) mine[d] = o[j];
+  }
+  if (lane == 0) mine[head_dim] = sum;
   __syncthreads();
 
-  const float factor = sum == 0 ? 0.0f : 1.0f / sum;
+  if (int(threadIdx.x) >= head_dim) return;
+  float total = 0;
+  sum = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    total += scratch[w * (head_dim + 1) + threadIdx.x];
+    sum += scratch[w * (head_dim + 1) + head_dim];
+  }
   const int64_t i = u.q_offset + u.query(r), head = u.head(r);
   T* out = static_cast<T*>(p.out.data) + u.batch * p.out.batch_stride + i * p.out.seqlen_stride +
            head * p.out.head_stride;
-  for (int d = threadIdx.x; d < head_dim; d += kAttentionCombineThreads) {
-    float total = 0;
-#pragma unroll 8
-    for (int s = 0; s < splits; ++s) {
-      const float value = parts[s * stride + d];
-      total += weights[s] == 0 ? 0.0f : weights[s] * value;
-    }
-    out[d] = from_float<T>(total * factor);
-  }
+  out[threadIdx.x] = from_float<T>(sum == 0 ? 0.0f : total * (1.0f / sum));
   if (p.lse && threadIdx.x == 0) {
     p.lse[u.batch * p.lse_batch_stride + head * p.lse_head_stride + i] =
         sum == 0 ? -INFINITY : largest * kLn2 + logf(sum);
@@ -334,19 +369,14 @@ constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 int padded_head_dim(int64_t head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
 
-// Blocks that share a multiprocessor: each has about 255 registers a thread and 1 KiB of the
-// system's in shared memory.
-int64_t resident_blocks(int64_t shared_bytes, int threads, const DeviceProperties& device) {
-  constexpr int64_t kReserved = 1 << 10, kRegisters = 64 << 10;
-  const int64_t by_memory = (device.shared_bytes + kReserved) / (shared_bytes + kReserved);
-  return max64(1, min64(by_memory, kRegisters / (threads * 256)));
-}
+constexpr int kRegisters = 256;  // a thread, about, in the kernels with tiles
 
 AttentionTile choose_tile(int head_dim, const DeviceProperties& device) {
   if (head_dim == 64) return kAttentionTile64;
   if (head_dim == 128) return kAttentionTile128;
   constexpr AttentionTile kSmall = kAttentionTile256, kLarge = kAttentionTile256Large;
-  const bool two = resident_blocks(kSmall.shared_bytes(), kSmall.warps * kWarpSize, device) > 1;
+  const bool two =
+      resident_blocks(kSmall.shared_bytes(), kSmall.warps * kWarpSize, kRegisters, device) > 1;
   return two || kLarge.shared_bytes() > device.shared_bytes ? kSmall : kLarge;
 }
 
@@ -382,7 +412,7 @@ AttentionPlan plan_attention(const AttentionParams& p, const DeviceProperties& d
     plan.shared_bytes = attention_decode_bytes(head_dim);
     plan.block_rows = kAttentionDecodeRows;
     plan.split_step = kAttentionDecodeStep;
-    resident = resident_blocks(plan.shared_bytes, plan.threads, device);
+    resident = resident_blocks(plan.shared_bytes, plan.threads, kRegisters, device);
   } else if (wants_wgmma(head_dim, device)) {
     const AttentionWgmma tile = head_dim == 128 ? kAttentionWgmma128 : kAttentionWgmma256;
     plan.kernel = AttentionKernel::kWgmma;
@@ -398,7 +428,7 @@ AttentionPlan plan_attention(const AttentionParams& p, const DeviceProperties& d
     plan.shared_bytes = plan.tile.shared_bytes();
     plan.block_rows = plan.tile.rows();
     plan.split_step = plan.tile.keys;
-    resident = resident_blocks(plan.shared_bytes, plan.threads, device);
+    resident = resident_blocks(plan.shared_bytes, plan.threads, kRegisters, device);
   }
   plan.row_blocks = divide_up(rows, plan.block_rows);
   // Where the blocks do not fill the device once, their keys are divided. A shorter split than this
@@ -427,8 +457,8 @@ void launch_tile(const AttentionParams& p, const AttentionPlan& plan, dim3 grid,
 template <class T, int kHeadDim>
 void launch_decode(const AttentionParams& p, const AttentionPlan& plan, dim3 grid,
                    cudaStream_t stream) {
-  launch("attention", attention_decode_kernel<T, kHeadDim, attention_decode_stages(kHeadDim)>, grid,
-         plan.threads, plan.shared_bytes, stream, p, plan);
+  launch_early("attention", attention_decode_kernel<T, kHeadDim, attention_decode_stages(kHeadDim)>,
+               grid, plan.threads, plan.shared_bytes, stream, p, plan);
 }
 
 template <class T>
@@ -487,8 +517,10 @@ void launch_attention(const AttentionParams& p, cudaStream_t stream) {
   if (plan.splits == 1) return;
   const int64_t combined = min64(group_rows(p), plan.block_rows);
   dispatch_dtype(op, p.dtype, [&](auto t) {
-    launch(op, attention_combine_kernel<decltype(t)>, dim3(unsigned(units), unsigned(combined)),
-           kAttentionCombineThreads, plan.splits * int64_t(sizeof(float)), stream, p, plan);
+    launch_early(op, attention_combine_kernel<decltype(t)>,
+                 dim3(unsigned(units), unsigned(combined)), kAttentionCombineThreads,
+                 kAttentionCombineThreads / kWarpSize * (p.head_dim + 1) * int64_t(sizeof(float)),
+                 stream, p, plan);
   });
 }
 

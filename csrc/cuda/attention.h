@@ -12,7 +12,7 @@ constexpr int kAttentionPlainRows = 4;    // rows a block, a warp each
 constexpr int kAttentionDecodeRows = 16;  // of mma's operand
 constexpr int kAttentionDecodeWarps = 4;
 constexpr int kAttentionDecodeStep = 16 * kAttentionDecodeWarps;  // keys of all warps at once
-constexpr int kAttentionCombineThreads = 128;
+constexpr int kAttentionCombineThreads = 512;                     // at least head_dim
 
 // Output leaves through the memory that tiles came by: float32, with 8 more columns that keep rows
 // off the powers of two, and two numbers a row.

@@ -20,6 +20,8 @@ template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads) geglu_kernel(const GegluParams p) {
   constexpr int kSize = kVectorSize<T>;
   const int64_t at = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kSize, n = p.columns - at;
+  allow_next_kernel();
+  wait_for_previous_kernels();
   if (n <= 0) return;
   for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
     float gate[kSize], up[kSize];
@@ -44,8 +46,8 @@ void launch_geglu(const GegluParams& p, cudaStream_t stream) {
                          is_aligned(p.out, p.columns * sizeof(T));
     dim3 grid(unsigned(divide_up(p.columns, kThreads * kVectorSize<T>)));
     grid.y = min(row_grid(p.rows).x, kMaxGridY);
-    launch("geglu", aligned ? geglu_kernel<T, true> : geglu_kernel<T, false>, grid, kThreads, 0,
-           stream, p);
+    launch_early("geglu", aligned ? geglu_kernel<T, true> : geglu_kernel<T, false>, grid, kThreads,
+                 0, stream, p);
   });
 }
 

@@ -3,7 +3,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../params.h"
+#include "kernels.h"
 #include "ptx.cuh"
 
 namespace gemma2 {
@@ -18,6 +18,17 @@ struct DeviceProperties {
 };
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Blocks that share a multiprocessor; a block takes 1 KiB of shared memory beside its own, and
+// kernels are compiled for `registers` a thread at most.
+inline int64_t resident_blocks(int64_t shared_bytes, int threads, int registers,
+                               const DeviceProperties& device) {
+  constexpr int64_t kReserved = 1 << 10, kRegisters = 64 << 10;
+  const int64_t by_memory = (device.shared_bytes + kReserved) / (shared_bytes + kReserved);
+  const int64_t by_registers = kRegisters / (threads * registers);
+  const int64_t blocks = by_memory < by_registers ? by_memory : by_registers;
+  return blocks < 1 ? 1 : blocks;
+}
 
 #ifdef __CUDACC__
 
@@ -49,17 +60,44 @@ inline const DeviceProperties& device_properties() {
   return p;
 }
 
+template <class... Params>
+void allow_shared_memory(const char* op, void (*kernel)(Params...), int64_t bytes) {
+  constexpr int64_t kWithoutAsking = 48 << 10;
+  if (bytes <= kWithoutAsking) return;
+  check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+}
+
 // kernel<<<grid, threads, shared_bytes, stream>>>(args...), with its error as an exception.
 template <class... Params, class... Args>
 void launch(const char* op, void (*kernel)(Params...), dim3 grid, int threads, int64_t shared_bytes,
             cudaStream_t stream, const Args&... args) {
-  constexpr int64_t kWithoutAsking = 48 << 10;
-  if (shared_bytes > kWithoutAsking) {
-    check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   int(shared_bytes)));
-  }
+  allow_shared_memory(op, kernel, shared_bytes);
   kernel<<<grid, threads, shared_bytes, stream>>>(args...);
   check(op, cudaGetLastError());
+}
+
+inline bool starts_early();
+
+// The same for a kernel in which every thread calls allow_next_kernel, and
+// wait_for_previous_kernels before it touches anything but weights: where early_launches says so,
+// it starts when every block of the kernel in front has called the former. Its launch, and its
+// first weights' way, are then hidden behind that one.
+template <class... Params, class... Args>
+void launch_early(const char* op, void (*kernel)(Params...), dim3 grid, int threads,
+                  int64_t shared_bytes, cudaStream_t stream, const Args&... args) {
+  if (!starts_early()) return launch(op, kernel, grid, threads, shared_bytes, stream, args...);
+  allow_shared_memory(op, kernel, shared_bytes);
+  cudaLaunchAttribute early;
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  check(op, cudaLaunchKernelEx(&config, kernel, args...));
 }
 
 #else
@@ -79,7 +117,18 @@ void launch(const char* op, void (*kernel)(Params...), dim3 grid, int threads, i
   emulation::launch(op, grid, threads, shared_bytes, [&] { kernel(args...); });
 }
 
+template <class... Params, class... Args>
+void launch_early(const char* op, void (*kernel)(Params...), dim3 grid, int threads,
+                  int64_t shared_bytes, cudaStream_t, const Args&... args) {
+  emulation::launch(op, grid, threads, shared_bytes, [&] { kernel(args...); });
+}
+
 #endif
+
+// Whether launch_early does more than launch.
+inline bool starts_early() {
+  return early_launches && device_properties().compute_capability >= 90;
+}
 
 // f(value of the storage type) for a dtype.
 template <class F>

@@ -1,15 +1,17 @@
 // out = x weight^T for 1 to 16 rows, as in decoding; x (rows, in_features), weight (out_features,
 // in_features), 16-bit. Sums in float32; then the soft-cap, or GeGLU of the two halves of weight.
 //
-// Memory bounds it: the weights stream once. A block has 16 rows of weight (with GeGLU 8 of gate
-// and the 8 of up that go with them), its warps every kWarps-th chunk of 32 columns. A tensor core
-// sums over k in any order, so a lane loads 16 bytes of a row and they are its operands as they
-// lie: element 8t + 4s + (0, 1) stands for column 2t of step s, 8t + 4s + (2, 3) for column 2t + 8.
-// No shared memory for weights, no conversion, and 32 KiB of them on the way in each block. x comes
-// from the caches: rows / 16 of the weights' bytes. The warps' sums are added in their order, and a
-// row takes part in no other row's sum: a result does not depend on the rows beside it.
+// Memory bounds it: the weights stream once. A tile is 16 rows of weight (with GeGLU 8 of gate and
+// the 8 of up that go with them); a block's warps take every kWarps-th chunk of 32 columns. A
+// tensor core sums over k in any order, so 16 bytes of a row are a lane's operands as they lie:
+// element 8t + 4s + (0, 1) stands for column 2t of step s, 8t + 4s + (2, 3) for column 2t + 8.
+// Warps' sums are added in order, and a row takes part in no other row's sum: a result does not
+// depend on the rows beside it, nor on the kernel. linear_early_kernel starts while others are at
+// work (see launch_early) and fills a ring in shared memory, of which a thread reads only what it
+// copied.
 //
 // linear_kernel: at most 128 registers, 8192 bytes of shared memory.
+// linear_early_kernel: at most 128 registers, 104 KiB of shared memory.
 #include "gelu.cuh"
 #include "kernels.h"
 #include "vector.cuh"
@@ -20,118 +22,229 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kTile = 16;   // rows of weight in a block, of x in two mma
+constexpr int kTile = 16;   // rows of weight in a tile, of x in two mma
 constexpr int kChunk = 32;  // columns that a warp takes at once: 8 for each of 4 lanes
-constexpr int kUnroll = 4;  // chunks whose loads are on the way together
+constexpr int kAhead = 4;   // chunks of x on the way to a thread's registers
 
-// kRowTiles: groups of 8 rows of x, 1 or 2.
-template <class T, bool kAligned, int kRowTiles>
-__global__ void __launch_bounds__(kThreads, 2) linear_kernel(const LinearParams p) {
+constexpr int kUnroll = 4;  // chunks whose loads are on the way together
+// Chunks of weights on the way in a thread's ring; two blocks share a multiprocessor. They are 192
+// KiB there: more than hides the memory's latency, but the ring is filled while others work.
+constexpr int kRing = 12;
+constexpr int64_t kRingBytes = int64_t(kRing) * 2 * kThreads * 16;
+
+__host__ __device__ inline int64_t columns_of_tile(const LinearParams& p) {
+  return p.geglu ? kTile / 2 : kTile;
+}
+__host__ __device__ inline int64_t count_tiles(const LinearParams& p) {
+  return (p.out_features + columns_of_tile(p) - 1) / columns_of_tile(p);
+}
+
+// This lane's rows of weight in a tile, at its first column. Beyond the last row that is read
+// again, and its sums are not used.
+template <class T>
+GEMMA2_DEVICE void weight_rows(const LinearParams& p, int64_t tile, const T* (&rows)[2]) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t first = tile * columns_of_tile(p) + lane / 4, last = p.out_features - 1;
+  const int64_t row_0 = first < last ? first : last;
+  const int64_t row_1 = p.geglu ? p.out_features + row_0 : first + 8 < last ? first + 8 : last;
+  rows[0] = static_cast<const T*>(p.weight) + row_0 * p.weight_stride + 8 * (lane % 4);
+  rows[1] = static_cast<const T*>(p.weight) + row_1 * p.weight_stride + 8 * (lane % 4);
+}
+
+// This lane's part of the chunk of x at column k. kWhole: in_features is a multiple of 8.
+template <class T, bool kAligned, bool kWhole, int kRowTiles>
+GEMMA2_DEVICE void load_x(const LinearParams& p, int64_t k, Vector16 (&v)[kRowTiles]) {
+  const int lane = threadIdx.x % kWarpSize, g = lane / 4;
+  k += 8 * (lane % 4);
+  const T* x = static_cast<const T*>(p.x) + g * p.x_stride + k;
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i) {
+    v[i] = Vector16{};
+    if (g + 8 * i >= p.rows) continue;
+    const T* from = x + 8 * i * p.x_stride;
+    v[i] = kWhole ? load_whole<kAligned>(from, p.in_features - k)
+                  : load_vector<kAligned>(from, p.in_features - k);
+  }
+}
+
+template <class T, int kRowTiles>
+GEMMA2_DEVICE void multiply(float (&sums)[kRowTiles][4], const Vector16 (&w)[2],
+                            const Vector16 (&v)[kRowTiles]) {
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+    const uint32_t a[4] = {w[0].words[2 * s], w[1].words[2 * s], w[0].words[2 * s + 1],
+                           w[1].words[2 * s + 1]};
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+      mma_m16n8k16<T>(sums[i], a, v[i].words[2 * s], v[i].words[2 * s + 1]);
+  }
+}
+
+// Adds up the warps' sums of a tile, through scratch[warp][row of x][row of weight], and stores.
+// Another tile may use the same scratch after the next barrier.
+template <class T, int kRowTiles>
+GEMMA2_DEVICE void finish_tile(const LinearParams& p, int64_t tile,
+                               const float (&sums)[kRowTiles][4], float* scratch) {
+  constexpr int kSums = 8 * kRowTiles * kTile;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int g = lane / 4, t = lane % 4;
-  const int64_t columns_a_block = p.geglu ? kTile / 2 : kTile;
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      scratch[warp * kSums + (8 * i + 2 * t + j % 2) * kTile + g + 8 * (j / 2)] = sums[i][j];
+  }
+  __syncthreads();
+  const int row = threadIdx.x / kTile, column = threadIdx.x % kTile;
+  const int64_t columns = columns_of_tile(p), first = tile * columns;
+  if (row >= p.rows || column >= columns || first + column >= p.out_features) return;
+  const auto total = [&](int at) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) sum += scratch[i * kSums + row * kTile + at];
+    return sum;
+  };
+  float result = total(column);
+  if (p.geglu) result = gelu_tanh(result) * total(column + 8);
+  if (p.softcap > 0) result = p.softcap * tanhf(result / p.softcap);
+  const int64_t at = row * p.out_stride + first + column;
+  if (p.out_dtype == DType::kFloat32) {
+    static_cast<float*>(p.out)[at] = result;
+  } else {
+    static_cast<T*>(p.out)[at] = from_float<T>(result);
+  }
+}
+
+template <class T, bool kAligned, int kRowTiles>
+__global__ void __launch_bounds__(kThreads, 2) linear_kernel(const LinearParams p) {
+  const int warp = threadIdx.x / kWarpSize, t = threadIdx.x % 4;
+  const int64_t tiles = count_tiles(p);
   const int64_t chunks = (p.in_features + kChunk - 1) / kChunk;
   const int64_t whole_chunks = p.in_features / kChunk;
-
-  for (int64_t first = blockIdx.x * columns_a_block; first < p.out_features;
-       first += gridDim.x * columns_a_block) {
-    // Beyond the last row of weight it is read again, and its sums are not used.
-    const int64_t last = p.out_features - 1;
-    const int64_t row_0 = first + g < last ? first + g : last;
-    const int64_t row_1 = p.geglu                ? p.out_features + row_0
-                          : first + g + 8 < last ? first + g + 8
-                                                 : last;
-    const T* weight[2] = {static_cast<const T*>(p.weight) + row_0 * p.weight_stride + 8 * t,
-                          static_cast<const T*>(p.weight) + row_1 * p.weight_stride + 8 * t};
-    const T* x = static_cast<const T*>(p.x) + g * p.x_stride + 8 * t;
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const T* rows[2];
+    weight_rows(p, tile, rows);
     float sums[kRowTiles][4] = {};
-
-    const auto multiply = [&](const Vector16(&w)[2], const Vector16(&v)[kRowTiles]) {
-#pragma unroll
-      for (int s = 0; s < 2; ++s) {
-        const uint32_t a[4] = {w[0].words[2 * s], w[1].words[2 * s], w[0].words[2 * s + 1],
-                               w[1].words[2 * s + 1]};
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i)
-          mma_m16n8k16<T>(sums[i], a, v[i].words[2 * s], v[i].words[2 * s + 1]);
-      }
-    };
-    const auto load_x = [&](int64_t k, int64_t n, Vector16(&v)[kRowTiles]) {
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
-        v[i] = Vector16{};
-        if (g + 8 * i < p.rows) v[i] = load_vector<kAligned>(x + 8 * i * p.x_stride + k, n);
-      }
-    };
-
     int64_t chunk = warp;
     if (kAligned) {
       for (; chunk + (kUnroll - 1) * kWarps < whole_chunks; chunk += kUnroll * kWarps) {
-        Vector16 w[kUnroll][2], v[kUnroll][kRowTiles];
+        Vector16 w[kUnroll][2], x[kUnroll][kRowTiles];
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          const int64_t k = (chunk + u * kWarps) * kChunk;
-          w[u][0] = load_16_once(weight[0] + k);
-          w[u][1] = load_16_once(weight[1] + k);
+        for (int i = 0; i < kUnroll; ++i) {
+          const int64_t k = (chunk + i * kWarps) * kChunk;
+          w[i][0] = load_16_once(rows[0] + k);
+          w[i][1] = load_16_once(rows[1] + k);
         }
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) load_x((chunk + u * kWarps) * kChunk, kChunk, v[u]);
+        for (int i = 0; i < kUnroll; ++i)
+          load_x<T, true, false>(p, (chunk + i * kWarps) * kChunk, x[i]);
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) multiply(w[u], v[u]);
+        for (int i = 0; i < kUnroll; ++i) multiply<T>(sums, w[i], x[i]);
       }
     }
 #pragma unroll 1
     for (; chunk < chunks; chunk += kWarps) {
       const int64_t k = chunk * kChunk, n = p.in_features - k - 8 * t;
-      Vector16 w[2], v[kRowTiles];
-      w[0] = load_vector<kAligned>(weight[0] + k, n);
-      w[1] = load_vector<kAligned>(weight[1] + k, n);
-      load_x(k, n, v);
-      multiply(w, v);
+      Vector16 w[2], x[kRowTiles];
+      w[0] = load_vector<kAligned>(rows[0] + k, n);
+      w[1] = load_vector<kAligned>(rows[1] + k, n);
+      load_x<T, kAligned, false>(p, k, x);
+      multiply<T>(sums, w, x);
     }
+    finish_tile<T>(p, tile, sums, reinterpret_cast<float*>(shared_memory()));
+    __syncthreads();  // scratch is written again for the next tile
+  }
+}
 
-    // scratch[warp][row of x][row of weight]
-    float* scratch = reinterpret_cast<float*>(shared_memory());
-    constexpr int kSums = 8 * kRowTiles * kTile;
-    float* mine = scratch + warp * kSums;
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        mine[(8 * i + 2 * t + j % 2) * kTile + g + 8 * (j / 2)] = sums[i][j];
-    }
-    __syncthreads();
-    const int row = threadIdx.x / kTile, column = threadIdx.x % kTile;
-    const auto total = [&](int at) {
-      float sum = 0;
-#pragma unroll
-      for (int i = 0; i < kWarps; ++i) sum += scratch[i * kSums + row * kTile + at];
-      return sum;
-    };
-    if (row < p.rows && column < columns_a_block && first + column < p.out_features) {
-      float result = total(column);
-      if (p.geglu) result = gelu_tanh(result) * total(column + 8);
-      if (p.softcap > 0) result = p.softcap * tanhf(result / p.softcap);
-      const int64_t at = row * p.out_stride + first + column;
-      if (p.out_dtype == DType::kFloat32) {
-        static_cast<float*>(p.out)[at] = result;
-      } else {
-        static_cast<T*>(p.out)[at] = from_float<T>(result);
+// Where all is aligned and in_features is a multiple of 8. kRowTiles: groups of 8 rows of x, 1
+// or 2.
+template <class T, int kRowTiles>
+__global__ void __launch_bounds__(kThreads, 2) linear_early_kernel(const LinearParams p) {
+  constexpr int kScratch = kWarps * 8 * kRowTiles * kTile;
+  allow_next_kernel();
+  const int warp = threadIdx.x / kWarpSize;
+  const int64_t tiles = count_tiles(p);
+  const int steps = int((p.in_features + kWarps * kChunk - 1) / (kWarps * kChunk));
+  Vector16* const ring = reinterpret_cast<Vector16*>(shared_memory()) + threadIdx.x;
+  float* scratch = reinterpret_cast<float*>(shared_memory() + kRingBytes);
+
+  // The copies go through steps and tiles as the sums do, kRing steps in front of them.
+  int64_t copied_tile = blockIdx.x;
+  int copied_step = 0;
+  const T* rows[2];
+  weight_rows(p, copied_tile, rows);
+  const auto start_copy = [&](int stage) {
+    if (copied_tile < tiles) {
+      const int64_t k = (int64_t(copied_step) * kWarps + warp) * kChunk;
+      const bool valid = k + 8 * (threadIdx.x % 4) < p.in_features;
+      cp_async<16>(ring + 2 * stage * kThreads, rows[0] + k, valid);
+      cp_async<16>(ring + (2 * stage + 1) * kThreads, rows[1] + k, valid);
+      if (++copied_step == steps) {
+        copied_step = 0, copied_tile += gridDim.x;
+        if (copied_tile < tiles) weight_rows(p, copied_tile, rows);
       }
     }
-    __syncthreads();  // scratch is written again for the next columns
+    cp_async_commit();  // of nothing at the end, so that the waits count alike
+  };
+  for (int stage = 0; stage < kRing; ++stage) start_copy(stage);
+
+  wait_for_previous_kernels();
+  const auto x_of_step = [&](int step, Vector16(&v)[kRowTiles]) {
+    load_x<T, true, true>(p, (int64_t(step) * kWarps + warp) * kChunk, v);
+  };
+  // x of step s is at s % kAhead.
+  Vector16 x[kAhead][kRowTiles];
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) x_of_step(i, x[i]);
+  int stage = 0;
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    float sums[kRowTiles][4] = {};
+    for (int first = 0; first < steps; first += kAhead) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int step = first + i;
+        if (step >= steps) break;
+        cp_async_wait<kRing - 1>();
+        const Vector16 w[2] = {ring[2 * stage * kThreads], ring[(2 * stage + 1) * kThreads]};
+        multiply<T>(sums, w, x[i]);
+        x_of_step(step + kAhead < steps ? step + kAhead : i, x[i]);  // or of the next tile
+        start_copy(stage);
+        stage = stage == kRing - 1 ? 0 : stage + 1;
+      }
+    }
+    finish_tile<T>(p, tile, sums, scratch);
+    scratch +=
+        scratch == reinterpret_cast<float*>(shared_memory() + kRingBytes) ? kScratch : -kScratch;
   }
+}
+
+template <class T, int kRowTiles>
+void launch_row_tiles(const LinearParams& p, cudaStream_t stream) {
+  const int64_t tiles = count_tiles(p),
+                scratch_bytes = kWarps * 8 * kRowTiles * kTile * sizeof(float);
+  const bool aligned =
+      is_aligned(p.x, p.x_stride * sizeof(T)) && is_aligned(p.weight, p.weight_stride * sizeof(T));
+  // Of more rows the ring's x takes longer than the early start saves.
+  if constexpr (kRowTiles == 1) {
+    const DeviceProperties& device = device_properties();
+    const int64_t shared_bytes = kRingBytes + 2 * scratch_bytes;
+    if (starts_early() && aligned && p.in_features % 8 == 0 &&
+        shared_bytes <= device.shared_bytes) {
+      const int64_t resident =
+          device.multiprocessors * resident_blocks(shared_bytes, kThreads, 128, device);
+      return launch_early("linear", linear_early_kernel<T, kRowTiles>,
+                          row_grid(tiles < resident ? tiles : resident), kThreads, shared_bytes,
+                          stream, p);
+    }
+  }
+  launch("linear", aligned ? linear_kernel<T, true, kRowTiles> : linear_kernel<T, false, kRowTiles>,
+         row_grid(tiles), kThreads, scratch_bytes, stream, p);
 }
 
 template <class T>
 void launch_16_bit(const LinearParams& p, cudaStream_t stream) {
-  const bool aligned =
-      is_aligned(p.x, p.x_stride * sizeof(T)) && is_aligned(p.weight, p.weight_stride * sizeof(T));
-  const bool few = p.rows <= 8;
-  const auto kernel = aligned ? (few ? linear_kernel<T, true, 1> : linear_kernel<T, true, 2>)
-                              : (few ? linear_kernel<T, false, 1> : linear_kernel<T, false, 2>);
-  launch("linear", kernel, row_grid(divide_up(p.out_features, p.geglu ? kTile / 2 : kTile)),
-         kThreads, kWarps * kTile * (few ? 8 : 16) * sizeof(float), stream, p);
+  if (p.rows <= 8) return launch_row_tiles<T, 1>(p, stream);
+  launch_row_tiles<T, 2>(p, stream);
 }
 
 }  // namespace

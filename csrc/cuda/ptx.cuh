@@ -107,6 +107,22 @@ GEMMA2_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
+// ---- a kernel that starts before those in front of it have ended (see launch_early)
+
+// Lets the next kernel start once every block of this one has come here or ended. That one waits
+// for the end of this one too, so nothing depends on where this stands.
+GEMMA2_DEVICE void allow_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Waits until the kernels in front have ended and what they wrote can be read.
+GEMMA2_DEVICE void wait_for_previous_kernels() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- lanes of a warp
 
 // The value that lane `lane ^ mask` gives.

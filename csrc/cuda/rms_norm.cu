@@ -23,6 +23,10 @@ __global__ void __launch_bounds__(max_threads(kHeld), 1024 / max_threads(kHeld))
   constexpr int kSize = kVectorSize<T>;
   float* scratch = reinterpret_cast<float*>(shared_memory());
   const int64_t stride = int64_t(blockDim.x) * kSize, first = threadIdx.x * kSize;
+  if constexpr (kHeld == kHeldOfFew) {
+    allow_next_kernel();
+    wait_for_previous_kernels();
+  }
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
     T* out = static_cast<T*>(p.out) + row * p.hidden_size;
@@ -69,9 +73,14 @@ template <class T, int kHeld>
 void launch_held(const RmsNormParams& p, cudaStream_t stream) {
   const bool aligned = is_aligned(p.x, p.x_stride * sizeof(T)) &&
                        is_aligned(p.out, p.hidden_size * sizeof(T)) && is_aligned(p.weight, 0);
-  launch("rms_norm", aligned ? rms_norm_kernel<T, true, kHeld> : rms_norm_kernel<T, false, kHeld>,
-         row_grid(p.rows), row_threads(p.hidden_size, kVectorSize<T>, kHeld, max_threads(kHeld)),
-         kWarpSize * sizeof(float), stream, p);
+  const auto kernel = aligned ? rms_norm_kernel<T, true, kHeld> : rms_norm_kernel<T, false, kHeld>;
+  const int threads = row_threads(p.hidden_size, kVectorSize<T>, kHeld, max_threads(kHeld));
+  constexpr int64_t kSharedBytes = kWarpSize * sizeof(float);
+  if constexpr (kHeld == kHeldOfFew) {
+    launch_early("rms_norm", kernel, row_grid(p.rows), threads, kSharedBytes, stream, p);
+  } else {
+    launch("rms_norm", kernel, row_grid(p.rows), threads, kSharedBytes, stream, p);
+  }
 }
 
 }  // namespace

@@ -38,6 +38,10 @@ __global__ void __launch_bounds__(kMaxThreads, 5) rope_kernel(const RopeParams p
   const int half = int(p.head_dim / 2), vectors = (half + kSize - 1) / kSize;
   float* sines = cosines + half;
   const bool cached = p.capacity > 0;
+  allow_next_kernel();
+  const int first_column = int(threadIdx.x);
+  const float inv_freq = first_column < half ? p.inv_freq[first_column] : 0.0f;
+  wait_for_previous_kernels();
 
   for (int64_t unit = blockIdx.x; unit < p.batch * p.seqlen; unit += gridDim.x) {
     const int64_t b = unit / p.seqlen, token = unit % p.seqlen;
@@ -98,8 +102,9 @@ __global__ void __launch_bounds__(kMaxThreads, 5) rope_kernel(const RopeParams p
     int i = threadIdx.x;
     Pair<T> pair;
     if (i < pairs) pair = load(i);
-    for (int j = threadIdx.x; j < half; j += blockDim.x)
-      sincosf(float(position) * p.inv_freq[j], sines + j, cosines + j);
+    for (int j = first_column; j < half; j += blockDim.x)
+      sincosf(float(position) * (j == first_column ? inv_freq : p.inv_freq[j]), sines + j,
+              cosines + j);
     __syncthreads();
     while (i < pairs) {
       finish(pair);
@@ -126,9 +131,9 @@ void launch_rope(const RopeParams& p, cudaStream_t stream) {
     const int64_t heads = p.num_heads + p.num_kv_heads * (p.capacity > 0 ? 2 : 1);
     const int64_t pairs = heads * divide_up(p.head_dim / 2, kVectorSize<T>);
     const int64_t threads = divide_up(pairs, kWarpSize) * kWarpSize;
-    launch("rope", aligned ? rope_kernel<T, true> : rope_kernel<T, false>,
-           row_grid(p.batch * p.seqlen), int(threads < kMaxThreads ? threads : kMaxThreads),
-           p.head_dim * int64_t(sizeof(float)), stream, p);
+    launch_early("rope", aligned ? rope_kernel<T, true> : rope_kernel<T, false>,
+                 row_grid(p.batch * p.seqlen), int(threads < kMaxThreads ? threads : kMaxThreads),
+                 p.head_dim * int64_t(sizeof(float)), stream, p);
   });
 }
 

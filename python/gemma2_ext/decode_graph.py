@@ -3,7 +3,7 @@
 A step is some 300 launches of a few microseconds each; replaying a graph costs one. Tokens, the
 stop tokens, positions and lengths stay on the device, so that a step's input is the output of the
 one before it, and a step is started before the host has seen its predecessor's token: the only wait
-is for the copy of that token. Not run on hardware.
+is for the copy of that token.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import _C
 from .cache import KVCache
 
 if TYPE_CHECKING:
@@ -35,8 +36,12 @@ class DecodeGraph:
         stops: ids that end a row.
 
     Attributes:
+        early_launches: whether kernels of a captured step may start before those in front of them
+            have ended; the tokens are the same.
         tokens: (batch,) on the device, what the last step drew; 0 in rows that have stopped.
     """
+
+    early_launches = True
 
     def __init__(
         self, model: Gemma2, cache: KVCache, sampler: Sampler, tokens: Tensor, stops: Tensor
@@ -89,8 +94,14 @@ class DecodeGraph:
                     tensor.copy_(value)
         torch.cuda.current_stream(self.model.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._compute()
+        # Nothing in a step writes weights, so a kernel's first ones may be on their way while those
+        # in front of it are at work.
+        _C.set_early_launches(self.early_launches)
+        try:
+            with torch.cuda.graph(graph):
+                self._compute()
+        finally:
+            _C.set_early_launches(False)
         return graph
 
 

@@ -161,6 +161,7 @@ def launch(
     multiprocessors: int = 4,
     max_blocks: int = 2**31 - 1,
     left_out: str = "",
+    early: bool = False,
     **fields: Any,
 ) -> None:
     """Runs `launch_<op>`.
@@ -172,6 +173,7 @@ def launch(
         multiprocessors: of the emulated device.
         max_blocks: that the x dimension of its grids may have.
         left_out: a place whose barrier or wait has no effect.
+        early: as if launches may start before those in front have ended; here they do not.
         fields: of the op's struct.
 
     Raises:
@@ -186,6 +188,7 @@ def launch(
     for value in (*fields.values(), *inner):
         if isinstance(value, Tensor):
             lib.emulation_allow(*_extent(value))
+    lib.emulated_early_launches(early)
     run = getattr(lib, f"emulated_{op}")
     run.restype = ctypes.c_char_p
     error = run(ctypes.byref(params))

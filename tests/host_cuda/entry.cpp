@@ -24,3 +24,5 @@ GEMMA2_CUDA_KERNELS(GEMMA2_ENTRY)
 extern "C" int64_t emulated_attention_partial_size(const gemma2::AttentionParams* p) {
   return gemma2::attention_partial_size(*p);
 }
+
+extern "C" void emulated_early_launches(bool on) { gemma2::early_launches = on; }

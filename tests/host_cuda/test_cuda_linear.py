@@ -78,6 +78,24 @@ def test_a_row_does_not_depend_on_the_others() -> None:
         assert torch.equal(linear(x[:rows], weight)[0], out[:rows])
 
 
+EARLY = {"early": True, "shared_bytes": 227 * 1024}
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9])
+@pytest.mark.parametrize(
+    ("in_features", "out_features"), [(8, 1), (264, 41), (1032, 600), (4104, 48), (2300, 48)]
+)
+def test_an_early_start_gives_the_same(rows: int, in_features: int, out_features: int) -> None:
+    """On Hopper: its ring goes on through several tiles a block, and round several times."""
+    x, weight = tensors(rows, in_features, out_features, torch.bfloat16)
+    (expected,) = linear(x, weight)
+    (out,) = check_schedules(lambda **options: linear(x, weight, **EARLY, **options))
+    assert torch.equal(out, expected)
+    if out_features % 2 == 0:
+        (expected,) = linear(x, weight, geglu=True)
+        assert torch.equal(linear(x, weight, geglu=True, **EARLY)[0], expected)
+
+
 @pytest.mark.parametrize("layout", ["sliced", "unaligned"])
 def test_strides(layout: str) -> None:
     x, weight = tensors(5, 72, 24, torch.bfloat16)
@@ -121,6 +139,14 @@ def test_soft_cap_alone() -> None:
 def test_every_barrier_is_needed() -> None:
     x, weight = tensors(9, 2048, 48, torch.bfloat16)
     run = lambda **options: linear(x, weight, max_blocks=1, **options)  # noqa: E731
+    assert len(places(run)) == 2
+    for place in places(run):
+        assert_needed(run, place)
+
+
+def test_every_barrier_of_an_early_start_is_needed() -> None:
+    x, weight = tensors(3, 2048, 700, torch.bfloat16)
+    run = lambda **options: linear(x, weight, max_blocks=1, **EARLY, **options)  # noqa: E731
     assert len(places(run)) == 2
     for place in places(run):
         assert_needed(run, place)
