@@ -2,10 +2,10 @@
 // producer warpgroup that copies K and V tiles. Shapes, units and results as in attention.cuh.
 //
 // Tiles come in the order K0, K1, V0, K2, V1, ... through a ring. While the tensor cores compute a
-// tile's scores and the output of the tile before, this tile's soft-cap and softmax run on the
-// other warpgroup's or this one's earlier scores. Copies are cp.async, not bulk tensor copies: they
-// take any stride, rings and pages, and cost the producer about a twentieth of the issue slots.
-// Not run on hardware; chosen only where GEMMA2_EXT_ATTENTION_WGMMA=1 (see attention.cu).
+// tile's scores and the output of the tile before, the other warpgroup's softmax runs. Copies are
+// bulk tensor copies, which one thread starts; of rings and pages, and where the driver has no such
+// maps, cp.async by the whole producer. Bound by the tensor cores, then by tanh and exp2: at
+// head_dim 128, where a score costs half as many products, tanh is a polynomial.
 // attention_wgmma_kernel: at most 168 registers (40 and 232 by warpgroup), 226 KiB of shared
 // memory. Source: FlashAttention-3 (arXiv 2407.08608), its tile of 128 x 80 for head_dim 256.
 #include <cuda.h>
@@ -23,7 +23,7 @@ constexpr int kGroupThreads = 4 * kWarpSize;  // a warpgroup
 constexpr int kConsumers = 2, kThreads = (1 + kConsumers) * kGroupThreads;
 constexpr int kRows = kAttentionWgmmaRows;
 static_assert(kRows == kConsumers * 64, "");
-constexpr int kEndBarrier = 1, kTurnBarrier = 2, kTailBarrier = 4;  // the last two a warpgroup
+constexpr int kEndBarrier = 1, kTailBarrier = 2;  // the last one a warpgroup
 
 // K and V as bulk tensor copies see them, where `used`.
 struct KeyMaps {
@@ -139,8 +139,9 @@ template <int kTiles>
 GEMMA2_DEVICE void softmax_capped_tile(float (&s)[kTiles][4], const ScoreScale& c, QuadRows& rows,
                                        float (&factor)[2]) {
   const float inverse_outer = reciprocal_approx(c.outer);
-  const float terms[6]{0.9999968539f * c.outer,  -0.3332400377f * c.outer, 0.1325352513f * c.outer,
-                       -0.0509728597f * c.outer, 0.0161141762f * c.outer,  -0.0028394638f * c.outer};
+  const float terms[6]{0.9999968539f * c.outer, -0.3332400377f * c.outer,
+                       0.1325352513f * c.outer, -0.0509728597f * c.outer,
+                       0.0161141762f * c.outer, -0.0028394638f * c.outer};
   const auto exponent = [&](float dot, float base) {
     const float x = dot * c.inner, x2 = x * x;
     float sum = terms[5];
@@ -208,11 +209,12 @@ GEMMA2_DEVICE void start_output(float (&o)[kHeadDim / 8][4],
 
 #endif
 
-template <class T, int kHeadDim, int kKeys, int kStages, bool kTurns, bool kPolynomial>
+template <class T, int kHeadDim, int kKeys, int kStages>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_wgmma_kernel(const AttentionParams p, const AttentionPlan plan,
                            const __grid_constant__ KeyMaps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr bool kPolynomial = kHeadDim == 128;
   constexpr int kTileSize = kKeys * kHeadDim;
   constexpr int64_t kTileBytes = kAttentionWgmmaTileBytes<kHeadDim, kKeys, kStages>;
   clear_rows_of_no_sequence<T>(p);
@@ -289,16 +291,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     softmax_tile(s, scale, softmax, factor);
   };
 
-  // The warpgroups start their products in turns, so that the one's softmax runs beside the other's
-  // products.
-  const auto await_turn = [&] {
-    if (kTurns) named_barrier_sync(kTurnBarrier + group, kConsumers * kGroupThreads);
-  };
-  const auto pass_turn = [&] {
-    if (kTurns) named_barrier_arrive(kTurnBarrier + (group ^ 1), kConsumers * kGroupThreads);
-  };
-  if (blocks > 1 && group == 1) pass_turn();
-
   if (blocks > 0) {
     mbarrier_wait(full_q, 0);
     const T* k_tile = wait_for(0);
@@ -312,11 +304,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int block = 1; block < blocks; ++block) {
       const int k_at = k_place(block), v_at = v_place(block - 1, blocks);
       k_tile = wait_for(k_at);
-      await_turn();
       wgmma_fence();
       start_scores<T, kHeadDim, kKeys>(s, q_rows, k_tile);
       start_output<T, kHeadDim, kKeys>(o, weights, wait_for(v_at));
-      if (group == 0 || block + 1 < blocks) pass_turn();
       wgmma_wait<1>();
       keep_in_order(s);
       release(k_at);
@@ -373,8 +363,8 @@ Encode find_encode() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
 #if CUDART_VERSION >= 12050
-  const cudaError_t error = cudaGetDriverEntryPointByVersion(
-      "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                             12000, cudaEnableDefault, &found);
 #else
   const cudaError_t error =
       cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
@@ -407,29 +397,21 @@ bool encode(CUtensorMap& map, const AttentionParams& p, const HeadsView& view, i
 
 KeyMaps make_maps(const AttentionParams& p, int keys) {
   KeyMaps maps{};
-  maps.used = !p.block_table && !p.capacity && encode(maps.k, p, p.k, keys) &&
-              encode(maps.v, p, p.v, keys);
+  maps.used =
+      !p.block_table && !p.capacity && encode(maps.k, p, p.k, keys) && encode(maps.v, p, p.v, keys);
   return maps;
 }
 
-#ifndef TEST_ONLY
-#define TEST_ONLY false
-#endif
-#ifndef VARIANT
-#define VARIANT true, true
-#define USE_TMA true
-#endif
 template <class T>
 void launch_16_bit(const AttentionParams& p, const AttentionPlan& plan, dim3 grid,
                    cudaStream_t stream) {
   constexpr AttentionWgmma k128 = kAttentionWgmma128, k256 = kAttentionWgmma256;
-  KeyMaps maps = make_maps(p, plan.head_dim == 128 ? k128.keys : k256.keys);
-  maps.used &= USE_TMA;
+  const KeyMaps maps = make_maps(p, plan.head_dim == 128 ? k128.keys : k256.keys);
   if (plan.head_dim == 128) {
-    launch("attention", attention_wgmma_kernel<T, 128, k128.keys, k128.stages, VARIANT>, grid, kThreads,
+    launch("attention", attention_wgmma_kernel<T, 128, k128.keys, k128.stages>, grid, kThreads,
            plan.shared_bytes, stream, p, plan, maps);
   } else {
-    launch("attention", attention_wgmma_kernel<T, 256, k256.keys, k256.stages, VARIANT>, grid, kThreads,
+    launch("attention", attention_wgmma_kernel<T, 256, k256.keys, k256.stages>, grid, kThreads,
            plan.shared_bytes, stream, p, plan, maps);
   }
 }
@@ -439,7 +421,7 @@ void launch_16_bit(const AttentionParams& p, const AttentionPlan& plan, dim3 gri
 void launch_attention_wgmma(const AttentionParams& p, const AttentionPlan& plan, unsigned blocks,
                             cudaStream_t stream) {
   if (p.dtype == DType::kBFloat16) return launch_16_bit<BFloat16>(p, plan, dim3(blocks), stream);
-  if constexpr (!TEST_ONLY) launch_16_bit<Half>(p, plan, dim3(blocks), stream);
+  launch_16_bit<Half>(p, plan, dim3(blocks), stream);
 }
 
 }  // namespace cuda

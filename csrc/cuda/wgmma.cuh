@@ -1,5 +1,5 @@
 // Hopper's own instructions (sm_90a): wgmma, mbarriers and what orders memory between them. Beside
-// ptx.cuh, as no emulation of them exists. Not run on hardware.
+// ptx.cuh, as no emulation of them exists.
 // Source: PTX ISA 8.7, sections on wgmma, mbarrier and asynchronous proxies.
 #pragma once
 #include "ptx.cuh"
