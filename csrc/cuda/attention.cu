@@ -8,9 +8,6 @@
 // attention_decode_kernel: at most 255 registers, 97 KiB of shared memory.
 // attention_combine_kernel: at most 128 registers, 17 KiB of shared memory.
 // attention_plain_kernel: at most 128 registers, no shared memory.
-#include <stdlib.h>
-#include <string.h>
-
 #include "attention.cuh"
 #include "kernels.h"
 #include "launch.cuh"
@@ -380,13 +377,16 @@ AttentionTile choose_tile(int head_dim, const DeviceProperties& device) {
   return two || kLarge.shared_bytes() > device.shared_bytes ? kSmall : kLarge;
 }
 
-// Hopper's own kernel has not run on hardware yet: it has to be asked for.
-bool wants_wgmma(int head_dim, const DeviceProperties& device) {
-  static const bool asked = [] {
-    const char* value = getenv("GEMMA2_EXT_ATTENTION_WGMMA");
-    return value != nullptr && strcmp(value, "1") == 0;
-  }();
-  return asked && device.compute_capability == 90 && head_dim >= 128;
+#ifdef __CUDACC__
+constexpr bool kHasWgmma = true;
+#else
+constexpr bool kHasWgmma = false;  // the emulation
+#endif
+
+// Below two blocks of rows of Hopper's own kernel the smaller tiles fill the device better.
+bool wants_wgmma(int64_t rows, int head_dim, const DeviceProperties& device) {
+  return kHasWgmma && device.compute_capability == 90 && head_dim >= 128 &&
+         rows >= 2 * kAttentionWgmmaRows;
 }
 
 // Of one key head, and of the longest sequence.
@@ -413,7 +413,7 @@ AttentionPlan plan_attention(const AttentionParams& p, const DeviceProperties& d
     plan.block_rows = kAttentionDecodeRows;
     plan.split_step = kAttentionDecodeStep;
     resident = resident_blocks(plan.shared_bytes, plan.threads, kRegisters, device);
-  } else if (wants_wgmma(head_dim, device)) {
+  } else if (wants_wgmma(rows, head_dim, device)) {
     const AttentionWgmma tile = head_dim == 128 ? kAttentionWgmma128 : kAttentionWgmma256;
     plan.kernel = AttentionKernel::kWgmma;
     plan.threads = kAttentionWgmmaThreads;

@@ -309,8 +309,9 @@ GEMMA2_DEVICE void softmax_tile(float (&s)[kTiles][4], const ScoreScale& c, Quad
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) largest = fmaxf(largest, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
     largest = quad_max(largest);
-    const float base = largest == -INFINITY ? 0.0f : largest * c.outer;  // no key so far
-    factor[i] = exp2_approx(rows.largest[i] * c.outer - base);
+    const float finite = largest == -INFINITY ? 0.0f : largest;  // no key so far
+    const float base = finite * c.outer;
+    factor[i] = exp2_approx((rows.largest[i] - finite) * c.outer);  // just 1 where it stays
     rows.largest[i] = largest;
     float sum = rows.sum[i] * factor[i];
 #pragma unroll

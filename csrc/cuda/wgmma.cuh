@@ -1,5 +1,5 @@
 // Hopper's own instructions (sm_90a): wgmma, mbarriers and what orders memory between them. Beside
-// ptx.cuh, as no emulation of them exists. Not run on hardware.
+// ptx.cuh, as no emulation of them exists.
 // Source: PTX ISA 8.7, sections on wgmma, mbarrier and asynchronous proxies.
 #pragma once
 #include "ptx.cuh"
@@ -28,6 +28,28 @@ GEMMA2_DEVICE void mbarrier_wait(uint64_t* barrier, int parity) {
       "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; "
       "@!done bra again; }" ::"r"(shared_address(barrier)),
       "r"(parity)
+      : "memory");
+}
+// Arrives, and adds bytes of bulk copies to what the phase has to wait for.
+GEMMA2_DEVICE void mbarrier_arrive_and_expect(uint64_t* barrier, int bytes) {
+  asm volatile(
+      "{ .reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1; }" ::"r"(
+          shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+// Initialized barriers are seen by bulk copies of whoever synchronizes with this thread.
+GEMMA2_DEVICE void fence_mbarrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+// Starts the copy of a box of a tensor (CUtensorMap, in the kernel's parameters) to shared memory;
+// its bytes count for the barrier. Zeros where the box lies outside the tensor.
+GEMMA2_DEVICE void copy_box(void* shared, const void* tensor_map, int x, int y, int z, int w,
+                            uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(shared)),
+      "l"(tensor_map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(shared_address(barrier))
       : "memory");
 }
 // What this thread has written to shared memory is seen by wgmma of whoever synchronizes with it.
