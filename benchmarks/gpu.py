@@ -346,7 +346,7 @@ def attention(bench: Bench) -> None:
             calls["SDPA, no soft-cap"] = functools.partial(sdpa, scale=scale, causal=True)
         exact = functools.partial(reference.attention, **options)
         if seqlen > 1024:
-            exact = lambda q, k, v, f=exact: f(q[:, -64:], k, v)  # noqa: E731
+            exact = lambda q, k, v, f=exact: f(q[:, -64:].float(), k.float(), v.float())  # noqa: E731
         seen = sum(min(i + 1, window or seqlen) for i in range(seqlen))
         flop = 4 * seen * num_heads * head_dim
         name = f"{seqlen}, head_dim {head_dim}" + (f", window {window}" if window else "")

@@ -7,9 +7,9 @@
 //
 // Bound by the tensor cores: of 64 x 64 x 256 a product takes 512 clocks, and reading it from
 // shared memory as long; p and 1 - tanh^2 take a third of that. Source: FlashAttention-3
-// (2407.08608). attention_backward_wgmma_rows_kernel: at most 168 registers (40 and 232 by
-// warpgroup), 226 KiB of shared memory. attention_backward_wgmma_keys_kernel: at most 168 registers
-// (40 and 232 by warpgroup), 211 KiB of shared memory.
+// (2407.08608). Registers are 40 and 232 by warpgroup.
+// attention_backward_wgmma_rows_kernel: at most 168 registers, 226 KiB of shared memory.
+// attention_backward_wgmma_keys_kernel: at most 168 registers, 211 KiB of shared memory.
 #include "attention_backward.cuh"
 #include "kernels.h"
 #include "launch.cuh"

@@ -23,7 +23,6 @@ constexpr int kGroupThreads = 4 * kWarpSize;  // a warpgroup
 constexpr int kConsumers = 2, kThreads = (1 + kConsumers) * kGroupThreads;
 constexpr int kRows = kAttentionWgmmaRows;
 static_assert(kRows == kConsumers * 64, "");
-constexpr int kEndBarrier = 1, kTailBarrier = 2;  // the last one a warpgroup
 
 // K and V as bulk tensor copies see them, where `used`.
 struct KeyMaps {
@@ -32,6 +31,8 @@ struct KeyMaps {
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+constexpr int kEndBarrier = 1, kTailBarrier = 2;  // the last one a warpgroup
 
 // Panels of 64 columns: kRows rows of 128 bytes each, their chunks permuted as wgmma_matrix says.
 template <int kHeadDim, int kRows>

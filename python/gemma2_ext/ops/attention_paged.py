@@ -61,9 +61,28 @@ def attention_paged(
     check_integers("attention_paged", "block_table", block_table, required=True)
     check_integers("attention_paged", "key_lengths", key_lengths, required=True)
     if through_dispatcher(q, k_pages, v_pages):
-        return _op(q, k_pages, v_pages, block_table, key_lengths, scale=scale, softcap=softcap, window=window)
+        return _op(
+            q,
+            k_pages,
+            v_pages,
+            block_table,
+            key_lengths,
+            scale=scale,
+            softcap=softcap,
+            window=window,
+        )
     out = q.new_empty(q.shape)
-    _out_op(q, k_pages, v_pages, block_table, key_lengths, scale=scale, softcap=softcap, window=window, out=out)
+    _out_op(
+        q,
+        k_pages,
+        v_pages,
+        block_table,
+        key_lengths,
+        scale=scale,
+        softcap=softcap,
+        window=window,
+        out=out,
+    )
     return out
 
 
