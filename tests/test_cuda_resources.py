@@ -12,10 +12,11 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 REPORTS = ROOT / "build" / "cuda_check"
 
 
-def promised(source: Path) -> dict[str, int]:
-    """Registers that the header allows each kernel of a file."""
-    found = re.findall(r"^// (\w+): at most (\d+) registers", source.read_text(), re.M)
-    return {name: int(count) for name, count in found}
+def promised(source: Path) -> dict[str, tuple[int, int]]:
+    """Registers, and bytes spilled (mostly none), that the header allows each kernel of a file."""
+    pattern = r"^// (\w+): at most (\d+) registers(?: \((\d+) bytes spilled\))?"
+    found = re.findall(pattern, source.read_text(), re.M)
+    return {name: (int(count), int(spilled or 0)) for name, count, spilled in found}
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
@@ -47,6 +48,7 @@ def test_no_spills_and_no_more_registers_than_stated(source: Path) -> None:
     for mangled, architecture, stores, loads, registers, rest in entries:
         (kernel,) = [name for name in limits if f"{len(name)}{name}" in mangled]
         where = f"{kernel} on {architecture} ({mangled})"
-        assert (stores, loads) == ("0", "0"), f"{where} spills"
-        assert int(registers) <= limits[kernel], f"{where}: {registers} registers"
+        most, spilled = limits[kernel]
+        assert max(int(stores), int(loads)) <= spilled, f"{where} spills"
+        assert int(registers) <= most, f"{where}: {registers} registers"
         assert "smem" not in rest, f"{where}: shared memory that ptx.cuh does not hand out"

@@ -9,7 +9,8 @@
 // shared memory as long; p and 1 - tanh^2 take a third of that. Source: FlashAttention-3
 // (2407.08608). Registers are 40 and 232 by warpgroup.
 // attention_backward_wgmma_rows_kernel: at most 168 registers, 226 KiB of shared memory.
-// attention_backward_wgmma_keys_kernel: at most 168 registers, 211 KiB of shared memory.
+// attention_backward_wgmma_keys_kernel: at most 168 registers (48 bytes spilled), 211 KiB of shared
+// memory. At head_dim 128 a loop needs a few registers more than there are.
 #include "attention_backward.cuh"
 #include "kernels.h"
 #include "launch.cuh"
