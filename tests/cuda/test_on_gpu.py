@@ -8,6 +8,7 @@ import torch
 
 import gemma2_ext
 from gemma2_ext import Gemma2, ops, reference
+from gemma2_ext.decode_graph import DecodeGraph
 from gemma2_ext.models import shipped_model
 
 pytestmark = pytest.mark.skipif(
@@ -34,6 +35,14 @@ def test_gpu_has_the_same_tokens_as_the_cpu(models: tuple[Gemma2, Gemma2]) -> No
     assert list(gpu.stream(ids[:1], max_new_tokens=9)) == list(
         cpu.stream(ids[:1], max_new_tokens=9)
     )
+
+
+def test_gpu_early_launches_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gemma2.from_pretrained(shipped_model(), dtype=torch.bfloat16, device="cuda")
+    ids = torch.randint(3, gpu.config.vocab_size, (2, 17))
+    tokens = gpu.generate(ids, max_new_tokens=60, temperature=0.8, seed=1)
+    monkeypatch.setattr(DecodeGraph, "early_launches", False)
+    assert torch.equal(gpu.generate(ids, max_new_tokens=60, temperature=0.8, seed=1), tokens)
 
 
 def test_gpu_logits(models: tuple[Gemma2, Gemma2]) -> None:
