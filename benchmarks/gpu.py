@@ -510,8 +510,8 @@ GROUPS = {
     "norms": norms,
     "linear": linear,
     "decode": decode,
-    "attention": attention,
     "model": model,
+    "attention": attention,  # last: flex_attention takes minutes to compile
 }
 
 
