@@ -63,6 +63,15 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[int], tuple[Tensor, ...]]]]
         lambda q, k, v, lengths: ops.attention_cache(q, k, v, lengths, **OPTIONS),
         lambda n: (qkv(n)[0], cache(), cache(), torch.tensor([40])),
     ),
+    "attention_paged": (
+        lambda q, k, v, table, lengths: ops.attention_paged(q, k, v, table, lengths, **OPTIONS),
+        lambda n: (
+            qkv(n)[0],
+            *torch.randn(2, 8, 8, KV_HEADS, HEAD_DIM),
+            torch.arange(8, dtype=torch.int32)[None],
+            torch.tensor([40]),
+        ),
+    ),
 }
 
 
