@@ -286,6 +286,84 @@ struct LinearLossParams {
   float* scratch;             // of one thread
 };
 
+// What the losses over a linear layer sum up over the words, per token. s is a soft-capped logit of
+// the student, t one of the teacher, tau the temperature.
+enum LossStat : int {
+  kLossMax,            // max s
+  kLossSum,            // sum exp((s - max) / tau)
+  kLossHardSum,        // sum exp(s - max), where hard
+  kLossLogits,         // sum s, where uniform
+  kLossTeacherMax,     // max t
+  kLossTeacherSum,     // sum exp((t - max) / tau)
+  kLossTeacherLogits,  // sum exp((t - max) / tau) s
+  kLossStats,
+};
+// CUDA: one more, the sum of weight s[word] over a token's entries.
+constexpr int kLossEntries = kLossStats, kLossCudaStats = kLossStats + 1;
+
+// CUDA: the products of one side with some words, before the soft-cap.
+struct LossLogits {
+  const float* data;  // (tokens, words) contiguous
+  int64_t words;      // 0: none
+  float softcap;      // 0: none
+};
+
+// CUDA: the tokens that count, and their loss, as torch/linear_loss.h has it.
+struct LossTokens {
+  int64_t tokens, entries_per_token;
+  const int64_t* place;        // (tokens,): of a token among those that do not count too
+  const int64_t* entry_word;   // (tokens, entries_per_token); below 0: no entry
+  const double* entry_weight;  // likewise
+  const double *lse_weight, *hard_weight, *teacher_weight;  // (tokens,)
+  double temperature, z_loss, uniform;
+  bool hard;
+  bool by_token;   // the result and its gradient are of every token, counted or not
+  double divisor;  // of the sum over the tokens
+};
+
+// CUDA: adds words from word_begin on to the sums of every token.
+struct LossSumsParams {
+  LossLogits student, teacher;
+  LossTokens loss;
+  int64_t word_begin;
+  bool first;    // total holds nothing yet
+  float* total;  // (kLossCudaStats, tokens)
+};
+
+// CUDA: the losses from the sums over all words.
+struct LossResultParams {
+  LossTokens loss;
+  bool teacher;        // there is one
+  const float* total;  // (kLossCudaStats, tokens)
+  float* out;
+  float* stats;  // (3, stats_stride): lse, hard_lse and teacher_lse; or null
+  int64_t stats_stride;
+};
+
+// CUDA: the gradient of the student's products with words from word_begin on.
+struct LossGradientParams {
+  LossLogits student, teacher;
+  LossTokens loss;
+  int64_t word_begin;
+  const float* grad;  // of the result
+  const float* stats;
+  int64_t stats_stride;
+  void* gradient;  // (tokens, student.words) contiguous
+  DType dtype;     // of gradient
+};
+
+// CUDA: sums += product, both (rows, columns) of float32; then, with out, those rounded to its
+// rows.
+struct LossAddParams {
+  const float* product;
+  float* sums;
+  bool first;            // sums hold nothing yet
+  void* out;             // (*, columns) contiguous; or null
+  const int64_t* place;  // (rows,): the row of out
+  int64_t rows, columns;
+  DType dtype;  // of out
+};
+
 // weight (out_features, in_features) to packed data and scales, as cpu/quantized.h says.
 struct QuantizeParams {
   const void* weight;  // last dimension contiguous

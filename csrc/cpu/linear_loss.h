@@ -15,17 +15,4 @@ constexpr int64_t kLossTokenMultiple = 16;
 // first-level cache.
 constexpr int64_t kLossTokens = 64;
 
-// What a forward pass sums up over the words, per token. s is a soft-capped logit of the student, t
-// one of the teacher, tau the temperature.
-enum LossStat : int {
-  kLossMax,            // max s
-  kLossSum,            // sum exp((s - max) / tau)
-  kLossHardSum,        // sum exp(s - max), where hard
-  kLossLogits,         // sum s, where uniform
-  kLossTeacherMax,     // max t
-  kLossTeacherSum,     // sum exp((t - max) / tau)
-  kLossTeacherLogits,  // sum exp((t - max) / tau) s
-  kLossStats,
-};
-
 }  // namespace gemma2

@@ -20,6 +20,10 @@ namespace gemma2 {
   X(linear_int4, LinearParams)                \
   X(dequantize_int8, DequantizeParams)        \
   X(dequantize_int4, DequantizeParams)        \
+  X(linear_loss_sums, LossSumsParams)         \
+  X(linear_loss_result, LossResultParams)     \
+  X(linear_loss_gradient, LossGradientParams) \
+  X(linear_loss_add, LossAddParams)           \
   X(attention, AttentionParams)               \
   X(attention_backward, AttentionBackwardParams)
 

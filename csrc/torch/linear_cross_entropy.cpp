@@ -2,6 +2,7 @@
 // lse - (1 - e) s[target] - e/V sum s + z_loss lse^2.
 #include <cmath>
 
+#include "cuda.h"
 #include "linear_loss.h"
 
 namespace gemma2 {
@@ -85,13 +86,15 @@ void linear_cross_entropy_backward_out(const Tensor& grad, const Tensor& hidden,
                 grad, stats, kept, hidden, weight, grad_hidden, grad_weight);
 }
 
+template <class Library>
+void implement(Library& m) {
+  m.impl("linear_cross_entropy", TORCH_BOX(&linear_cross_entropy));
+  m.impl("linear_cross_entropy_out", TORCH_BOX(&linear_cross_entropy_out));
+  m.impl("linear_cross_entropy_forward", TORCH_BOX(&linear_cross_entropy_forward));
+  m.impl("linear_cross_entropy_backward_out", TORCH_BOX(&linear_cross_entropy_backward_out));
+}
+
 }  // namespace
 }  // namespace gemma2
 
-STABLE_TORCH_LIBRARY_IMPL(gemma2_ext, CPU, m) {
-  m.impl("linear_cross_entropy", TORCH_BOX(&gemma2::linear_cross_entropy));
-  m.impl("linear_cross_entropy_out", TORCH_BOX(&gemma2::linear_cross_entropy_out));
-  m.impl("linear_cross_entropy_forward", TORCH_BOX(&gemma2::linear_cross_entropy_forward));
-  m.impl("linear_cross_entropy_backward_out",
-         TORCH_BOX(&gemma2::linear_cross_entropy_backward_out));
-}
+GEMMA2_REGISTER(gemma2::implement)

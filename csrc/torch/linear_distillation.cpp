@@ -8,6 +8,7 @@
 
 #include <cmath>
 
+#include "cuda.h"
 #include "linear_loss.h"
 
 namespace gemma2 {
@@ -87,6 +88,7 @@ LossProblem distillation(const Tensor& hidden, const Tensor& weight, const Tenso
   LossProblem& problem = student.problem;
   problem.teacher = loss_side(op, "teacher_hidden", teacher_hidden, "teacher_weight",
                               teacher_weight, "teacher_softcap", teacher_softcap);
+  check_device(op, "teacher_hidden", teacher_hidden, "hidden", hidden);
   bool right = teacher_hidden.dim() == hidden.dim();
   for (int64_t i = 0; right && i + 1 < hidden.dim(); ++i)
     right = teacher_hidden.size(i) == hidden.size(i);
@@ -165,7 +167,7 @@ void linear_distillation_backward_out(const Tensor& grad, const Tensor& hidden,
 // ---- a teacher's stored log-probabilities
 
 std::vector<double> log_probabilities(const char* op, const Tensor& t) {
-  const Tensor flat = torch::stable::contiguous(t);
+  const Tensor flat = torch::stable::contiguous(on_cpu(t));
   std::vector<double> result(t.numel());
   const auto copy = [&](auto zero) {
     const auto* from = static_cast<const decltype(zero)*>(flat.data_ptr());
@@ -206,7 +208,7 @@ LossProblem distillation_topk(const Tensor& hidden, const Tensor& weight,
   const std::vector<int64_t> indices =
       loss_integers(op, "teacher_indices", teacher_indices, hidden, k);
   check_same_shape(op, "teacher_log_probs", teacher_log_probs, "teacher_indices", teacher_indices);
-  check_cpu(op, "teacher_log_probs", teacher_log_probs);
+  check_device(op, "teacher_log_probs", teacher_log_probs, "hidden", hidden);
   const std::vector<double> logs = log_probabilities(op, teacher_log_probs);
 
   const bool hard = options.hard_weight > 0;
@@ -300,18 +302,20 @@ void linear_distillation_topk_backward_out(
       grad, stats, kept, hidden, weight, grad_hidden, grad_weight);
 }
 
+template <class Library>
+void implement(Library& m) {
+  m.impl("linear_distillation", TORCH_BOX(&linear_distillation));
+  m.impl("linear_distillation_out", TORCH_BOX(&linear_distillation_out));
+  m.impl("linear_distillation_forward", TORCH_BOX(&linear_distillation_forward));
+  m.impl("linear_distillation_backward_out", TORCH_BOX(&linear_distillation_backward_out));
+  m.impl("linear_distillation_topk", TORCH_BOX(&linear_distillation_topk));
+  m.impl("linear_distillation_topk_out", TORCH_BOX(&linear_distillation_topk_out));
+  m.impl("linear_distillation_topk_forward", TORCH_BOX(&linear_distillation_topk_forward));
+  m.impl("linear_distillation_topk_backward_out",
+         TORCH_BOX(&linear_distillation_topk_backward_out));
+}
+
 }  // namespace
 }  // namespace gemma2
 
-#define GEMMA2_IMPL(name) m.impl(#name, TORCH_BOX(&gemma2::name))
-STABLE_TORCH_LIBRARY_IMPL(gemma2_ext, CPU, m) {
-  GEMMA2_IMPL(linear_distillation);
-  GEMMA2_IMPL(linear_distillation_out);
-  GEMMA2_IMPL(linear_distillation_forward);
-  GEMMA2_IMPL(linear_distillation_backward_out);
-  GEMMA2_IMPL(linear_distillation_topk);
-  GEMMA2_IMPL(linear_distillation_topk_out);
-  GEMMA2_IMPL(linear_distillation_topk_forward);
-  GEMMA2_IMPL(linear_distillation_topk_backward_out);
-}
-#undef GEMMA2_IMPL
+GEMMA2_REGISTER(gemma2::implement)

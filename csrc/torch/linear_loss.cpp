@@ -5,6 +5,8 @@
 
 #include "../cpu/linear_loss.h"
 #include "../cpu/linear_loss_float64.h"
+#include "cuda.h"
+#include "mm.h"
 
 namespace gemma2 {
 namespace {
@@ -402,6 +404,19 @@ std::vector<int64_t> out_shape(const LossProblem& problem, const Tensor& hidden)
   return {hidden.sizes().begin(), hidden.sizes().end() - 1};
 }
 
+// Rows of a tensor (..., columns), wherever it is, as a matrix.
+Tensor select_rows(const Tensor& t, int64_t rows, const std::vector<int64_t>& which) {
+  using torch::stable::detail::from;
+  const int64_t count = which.size();
+  const Tensor index = torch::stable::empty({&count, 1}, ScalarType::Long);
+  std::copy(which.begin(), which.end(), static_cast<int64_t*>(index.data_ptr()));
+  std::array<StableIValue, 3> stack{from(as_matrix(t, rows)), from(int64_t{0}),
+                                    from(torch::stable::to(index, t.device()))};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::index_select", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // The result or its gradient.
 void check_result(const LossProblem& problem, const Tensor& hidden, const char* name,
                   const Tensor& t) {
@@ -418,12 +433,15 @@ void check_result(const LossProblem& problem, const Tensor& hidden, const char* 
                          torch::headeronly::toString(result_type(problem)) + ", got " +
                          torch::headeronly::toString(t.scalar_type()));
   }
-  check_cpu(problem.op, name, t);
+  check_device(problem.op, name, t, "hidden", hidden);
 }
 
 // stats and kept: null where no backward follows.
 void forward(const LossProblem& problem, const Tensor& out, const Tensor* stats,
              const Tensor* kept) {
+#ifdef GEMMA2_WITH_CUDA
+  if (!out.is_cpu()) return loss_forward_on_cuda(problem, out, stats);
+#endif
   const int64_t n = problem.counted.size();
   Sums sums(n);
   std::vector<double> scratch;
@@ -473,8 +491,9 @@ LossProblemSide loss_side(const char* op, const char* hidden_name, const Tensor&
                  to_string(weight));
   }
   check_same_dtype(op, weight_name, weight, hidden_name, hidden);
-  check_cpu(op, hidden_name, hidden);
-  check_cpu(op, weight_name, weight);
+  check_device(op, weight_name, weight, hidden_name, hidden);
+  if (!hidden.is_cpu() && hidden.scalar_type() == ScalarType::Double)
+    fail(op, "float64 is for the CPU only");
   if (softcap && !(*softcap > 0 && std::isfinite(*softcap))) {
     fail(op, std::string(softcap_name) + " must be positive and finite, or None, got " +
                  std::to_string(*softcap));
@@ -491,6 +510,11 @@ LossProblemSide loss_side(const char* op, const char* hidden_name, const Tensor&
   return side;
 }
 
+Tensor on_cpu(const Tensor& t) {
+  if (t.is_cpu()) return t;
+  return torch::stable::to(t, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
+
 void keep_counted(LossProblem& problem) {
   const int64_t n = problem.counted.size();
   if (n == problem.tokens) return;
@@ -498,6 +522,11 @@ void keep_counted(LossProblem& problem) {
     if (side->vocab_size == 0) continue;
     const DType dtype = side == &problem.student ? problem.dtype : problem.teacher_dtype;
     const int64_t columns = side->hidden_size;
+    if (!side->hidden.is_cpu()) {
+      side->hidden = select_rows(side->hidden, problem.tokens, problem.counted);
+      side->hidden_stride = columns;
+      continue;
+    }
     const std::vector<int64_t> shape{n, columns};
     const Tensor rows = torch::stable::new_empty(side->hidden, {shape.data(), 2});
     for (int64_t i = 0; i < n; ++i) {
@@ -528,8 +557,8 @@ std::vector<int64_t> loss_integers(const char* op, const char* name, const Tenso
                  (last ? " and " + std::to_string(last) + " elements a token" : "") + ", got " +
                  to_string(t) + " for hidden of shape " + to_string(hidden));
   }
-  check_cpu(op, name, t);
-  const Tensor flat = torch::stable::contiguous(t);
+  check_device(op, name, t, "hidden", hidden);
+  const Tensor flat = torch::stable::contiguous(on_cpu(t));
   std::vector<int64_t> result(t.numel());
   const auto copy = [&](auto zero) {
     const auto* from = static_cast<const decltype(zero)*>(flat.data_ptr());
@@ -572,10 +601,10 @@ std::tuple<Tensor, Tensor, Tensor> loss_forward_and_save(const LossProblem& prob
   const Tensor out = new_loss_out(problem, hidden);
   const std::vector<int64_t> shape{3, problem.tokens};
   const Tensor stats = torch::stable::new_zeros(hidden, {shape.data(), 2}, result_type(problem));
-  const Tensor kept = scratch_floats(
-      hidden, problem.dtype == DType::kFloat64 ? 0
-                                               : sides(problem) * kept_words(problem) *
-                                                     round_up(problem.tokens, kLossTokenMultiple));
+  const bool keeps = hidden.is_cpu() && problem.dtype != DType::kFloat64;
+  const int64_t stride = round_up(problem.tokens, kLossTokenMultiple);
+  const Tensor kept =
+      scratch_floats(hidden, keeps ? sides(problem) * kept_words(problem) * stride : 0);
   forward(problem, out, &stats, &kept);
   return {out, stats, kept};
 }
@@ -592,6 +621,12 @@ void loss_backward(const LossProblem& problem, const Tensor& grad, const Tensor&
   if (grad_hidden && (wide || !every || empty)) set_zero(*grad_hidden);
   if (grad_weight && (wide || empty)) set_zero(*grad_weight);
   if (empty) return;
+#ifdef GEMMA2_WITH_CUDA
+  if (!hidden.is_cpu()) {
+    return loss_backward_on_cuda(problem, torch::stable::contiguous(grad), stats, grad_hidden,
+                                 grad_weight);
+  }
+#endif
   const Scales scales(problem, torch::stable::contiguous(grad), stats);
   if (!wide) {
     return backward_blocks(problem, scales, kept, grad_hidden ? grad_hidden->data_ptr() : nullptr,

@@ -39,6 +39,8 @@ struct LossProblem {
 LossProblemSide loss_side(const char* op, const char* hidden_name, const Tensor& hidden,
                           const char* weight_name, const Tensor& weight, const char* softcap_name,
                           std::optional<double> softcap);
+// The tensor itself, or a copy of one on a GPU.
+Tensor on_cpu(const Tensor& t);
 // Drops the rows of tokens that do not count, so that nothing in them matters and no time is spent.
 void keep_counted(LossProblem& problem);
 
@@ -62,5 +64,14 @@ void loss_backward(const LossProblem& problem, const Tensor& grad, const Tensor&
                    const Tensor& kept, const Tensor& hidden, const Tensor& weight,
                    const std::optional<Tensor>& grad_hidden,
                    const std::optional<Tensor>& grad_weight);
+
+#ifdef GEMMA2_WITH_CUDA
+// The same on CUDA; nothing is kept. stats: null where no backward follows.
+void loss_forward_on_cuda(const LossProblem& problem, const Tensor& out, const Tensor* stats);
+// At least one token counts; grad is contiguous.
+void loss_backward_on_cuda(const LossProblem& problem, const Tensor& grad, const Tensor& stats,
+                           const std::optional<Tensor>& grad_hidden,
+                           const std::optional<Tensor>& grad_weight);
+#endif
 
 }  // namespace gemma2

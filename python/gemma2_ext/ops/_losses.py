@@ -38,12 +38,13 @@ def check_mask(op: str, mask: object) -> None:
 
 
 def _kept_like(hidden: Tensor, weight: Tensor, sides: int) -> Tensor:
-    """Empty room for the logits that a forward keeps."""
+    """Empty room for the logits that a forward keeps; on CUDA it keeps none."""
     tokens = math.prod(hidden.shape[:-1])
     stride = (tokens + _TOKENS - 1) // _TOKENS * _TOKENS
     words = _KEPT_FLOATS // max(1, sides * stride)
     words = weight.shape[0] if words >= weight.shape[0] else words // _WORDS * _WORDS
-    size = 0 if hidden.dtype == torch.float64 else sides * words * stride
+    keeps = hidden.device.type == "cpu" and hidden.dtype != torch.float64
+    size = sides * words * stride if keeps else 0
     return hidden.new_empty((size,), dtype=torch.float32)
 
 
