@@ -3,6 +3,8 @@ the instruction set "cuda" (conftest.py). Skipped without a GPU."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ import gemma2_ext
 from gemma2_ext import Gemma2, ops, reference
 from gemma2_ext.decode_graph import DecodeGraph
 from gemma2_ext.models import shipped_model
+from training_common import metrics
+from training_common import run as train
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() and gemma2_ext._C.build_info()["cuda"]),
@@ -60,6 +64,44 @@ def test_gpu_sampling_repeats(models: tuple[Gemma2, Gemma2]) -> None:
             for _ in range(2)
         )
         assert torch.equal(first, second)
+
+
+def test_gpu_trains_as_the_cpu_does(tmp_path: Path) -> None:
+    options = ("--steps", 5, "--held-out", 0.2, "--dtype", "float32")
+    for device in ("cpu", "cuda"):
+        train(tmp_path / f"train-{device}", *options, "--device", device)
+    teacher = ("--teacher", tmp_path / "train-cpu", "--hard-labels", 0.3, "--temperature", 1.5)
+    for device in ("cpu", "cuda"):
+        out = tmp_path / f"distill-{device}"
+        train(out, *options, *teacher, "--device", device, command="distill")
+    for command in ("train", "distill"):
+        right, lines = (metrics(tmp_path / f"{command}-{d}") for d in ("cpu", "cuda"))
+        assert len(lines) == len(right) == 6
+        for line, expected in zip(lines, right, strict=True):
+            for name in ("loss", "gradient_norm", "held_out_loss"):
+                assert line.get(name) == pytest.approx(expected.get(name), rel=1e-3)
+
+
+def test_gpu_has_the_same_losses_for_a_large_vocabulary() -> None:
+    hidden = 3 * torch.randn(300, 64, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(256_000, 64, device="cuda", dtype=torch.bfloat16) / 8
+    target = torch.randint(256_000, (300,), device="cuda")
+    target[::3] = -100
+    results = []
+    for device in ("cpu", "cuda"):
+        h, w = (t.to(device).requires_grad_() for t in (hidden, weight))
+        loss = ops.linear_cross_entropy(h, w, target.to(device), softcap=30.0)
+        results.append((loss.detach(), *torch.autograd.grad(loss, (h, w))))
+    torch.testing.assert_close(results[1][0].cpu(), results[0][0], rtol=1e-5, atol=0)
+    for gradient, right in zip(results[1][1:], results[0][1:], strict=True):
+        error = (gradient.cpu().double() - right.double()).norm()
+        assert error <= 0.01 * right.double().norm()
+
+
+def test_gpu_out_of_range_target_is_a_value_error() -> None:
+    hidden, weight = torch.randn(2, 8, device="cuda"), torch.randn(10, 8, device="cuda")
+    with pytest.raises(ValueError, match="target must be in"):
+        ops.linear_cross_entropy(hidden, weight, torch.tensor([3, 10], device="cuda"))
 
 
 def test_gpu_streams_and_graphs() -> None:

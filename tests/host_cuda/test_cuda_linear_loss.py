@@ -66,7 +66,8 @@ class Problem:
     def logits(self, begin: int, end: int) -> dict[str, Any]:
         """Both sides' products with these words."""
         fields = {}
-        for name, (hidden, weight, softcap) in zip(("student", "teacher"), self.sides, strict=False):
+        names = ("student", "teacher")
+        for name, (hidden, weight, softcap) in zip(names, self.sides, strict=False):
             rows = weight[begin:end].float()
             data = guarded((len(hidden), len(rows)), torch.float32)
             data.copy_(hidden.float() @ rows.T)
@@ -351,13 +352,13 @@ def test_no_token_counts() -> None:
 def _problem() -> Problem:
     """With several chunks of words, of warps and of blocks."""
     torch.manual_seed(0)
-    hidden, weight = operands(5, 8, 1500)
+    hidden, weight = operands(5, 8, 2040)
     return distillation(
         hidden,
         weight,
-        *operands(5, 8, 1400),
+        *operands(5, 8, 1900),
         mask=torch.ones(5, dtype=torch.bool),
-        target=targets(5, 1500),
+        target=targets(5, 2040),
         softcap=3.0,
         temperature=2.0,
         hard_weight=0.3,

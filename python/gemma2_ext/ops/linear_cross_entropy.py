@@ -29,12 +29,12 @@ def linear_cross_entropy(
 
     Neither the logits nor their gradient ever stand whole: products are made for some words at a
     time, summed in float32, and again for the backward but for the first words, whose logits
-    (128 MiB at most) are kept. Results and gradients are equal to the bit from run to run and for
-    any number of threads.
+    (128 MiB at most, none on CUDA) are kept. Results and gradients are equal to the bit from run
+    to run and for any number of threads. On CUDA a call waits once for the GPU, to check target.
 
     Args:
         hidden: (..., hidden_size), float32, bfloat16 or float16, any strides; float64, to check
-            gradients with, runs in plain loops.
+            gradients with, runs in plain loops on the CPU.
         weight: (vocab_size, hidden_size), hidden's dtype.
         target: (...), int64 or int32, ids of words or ignore_index.
         softcap: positive bound of the logits, or None.

@@ -42,7 +42,7 @@ def linear_distillation(
 
     Args:
         hidden: (..., hidden_size), the student's, float32, bfloat16 or float16, any strides;
-            float64, to check gradients with, runs in plain loops.
+            float64, to check gradients with, runs in plain loops on the CPU.
         weight: (vocab_size, hidden_size), the student's, hidden's dtype.
         teacher_hidden: (..., teacher_hidden_size), hidden's leading shape, any of the dtypes.
         teacher_weight: (teacher_vocab_size, teacher_hidden_size), teacher_hidden's dtype.

@@ -39,7 +39,7 @@ def linear_distillation_topk(
 
     Args:
         hidden: (..., hidden_size), the student's, float32, bfloat16 or float16, any strides;
-            float64, to check gradients with, runs in plain loops.
+            float64, to check gradients with, runs in plain loops on the CPU.
         weight: (vocab_size, hidden_size), hidden's dtype.
         teacher_indices: (..., k), int64 or int32, ids of words.
         teacher_log_probs: (..., k), any float dtype, the natural logarithms of the teacher's

@@ -122,6 +122,7 @@ def add_commands(
         "--batch-tokens", type=whole_number(1), metavar="N", help="default: at least 4096"
     )
     command.add_argument("--dtype", choices=DTYPES, help="of the teacher; default: as stored")
+    command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     command.set_defaults(run=run_teach)
 
     command = commands.add_parser(
@@ -473,8 +474,7 @@ def _objective(
         return Objective()
     teacher = None
     if teacher_folder is not None:
-        teacher = Gemma2.from_pretrained(teacher_folder, dtype=DTYPES[args.dtype])
-        teacher = teacher.to(device).eval()
+        teacher = Gemma2.from_pretrained(teacher_folder, DTYPES[args.dtype], device).eval()
     return Objective(teacher, args.temperature, args.hard_labels, distil=True)
 
 
@@ -503,7 +503,7 @@ def run_teach(args: argparse.Namespace) -> None:
     documents = load_documents(
         args.data, tokenizer, text_field=args.text_field, plain=args.plain_text
     )
-    teacher = Gemma2.from_pretrained(args.teacher, dtype=DTYPES.get(args.dtype))
+    teacher = Gemma2.from_pretrained(args.teacher, DTYPES.get(args.dtype), args.device)
     shard = teach(
         teacher,
         tokenizer,
