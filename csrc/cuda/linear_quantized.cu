@@ -10,13 +10,22 @@
 //           4v + i in its low half and column 16 + 4v + i in its high half
 //   scales  int8: [group][row]; int4: [row] as bfloat16, then s as [group][row]
 //
-// Memory bounds it: 8.5 or 4.5 bits a weight. A block takes a block of weights, its warps every
-// kWarps-th chunk of 32 columns, which is 512 or 256 bytes in one piece. The word of 4 columns that
-// a lane loads is, widened to 16 bits, its operand of a tensor core as it is (which sums k in any
-// order): columns 4v, 4v + 1 stand for k = 2t, 2t + 1 and 4v + 2, 4v + 3 for 2t + 8, 2t + 9. A
-// group's sum is scaled in float32. About 3 instructions a weight against the 16 bits' 0.1.
+// Memory bounds it: 8.5 or 4.5 bits a weight. What keeps it from there is the number of
+// instructions a weight, so widening and scaling are shared as far as the rows of x allow.
 //
-// linear_quantized_kernel: at most 128 registers, 8192 bytes of shared memory.
+// 1 to 4 rows, linear_few_rows_kernel: x goes to shared memory once. The words of two rows of
+// weight are one load of 8 bytes. Numbers become floats by an exponent put above their bits, two at
+// a time. A tensor core's product has 8 columns: with 1 or 2 rows of x they stand for 4 groups of
+// weights, with 3 or 4 for 2, so that one scaling serves as many. About 1 instruction a weight.
+//
+// 5 to 16 rows, linear_rows_kernel: a block takes a block of weights, its warps every kWarps-th
+// chunk of 32 columns. The word of 4 columns that a lane loads is, widened to 16 bits, its operand
+// of a tensor core as it is (which sums k in any order): columns 4v, 4v + 1 stand for k = 2t, 2t +
+// 1 and 4v + 2, 4v + 3 for 2t + 8, 2t + 9. A group's sum is scaled in float32. About 3 instructions
+// a weight.
+//
+// linear_few_rows_kernel: at most 80 registers, 57344 bytes of shared memory.
+// linear_rows_kernel: at most 128 registers, 8192 bytes of shared memory.
 // dequantize_kernel: at most 48 registers, 0 bytes of shared memory.
 #include "kernels.h"
 #include "vector.cuh"
@@ -30,14 +39,90 @@ constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kBlockRows = 16;
 constexpr int kChunk = 32;  // columns
 
-// What differs between the formats. A "word" is 4 bytes of data of one row.
+// ---- numbers two at a time
+//
+// Of the 4 columns of a word the tensor core gets (0, 2) in one register and (1, 3) in the next: so
+// lie the bytes after one mask. x is put in that order where it is copied to shared memory.
+
+// Columns 4v + (0, 2) and 4v + (1, 3) of the low and of the high half of an int4 word, less 8. An
+// exponent put above the number makes a float of it: BFloat16 128 + q, Half 1024 + q or 1024 + 16
+// q.
+GEMMA2_DEVICE void widen(uint32_t word, uint32_t (&low)[2], uint32_t (&high)[2], BFloat16) {
+  constexpr uint32_t kMask = 0x000f000fu, kExponent = 0x43004300u;
+  constexpr uint32_t kOne = 0x3f803f80u, kBias = 0xc308c308u;  // 1, -136
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    low[i] = multiply_add_2<BFloat16>((word >> (8 * i) & kMask) | kExponent, kOne, kBias);
+    high[i] = multiply_add_2<BFloat16>((word >> (8 * i + 4) & kMask) | kExponent, kOne, kBias);
+  }
+}
+GEMMA2_DEVICE void widen(uint32_t word, uint32_t (&low)[2], uint32_t (&high)[2], Half) {
+  constexpr uint32_t kExponent = 0x64006400u, kOne = 0x3c003c00u, kSixteenth = 0x2c002c00u;
+  constexpr uint32_t kLowBias = 0xe408e408u, kHighBias = 0xd480d480u;  // -1032, -72
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t part = word >> (8 * i);
+    low[i] = multiply_add_2<Half>((part & 0x000f000fu) | kExponent, kOne, kLowBias);
+    high[i] = multiply_add_2<Half>((part & 0x00f000f0u) | kExponent, kSixteenth, kHighBias);
+  }
+}
+// The same of an int8 word. BFloat16 has no room for 8 bits below an exponent: 128 + (the last 7
+// bits) less 128 or, of negative numbers, 256. Half: 1024 + (q + 128).
+GEMMA2_DEVICE void widen(uint32_t word, uint32_t (&q)[2], BFloat16) {
+  constexpr uint32_t kExponent = 0x43004300u, kMinusOne = 0xbf80bf80u;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t part = word >> (8 * i);
+    const uint32_t magnitude = (part & 0x007f007fu) | kExponent;
+    q[i] = multiply_add_2<BFloat16>((part & 0x00800080u) | kExponent, kMinusOne, magnitude);
+  }
+}
+GEMMA2_DEVICE void widen(uint32_t word, uint32_t (&q)[2], Half) {
+  constexpr uint32_t kOne = 0x3c003c00u, kBias = 0xe480e480u;  // 1, -1152
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t biased = (word >> (8 * i) & 0x00ff00ffu) ^ 0x64806480u;
+    q[i] = multiply_add_2<Half>(biased, kOne, kBias);
+  }
+}
+
+// ---- the formats
+
+// A "word" is 4 bytes of data of one row.
 struct Int8 {
   static constexpr int kWords = 2;  // of a row in a chunk that one lane has
   static constexpr int kWordsOfRow = 8;
   static constexpr int kGroups = 1;  // in a chunk
   static constexpr int kRowBytes = 0;
+  static constexpr int kScaleBytes = 2;
+  static constexpr int kFewRowsWarps = 12;  // of a block of linear_few_rows_kernel
+
   GEMMA2_DEVICE static float scale(const void* scales, int64_t at) {
     return to_float(static_cast<const BFloat16*>(scales)[at]);
+  }
+  // Scales of two rows, one behind the other or apart.
+  GEMMA2_DEVICE static uint32_t load_scales(const void* p) { return load_4(p); }
+  GEMMA2_DEVICE static uint32_t join_scales(const void* scales, int64_t first, int64_t second) {
+    const auto* all = static_cast<const BFloat16*>(scales);
+    return all[first].bits | uint32_t(all[second].bits) << 16;
+  }
+  GEMMA2_DEVICE static void unpack_scales(uint32_t bits, float (&scale)[2]) {
+    scale[0] = bits_to_float(bits << 16);
+    scale[1] = bits_to_float(bits & 0xffff0000u);
+  }
+  // The operands [group][word] that a chunk's words of two rows make.
+  template <class T>
+  GEMMA2_DEVICE static void operands(const Vector8 (&words)[2], uint32_t (&a)[1][2][4]) {
+#pragma unroll
+    for (int w = 0; w < 2; ++w) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        uint32_t q[2];
+        widen(words[w].words[r], q, T{});
+        a[0][w][r] = q[0];
+        a[0][w][r + 2] = q[1];
+      }
+    }
   }
 };
 struct Int4 {
@@ -45,9 +130,39 @@ struct Int4 {
   static constexpr int kWordsOfRow = 4;
   static constexpr int kGroups = 2;
   static constexpr int kRowBytes = 2;  // of scales, before the groups'
+  static constexpr int kScaleBytes = 1;
+  static constexpr int kFewRowsWarps = 6;
+
   GEMMA2_DEVICE static float scale(const void* scales, int64_t at) {
     const float s = static_cast<const int8_t*>(scales)[at];
     return s * fabsf(s);
+  }
+  GEMMA2_DEVICE static uint32_t load_scales(const void* p) {
+    return *static_cast<const uint16_t*>(p);
+  }
+  GEMMA2_DEVICE static uint32_t join_scales(const void* scales, int64_t first, int64_t second) {
+    const auto* all = static_cast<const uint8_t*>(scales);
+    return all[first] | uint32_t(all[second]) << 8;
+  }
+  GEMMA2_DEVICE static void unpack_scales(uint32_t bits, float (&scale)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float s = int8_t(bits >> (8 * i));
+      scale[i] = s * fabsf(s);
+    }
+  }
+  template <class T>
+  GEMMA2_DEVICE static void operands(const Vector8 (&words)[1], uint32_t (&a)[2][1][4]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      uint32_t low[2], high[2];
+      widen(words[0].words[r], low, high, T{});
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        a[0][0][r + 2 * i] = low[i];
+        a[1][0][r + 2 * i] = high[i];
+      }
+    }
   }
 };
 
@@ -64,7 +179,7 @@ struct PackedBlock {
     const int64_t first = block * kBlockRows;
     rows = int(out_features - first < kBlockRows ? out_features - first : kBlockRows);
     words = static_cast<const uint32_t*>(data) + first * chunks * Format::kWordsOfRow;
-    const int64_t scale_bytes = Format::kRowBytes + chunks * Format::kGroups * kScaleBytes;
+    const int64_t scale_bytes = Format::kRowBytes + chunks * Format::kGroups * Format::kScaleBytes;
     row_factors = static_cast<const char*>(all_scales) + first * scale_bytes;
     scales = row_factors + rows * Format::kRowBytes;
   }
@@ -73,8 +188,23 @@ struct PackedBlock {
     if constexpr (Format::kRowBytes == 0) return 1.0f;
     return to_float(reinterpret_cast<const BFloat16*>(row_factors)[row]);
   }
-  static constexpr int kScaleBytes = Format::kRowBytes == 0 ? 2 : 1;
 };
+
+// Stores a finished sum: row `x_row` of x with row `row` of block number `index`.
+template <class T, class Format>
+GEMMA2_DEVICE void store_result(const LinearParams& p, const PackedBlock<Format>& block,
+                                int64_t index, int x_row, int row, float sum) {
+  float result = sum * block.row_factor(row);
+  if (p.softcap > 0) result = p.softcap * tanhf(result / p.softcap);
+  const int64_t at = x_row * p.out_stride + index * kBlockRows + row;
+  if (p.out_dtype == DType::kFloat32) {
+    static_cast<float*>(p.out)[at] = result;
+  } else {
+    static_cast<T*>(p.out)[at] = from_float<T>(result);
+  }
+}
+
+// ---- 5 to 16 rows
 
 // Byte i of word, biased so that it is positive, less `bias`: 2^23 + byte as a float has the byte
 // in its last bits.
@@ -108,7 +238,7 @@ GEMMA2_DEVICE Vector8 load_4_elements(const T* p, int64_t n, bool aligned) {
 // kRowTiles: groups of 8 rows of x, 1 or 2.
 template <class T, class Format, int kRowTiles>
 __global__ void __launch_bounds__(kThreads, 2)
-    linear_quantized_kernel(const LinearParams p, bool aligned) {
+    linear_rows_kernel(const LinearParams p, bool aligned) {
   constexpr int kWords = Format::kWords;
   // Chunks whose loads are on the way together; with two tiles of x fewer registers are left.
   constexpr int kUnroll = kRowTiles == 1 ? 3 : 2;
@@ -201,16 +331,219 @@ __global__ void __launch_bounds__(kThreads, 2)
       float result = 0;
 #pragma unroll
       for (int i = 0; i < kWarps; ++i) result += scratch[i * kSums + x_row * kBlockRows + column];
-      result *= block.row_factor(column);
-      if (p.softcap > 0) result = p.softcap * tanhf(result / p.softcap);
-      const int64_t at = x_row * p.out_stride + index * kBlockRows + column;
-      if (p.out_dtype == DType::kFloat32) {
-        static_cast<float*>(p.out)[at] = result;
-      } else {
-        static_cast<T*>(p.out)[at] = from_float<T>(result);
-      }
+      store_result<T>(p, block, index, x_row, column, result);
     }
     __syncthreads();  // scratch is written again for the next block
+  }
+}
+
+// ---- 1 to 4 rows
+
+constexpr int kMostWarps = 12;
+constexpr int kStepChunks = 4;  // that a warp takes at once
+constexpr int kStepColumns = kStepChunks * kChunk;
+constexpr int kMostXBytes = 48 << 10;  // of x in shared memory at once
+constexpr int kFewRowsRegisters = 80;  // of a thread of linear_few_rows_kernel
+
+// How a launch divides its work; the sums' order hangs on it, so it comes from the weights' shape
+// alone, but for phase_steps.
+struct Plan {
+  int warps;        // of a block; a step in turn each
+  int steps;        // of a warp, for 16 rows of weight
+  int phase_steps;  // of a warp, whose part of x is in shared memory at once
+  int x_row_bytes;
+  bool x_aligned;  // to 16 bytes
+  bool weight_aligned;
+};
+
+// kRows: the most rows of x, 2 or 4.
+template <class T, class Format, int kRows>
+__global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
+    linear_few_rows_kernel(const LinearParams p, const Plan plan) {
+  constexpr int kWords = Format::kWords, kGroups = Format::kGroups;
+  constexpr int kAtOnce = 8 / kRows;  // groups in the columns of one product
+  constexpr int kStepGroups = kStepChunks * kGroups, kPasses = kStepGroups / kAtOnce;
+  constexpr int kGroupBytes = kChunk / kGroups * 2;  // of x
+  constexpr int kStepBytes = kStepColumns * 2;
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int g = lane / 4, t = lane % 4, rows = int(p.rows);
+  const int64_t chunks = (p.in_features + kChunk - 1) / kChunk;
+  const int64_t whole_steps = chunks / kStepChunks;
+  const int64_t all_steps = (chunks + kStepChunks - 1) / kStepChunks;
+  const int64_t blocks = (p.out_features + kBlockRows - 1) / kBlockRows;
+  unsigned char* const x_shared = shared_memory();
+  float* const scratch = reinterpret_cast<float*>(x_shared + rows * plan.x_row_bytes);
+
+  // A step's words and scales. A lane has rows 2g and 2g + 1.
+  struct Step {
+    Vector8 words[kStepChunks][kWords];
+    uint32_t scales[kPasses];
+  } step;
+  struct Place {
+    int64_t block;
+    int step;  // of the warp
+  } at{blockIdx.x, 0};
+  const auto load = [&](const Place& from) {
+    const int64_t number = int64_t(from.step) * plan.warps + warp;
+    if (from.block >= blocks || number >= all_steps) return;
+    const PackedBlock<Format> block(p.weight, p.scales, from.block, p.out_features, chunks);
+    const int64_t first_group = number * kStepGroups + 2 * t / kRows;
+    if (plan.weight_aligned && block.rows == kBlockRows && number < whole_steps) {
+      const uint32_t* words = block.words + number * (kStepChunks * kWords * 64) + 16 * t + 2 * g;
+#pragma unroll
+      for (int c = 0; c < kStepChunks; ++c) {
+#pragma unroll
+        for (int w = 0; w < kWords; ++w)
+          step.words[c][w] = load_8_once(words + (c * kWords + w) * 64);
+      }
+      const char* scales = static_cast<const char*>(block.scales) +
+                           (first_group * kBlockRows + 2 * g) * Format::kScaleBytes;
+#pragma unroll
+      for (int i = 0; i < kPasses; ++i) {
+        step.scales[i] =
+            Format::load_scales(scales + i * kAtOnce * kBlockRows * Format::kScaleBytes);
+      }
+      return;
+    }
+    // Behind the last row or chunk the last one is read again; its sums are not used, or times 0.
+    const int row[2] = {min(2 * g, block.rows - 1), min(2 * g + 1, block.rows - 1)};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int c = 0; c < kStepChunks; ++c) {
+        const int64_t chunk = min(number * kStepChunks + c, chunks - 1);
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) {
+          const int64_t word = chunk * Format::kWordsOfRow + t + 4 * w;
+          step.words[c][w].words[r] = load_4_once(block.words + word * block.rows + row[r]);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+      const int64_t group = min(first_group + i * kAtOnce, chunks * kGroups - 1) * block.rows;
+      step.scales[i] = Format::join_scales(block.scales, group + row[0], group + row[1]);
+    }
+  };
+
+  // Columns of x from the phase's first on, zeros behind the last.
+  const auto copy_x = [&](int phase) {
+    const int64_t columns = int64_t(plan.phase_steps) * plan.warps * kStepColumns;
+    const int64_t first = phase * columns, left = all_steps * kStepColumns - first;
+    const int vectors = int(left < columns ? left : columns) / 8;
+    for (int i = threadIdx.x; i < rows * vectors; i += blockDim.x) {
+      const int row = i / vectors, column = i % vectors * 8;
+      const T* from = static_cast<const T*>(p.x) + row * p.x_stride + first + column;
+      const int64_t n = p.in_features - first - column;
+      const Vector16 v = plan.x_aligned ? load_vector<true>(from, n) : load_vector<false>(from, n);
+      Vector16 mixed;
+#pragma unroll
+      for (int j = 0; j < 4; j += 2) {
+        mixed.words[j] = (v.words[j] & 0xffff) | v.words[j + 1] << 16;
+        mixed.words[j + 1] = v.words[j] >> 16 | (v.words[j + 1] & 0xffff0000u);
+      }
+      store_16(x_shared + row * plan.x_row_bytes + 2 * column, mixed);
+    }
+  };
+
+  // Column n of a product stands for row n % kRows of x in group n / kRows of kAtOnce. x is zero
+  // there but in the column's own group, so the sums of kAtOnce groups come out side by side, each
+  // to be scaled once.
+  const unsigned char* const x_lane =
+      x_shared + min(g % kRows, rows - 1) * plan.x_row_bytes + g / kRows * kGroupBytes + 8 * t;
+  uint32_t is_own[kAtOnce];
+#pragma unroll
+  for (int i = 0; i < kAtOnce; ++i) is_own[i] = g / kRows == i;
+
+  float sums[kPasses][4] = {};
+  const auto multiply = [&](const unsigned char* x) {
+    float products[4];
+    Vector8 v[kWords];
+#pragma unroll
+    for (int c = 0; c < kStepChunks; ++c) {
+      uint32_t a[kGroups][kWords][4];
+      Format::template operands<T>(step.words[c], a);
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) {
+        const int pass = (c * kGroups + i) / kAtOnce, own = (c * kGroups + i) % kAtOnce;
+        if (own == 0) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) products[j] = 0;
+#pragma unroll
+          for (int w = 0; w < kWords; ++w) v[w] = load_8(x + pass * kAtOnce * kGroupBytes + 32 * w);
+        }
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) {
+          // A product, as bits are cheaper to multiply than to choose.
+          mma_m16n8k16<T>(products, a[i][w], v[w].words[0] * is_own[own],
+                          v[w].words[1] * is_own[own]);
+        }
+        if (own < kAtOnce - 1) continue;
+        float scale[2];
+        Format::unpack_scales(step.scales[pass], scale);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[pass][j] += products[j] * scale[j / 2];
+      }
+    }
+  };
+
+  // scratch[2][warp][row of x][row of weight]: of two turns, so that one barrier a turn is enough.
+  constexpr int kSums = kRows * kBlockRows;
+  int turn = 0;
+  const auto finish = [&](int64_t index) {
+#pragma unroll
+    for (int half = kPasses / 2; half > 0; half /= 2) {
+#pragma unroll
+      for (int i = 0; i < half; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[i][j] += sums[i + half][j];
+      }
+    }
+#pragma unroll
+    for (int half = kAtOnce / 2; half > 0; half /= 2) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums[0][j] += shuffle_xor(sums[0][j], half * kRows / 2);
+    }
+    float* turn_sums = scratch + turn * plan.warps * kSums;
+    turn ^= 1;
+    if (2 * t < kRows) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        turn_sums[warp * kSums + (2 * t + j % 2) * kBlockRows + 2 * g + j / 2] = sums[0][j];
+    }
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums[i][j] = 0;
+    }
+    __syncthreads();
+    const PackedBlock<Format> block(p.weight, p.scales, index, p.out_features, chunks);
+    for (int i = threadIdx.x; i < rows * kBlockRows; i += blockDim.x) {
+      if (i % kBlockRows >= block.rows) continue;
+      float sum = 0;
+      for (int w = 0; w < plan.warps; ++w) sum += turn_sums[w * kSums + i];
+      store_result<T>(p, block, index, i / kBlockRows, i % kBlockRows, sum);
+    }
+  };
+
+  allow_next_kernel();
+  load(at);
+  wait_for_previous_kernels();
+  for (int phase = -1; at.block < blocks;) {
+    if (at.step / plan.phase_steps != phase) {
+      phase = at.step / plan.phase_steps;
+      __syncthreads();  // the part before has been used
+      copy_x(phase);
+      __syncthreads();
+    }
+    const int of_phase = (at.step - phase * plan.phase_steps) * plan.warps + warp;
+    if (int64_t(at.step) * plan.warps + warp < all_steps) multiply(x_lane + of_phase * kStepBytes);
+    Place next{at.block, at.step + 1};
+    const bool last = next.step == plan.steps;
+    if (last) next = {at.block + gridDim.x, 0};
+    load(next);
+    if (last) finish(at.block);
+    at = next;
   }
 }
 
@@ -248,12 +581,40 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const DequantizePa
   }
 }
 
+template <class T, class Format, int kRows>
+void launch_few_rows(const char* op, const LinearParams& p, cudaStream_t stream) {
+  const int steps = int(divide_up(p.in_features, kStepColumns));
+  const auto x_row_bytes = [&](const Plan& plan) {
+    constexpr int kPad = kRows == 2 ? 64 : 32;  // rows start that many bytes of banks apart
+    return plan.phase_steps * plan.warps * kStepColumns * int(sizeof(T)) + kPad;
+  };
+  Plan plan;
+  plan.warps = min(steps, Format::kFewRowsWarps);
+  plan.steps = plan.phase_steps = int(divide_up(steps, plan.warps));
+  while (p.rows * x_row_bytes(plan) > kMostXBytes && plan.phase_steps > 1)
+    plan.phase_steps = int(divide_up(plan.phase_steps, 2));
+  plan.x_row_bytes = x_row_bytes(plan);
+  plan.x_aligned = is_aligned(p.x, p.x_stride * sizeof(T));
+  plan.weight_aligned = reinterpret_cast<uintptr_t>(p.weight) % 8 == 0 &&
+                        reinterpret_cast<uintptr_t>(p.scales) % 4 == 0;
+  const int64_t bytes =
+      p.rows * plan.x_row_bytes + 2 * plan.warps * kRows * kBlockRows * int64_t(sizeof(float));
+  const int64_t resident =
+      resident_blocks(bytes, plan.warps * kWarpSize, kFewRowsRegisters, device_properties());
+  const int64_t blocks = divide_up(p.out_features, kBlockRows);
+  const int64_t most = resident * device_properties().multiprocessors;
+  launch_early(op, linear_few_rows_kernel<T, Format, kRows>,
+               row_grid(blocks < most ? blocks : most), plan.warps * kWarpSize, bytes, stream, p,
+               plan);
+}
+
 template <class T, class Format>
 void launch_16_bit(const char* op, const LinearParams& p, cudaStream_t stream) {
+  if (p.rows <= 2) return launch_few_rows<T, Format, 2>(op, p, stream);
+  if (p.rows <= 4) return launch_few_rows<T, Format, 4>(op, p, stream);
   const bool aligned = reinterpret_cast<uintptr_t>(p.x) % 8 == 0 && p.x_stride * sizeof(T) % 8 == 0;
   const bool few = p.rows <= 8;
-  const auto kernel =
-      few ? linear_quantized_kernel<T, Format, 1> : linear_quantized_kernel<T, Format, 2>;
+  const auto kernel = few ? linear_rows_kernel<T, Format, 1> : linear_rows_kernel<T, Format, 2>;
   launch(op, kernel, row_grid(divide_up(p.out_features, kBlockRows)), kThreads,
          kWarps * kBlockRows * (few ? 8 : 16) * sizeof(float), stream, p, aligned);
 }

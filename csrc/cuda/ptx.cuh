@@ -78,6 +78,13 @@ GEMMA2_DEVICE uint32_t load_4_once(const void* p) {
   asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
   return v;
 }
+GEMMA2_DEVICE Vector8 load_8_once(const void* p) {
+  Vector8 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+               : "=r"(v.words[0]), "=r"(v.words[1])
+               : "l"(p));
+  return v;
+}
 GEMMA2_DEVICE void store_16(void* p, const Vector16& v) {
   *static_cast<uint4*>(p) = make_uint4(v.words[0], v.words[1], v.words[2], v.words[3]);
 }
@@ -199,6 +206,22 @@ GEMMA2_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits);
 GEMMA2_DEVICE uint32_t float_to_bits(float x) { return __float_as_uint(x); }
 
 // ---- arithmetic
+
+// a * b + c of both elements of a word, rounded once.
+template <class T>
+GEMMA2_DEVICE uint32_t multiply_add_2(uint32_t a, uint32_t b, uint32_t c);
+template <>
+GEMMA2_DEVICE uint32_t multiply_add_2<BFloat16>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t y;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+  return y;
+}
+template <>
+GEMMA2_DEVICE uint32_t multiply_add_2<Half>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t y;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+  return y;
+}
 
 // 2^x; relative error 2^-22, subnormal results are 0.
 GEMMA2_DEVICE float exp2_approx(float x) {

@@ -133,6 +133,7 @@ inline Vector8 load_8(const void* p) {
   memcpy(&v, p, 8);
   return v;
 }
+inline Vector8 load_8_once(const void* p) { return load_8(p); }
 inline uint32_t load_4_once(const void* p) {
   emulation::check_access(p, 4);
   uint32_t v;
@@ -263,6 +264,15 @@ uint32_t pack(float low, float high) {
 }
 
 // ---- arithmetic
+
+template <class T>
+uint32_t multiply_add_2(uint32_t a, uint32_t b, uint32_t c) {
+  const auto element = [=](int shift) {
+    const auto of = [=](uint32_t word) { return to_float(T{uint16_t(word >> shift)}); };
+    return of(a) * of(b) + of(c);  // rounded twice, which only a sum that float cannot hold shows
+  };
+  return pack<T>(element(0), element(16));
+}
 
 inline float flush(float x) { return fabsf(x) < 0x1p-126f ? 0.0f : x; }
 inline float exp2_approx(float x) { return flush(exp2f(flush(x))); }

@@ -83,7 +83,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 8, 9, 16])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9, 16])
 def test_rows(format: str, dtype: torch.dtype, rows: int) -> None:
     packed, x = random_weight(format, 41, 264), torch.randn(rows, 264).to(dtype)
     (out,) = check_schedules(lambda **options: linear(format, x, packed, **options))
@@ -96,8 +96,35 @@ def test_rows(format: str, dtype: torch.dtype, rows: int) -> None:
 )
 def test_any_size(format: str, in_features: int, out_features: int) -> None:
     packed = random_weight(format, out_features, in_features)
-    x = torch.randn(3, in_features).bfloat16()
-    assert_accurate(linear(format, x, packed)[0], product, x, packed[2])
+    for rows in (1, 3, 5):
+        x = torch.randn(rows, in_features).bfloat16()
+        assert_accurate(linear(format, x, packed)[0], product, x, packed[2])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_row_is_the_same_beside_others(format: str) -> None:
+    packed, x = random_weight(format, 33, 1100), torch.randn(4, 1100).bfloat16()
+    (all_rows,) = linear(format, x, packed)
+    for rows in (1, 2, 3):
+        assert torch.equal(linear(format, x[:rows], packed)[0], all_rows[:rows])
+    assert torch.equal(linear(format, x, packed, early=True)[0], all_rows)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_x_that_shared_memory_cannot_hold_and_few_blocks(format: str) -> None:
+    packed, x = random_weight(format, 49, 6500), torch.randn(4, 6500).bfloat16()
+    (out,) = linear(format, x, packed, max_blocks=2)
+    assert_accurate(out, product, x, packed[2])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_weights_at_an_odd_place(format: str) -> None:
+    data, scales, exact = random_weight(format, 32, 264)
+    x = torch.randn(2, 264).bfloat16()
+    (right,) = linear(format, x, (data, scales, exact))
+    moved = torch.cat((data[:4], data))[4:], torch.cat((scales[:2], scales))[2:], exact
+    assert moved[0].data_ptr() % 8 == 4
+    assert torch.equal(linear(format, x, moved)[0], right)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -140,9 +167,10 @@ def test_float32_and_misaligned_data_are_refused() -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_every_barrier_is_needed(format: str) -> None:
-    packed, x = random_weight(format, 48, 1024), torch.randn(9, 1024).bfloat16()
+@pytest.mark.parametrize(("rows", "columns", "barriers"), [(9, 1024, 2), (4, 6500, 3)])
+def test_every_barrier_is_needed(format: str, rows: int, columns: int, barriers: int) -> None:
+    packed, x = random_weight(format, 48, columns), torch.randn(rows, columns).bfloat16()
     run = lambda **options: linear(format, x, packed, max_blocks=1, **options)  # noqa: E731
-    assert len(places(run)) == 2
+    assert len(places(run)) == barriers
     for place in places(run):
         assert_needed(run, place)
