@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 export PYTHON TORCH
 
 .PHONY: demo test build lint format sanitize emulate scalar oldest-transformers check-packages cuda-check
-.PHONY: distillation clean
+.PHONY: distillation performance clean
 
 demo:
 	@scripts/setup.sh
@@ -48,6 +48,11 @@ check-packages:
 distillation:
 	@scripts/setup.sh test
 	.venv/bin/python training/distillation/run.py $(ARGS)
+
+# docs/performance.md, of this machine: what benchmarks/results has not yet is measured.
+performance:
+	@scripts/setup.sh test
+	@scripts/performance.sh
 
 clean:
 	rm -rf build dist python/gemma2_ext.egg-info python/gemma2_ext/_C*.so .venv/gemma2_ext.built

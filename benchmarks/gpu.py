@@ -403,6 +403,79 @@ def decode_rate(ours: Gemma2, ids: Tensor, tokens: int) -> tuple[float, float]:
     return len(ids[0]) / (first - start), count / (end - second)
 
 
+def losses(bench: Bench) -> None:
+    """Loss and both gradients at Gemma 2 2B's head; memory beyond the gradients."""
+    tokens, words, size = (32, 1000, 64) if bench.quick else (8192, 256_000, 2304)
+    hidden, weight = bench.normal(tokens, size, scale=3.0), bench.normal(words, size, scale=size**-0.5)
+    teacher = bench.normal(tokens, size, scale=3.0)
+    target = torch.randint(words, (tokens,), device=bench.device)
+
+    def gradients(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+        def call(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                h, w = (t.detach().requires_grad_() for t in (hidden, weight))
+                value = loss(h, w)
+                return value.detach(), *torch.autograd.grad(value, (h, w))
+
+        return call
+
+    def plain(h: Tensor, w: Tensor) -> Tensor:
+        return reference.linear_cross_entropy(h, w, target, softcap=30.0)
+
+    def distance(module: Any, h: Tensor, w: Tensor) -> Tensor:
+        caps = {"softcap": 30.0, "teacher_softcap": 30.0}
+        return module.linear_distillation(h, w, teacher, weight, **caps)
+
+    calls = {
+        "gemma2_ext": gradients(
+            lambda h, w: ops.linear_cross_entropy(h, w, target, softcap=30.0)
+        ),
+        "eager": gradients(plain),
+    }
+    if importlib.util.find_spec("cut_cross_entropy"):
+        from cut_cross_entropy import linear_cross_entropy as cut
+
+        calls["cut-cross-entropy"] = gradients(lambda h, w: cut(h, w, target, softcap=30.0))
+    if importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        fused = LigerFusedLinearCrossEntropyLoss(softcap=30.0)
+        calls["liger"] = gradients(lambda h, w: fused(w, h, target))
+    shape = f"{tokens} x {size} x {words}"
+    inputs, flop = [(hidden, weight)], 6.0 * tokens * size * words
+    both = {
+        "cross_entropy": (calls, gradients(plain)),
+        "distillation": (
+            {"gemma2_ext": gradients(functools.partial(distance, ops))},
+            gradients(functools.partial(distance, reference)) if bench.quick else None,
+        ),
+    }
+    for group, (sides, exact) in both.items():
+        for name, call in sides.items():
+            first = name == "gemma2_ext"
+            if not (first or bench.peers):
+                continue
+            if bench.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            before, rows = memory(bench), len(bench.rows)
+            work = flop * (4 / 3 if group == "distillation" else 1)
+            bench.compare(
+                *(group, shape, inputs, {name: call}, exact if first else None),
+                flop=work,
+                tolerance=5e-2,
+                graph=False,
+            )
+            if bench.device.type == "cuda" and len(bench.rows) > rows:
+                gradient_bytes = hidden.nbytes + weight.nbytes
+                peak = torch.cuda.max_memory_allocated() - before
+                bench.rows[-1]["MB beyond gradients"] = (peak - gradient_bytes) / 1e6
+
+
+def memory(bench: Bench) -> int:
+    """Bytes in use on the device."""
+    return torch.cuda.memory_allocated() if bench.device.type == "cuda" else 0
+
+
 def random_model(bench: Bench, size: str) -> tuple[Gemma2Config, dict[str, Tensor]]:
     config = getattr(Gemma2Config, f"gemma2_{size}")()
     if bench.quick:
@@ -511,6 +584,7 @@ GROUPS = {
     "linear": linear,
     "decode": decode,
     "model": model,
+    "losses": losses,
     "attention": attention,  # last: flex_attention takes minutes to compile
 }
 

@@ -4,14 +4,18 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import gemma2_ext
-from gemma2_ext import cli
+from gemma2_ext import cli, ops
 from gemma2_ext.bench import OPS, Settings, _common, _probes, _report, _suite, attention, measure
 from gemma2_ext.bench._harness import Case, Result, Side, compare_tensors
+from gemma2_ext.bench._llama import write_gguf
+from gemma2_ext.weights import hugging_face_parts, random_weights
+from training_common import student
 
 QUICK = Settings(rounds=3, sample_seconds=1e-4)
 
@@ -148,7 +152,7 @@ def test_compare_knows_noise() -> None:
 
 def test_json_and_back(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
-    path.write_text(_report.to_json([result(0.002)], "cpu"))
+    path.write_text(_report.to_json([result(0.002)], _report.machine_facts("cpu")))
     machine, results = _report.read_json(path)
     assert results == [result(0.002)]
     assert machine["cpu_isa"] == gemma2_ext._C.cpu_isa()
@@ -208,9 +212,41 @@ def test_command(small: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert "rope  1 x (4 + 2) heads of 16  float32 decode" in out
     page = tmp_path / "page.md"
     again = ("bench", "--load", str(path), "--compare", str(path), "--report", str(page))
-    assert cli.main(again) == 0
+    assert cli.main([*again, "--plot", str(tmp_path / "images" / "bars.png")]) == 2
+    (tmp_path / "images").mkdir()
+    assert cli.main([*again, "--plot", str(tmp_path / "images" / "bars.png")]) == 0
     assert "no change beyond noise" in capsys.readouterr().out
     assert page.read_text().startswith("# Performance")
+    assert "![bars](images/bars.png)" in page.read_text()
+    assert cli.main(["bench", "--load", str(path), str(path), "--json", str(page)]) == 0
+    assert page.read_text().count('"op": "rope"') == 2 * path.read_text().count('"op": "rope"')
+    page.write_text(path.read_text().replace('"threads": ', '"threads": 9'))
+    assert cli.main(["bench", "--load", str(path), str(page)]) == 2
+    assert "its threads is 9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
+def test_a_gguf_file_holds_the_weights(tmp_path: Path, format: Any) -> None:
+    gguf = pytest.importorskip("gguf")
+    config = student(intermediate_size=64)
+    weights: dict[str, Any] = dict(random_weights(config, torch.bfloat16, seed=0))
+    if format:
+        weights = {n: ops.quantize(w, format) if w.ndim == 2 else w for n, w in weights.items()}
+    write_gguf(tmp_path / "model.gguf", config, weights)
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    assert reader.fields["gemma2.attention.sliding_window"].contents() == config.sliding_window
+    found = {t.name: t for t in reader.tensors}
+    assert len(found) == 2 + 11 * config.num_hidden_layers
+    norm = torch.from_numpy(found["blk.1.post_ffw_norm.weight"].data.copy())
+    assert torch.equal(norm, 1 + weights["layers.1.post_feedforward_layernorm.weight"].float())
+    part = hugging_face_parts(config)["layers.0.mlp.up_proj.weight"]
+    tensor = found["blk.0.ffn_up.weight"]
+    fused = weights[part.fused]
+    dense = fused.dequantize(torch.float32) if format else fused.float()
+    right = dense[part.first_row : part.first_row + part.shape[0]]
+    written = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+    error = (written - right).norm() / right.norm()
+    assert error <= {None: 0.0, "int8": 0.01, "int4": 0.12}[format]
 
 
 def test_command_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -218,7 +218,9 @@ def add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
     command.add_argument("--layers", type=whole_number(1), metavar="N", help="fewer in the model")
     command.add_argument("--no-peers", action="store_true", help="only this package")
     command.add_argument("--json", type=Path, metavar="FILE", help="write results here")
-    command.add_argument("--load", type=Path, metavar="FILE", help="show these, measure nothing")
+    command.add_argument(
+        "--load", type=Path, nargs="+", metavar="FILE", help="show these, measure nothing"
+    )
     command.add_argument("--compare", type=Path, metavar="FILE", help="an earlier run's JSON")
     command.add_argument("--plot", type=Path, metavar="FILE", help="bars, as PNG or SVG")
     command.add_argument("--roofline", type=Path, metavar="FILE", help="likewise")
@@ -531,7 +533,7 @@ def run_bench(args: argparse.Namespace) -> None:
         print("\n".join(_report.lines(result)), flush=True)
 
     if args.load:
-        machine, results = _report.read_json(args.load)
+        machine, results = _report.read_all(args.load)
         results = [r for r in results if not args.ops or r.op in args.ops]
         for result in results:
             show(result)
@@ -563,7 +565,7 @@ def run_bench(args: argparse.Namespace) -> None:
             )
             results += run_model(model, show)
     if args.json:
-        args.json.write_text(_report.to_json(results, args.device), encoding="utf-8")
+        args.json.write_text(_report.to_json(results, machine), encoding="utf-8")
     if earlier is not None:
         print("\n".join(_report.compare(earlier, results)))
     if args.plot:
@@ -571,7 +573,8 @@ def run_bench(args: argparse.Namespace) -> None:
     if args.roofline:
         _report.plot_roofline(results, args.roofline)
     if args.report:
-        pictures = [p.name for p in (args.plot, args.roofline) if p]
+        folder = args.report.parent
+        pictures = [os.path.relpath(p, folder) for p in (args.plot, args.roofline) if p]
         args.report.write_text(_report.markdown(machine, results, pictures), encoding="utf-8")
 
 

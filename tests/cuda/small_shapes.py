@@ -32,6 +32,16 @@ def main() -> None:
                 ops.attention_cache(q[:, :1], cache, cache, lengths, scale=0.1, softcap=50.0)
             except NotImplementedError as error:
                 print(error)
+        hidden, weight = torch.randn(5, 41).to(dtype), torch.randn(1003, 41).to(dtype)
+        hidden.requires_grad_()
+        weight.requires_grad_()
+        target = torch.tensor([3, -100, 1002, 0, 7])
+        caps = {"softcap": 3.0, "target": target}
+        ops.linear_cross_entropy(hidden, weight, **caps).backward()
+        options = {"temperature": 2.0, "hard_weight": 0.5, **caps}
+        ops.linear_distillation(hidden, weight, hidden.detach(), weight.detach(), **options).backward()
+        log_probs, indices = torch.randn(5, 1003).log_softmax(-1).topk(40)
+        ops.linear_distillation_topk(hidden, weight, indices, log_probs, **options).backward()
     torch.cuda.synchronize()
     print("all done")
 

@@ -31,7 +31,8 @@ class Settings:
     Attributes:
         rounds: samples of each candidate.
         sample_seconds: a sample is at least this long.
-        budget_seconds: a candidate that took longer in all is measured no further (but 3 times).
+        budget_seconds: a candidate that took longer in all is measured no further (but 3 times; one
+            whose single call takes longer, once).
         peers: whether to measure peers at all.
     """
 
@@ -167,6 +168,7 @@ def measure(case: Case, settings: Settings, probes: CpuProbes | CudaProbes) -> R
         calls.append((side, call))
 
     repeats: dict[str, int] = {}
+    samples: dict[str, list[float]] = {side.name: [] for side, _ in calls}
     for side, call in calls:
         once = seconds_of(lambda call=call: call(1 % case.sets))
         if once < 1:  # what compiles has done so by now; what is slow needs no more warmth
@@ -174,7 +176,9 @@ def measure(case: Case, settings: Settings, probes: CpuProbes | CudaProbes) -> R
                 call(i)
             once = seconds_of(lambda call=call: call(0))
         repeats[side.name] = max(1, min(10000, round(settings.sample_seconds / max(once, 1e-7))))
-    samples: dict[str, list[float]] = {side.name: [] for side, _ in calls}
+        if once > settings.budget_seconds:
+            samples[side.name].append(once)
+    slow = {name for name, taken in samples.items() if taken}
     spent = dict.fromkeys(samples, 0.0)
     turn = dict.fromkeys(samples, 0)
     bandwidths: list[float] = []
@@ -187,7 +191,7 @@ def measure(case: Case, settings: Settings, probes: CpuProbes | CudaProbes) -> R
             peaks.append(probes.arithmetic(case.arithmetic))
         for side, call in calls:
             name, taken = side.name, samples[side.name]
-            if spent[name] > settings.budget_seconds and len(taken) >= 3:
+            if name in slow or (spent[name] > settings.budget_seconds and len(taken) >= 3):
                 continue
             count = repeats[name]
 

@@ -95,11 +95,11 @@ def lines(result: Result) -> list[str]:
     return text
 
 
-def to_json(results: Sequence[Result], device: str) -> str:
-    """All of it, with the machine."""
+def to_json(results: Sequence[Result], machine: dict[str, Any]) -> str:
+    """All of it, with the machine they are of."""
     facts = {
         "format": FORMAT,
-        "machine": machine_facts(device),
+        "machine": machine,
         "results": [result.to_json() for result in results],
     }
     return json.dumps(facts, indent=1) + "\n"
@@ -118,6 +118,24 @@ def read_json(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Result
         return facts["machine"], [Result.from_json(r) for r in facts["results"]]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: no results of gemma2-ext bench: {error}") from None
+
+
+def read_all(paths: Sequence[str | os.PathLike[str]]) -> tuple[dict[str, Any], list[Result]]:
+    """Machine and results of several files.
+
+    Raises:
+        ValueError: a file is not such a one, or of another machine than the first.
+    """
+    machine, results = read_json(paths[0])
+    for path in paths[1:]:
+        other, more = read_json(path)
+        for name, value in machine.items():
+            if other.get(name) != value:
+                raise ValueError(
+                    f"{path}: its {name} is {other.get(name)!r}, that of {paths[0]} {value!r}"
+                )
+        results += more
+    return machine, results
 
 
 def _key(result: Result) -> tuple[str, ...]:

@@ -3,7 +3,8 @@
 Decoding is bound by reading the weights: memory's read bandwidth is probed before every token, and
 the limit is the time to read all weights once. Both models share one set of weights
 (transformers' parameters are views of ours). Packed weights are drawn as such, so that sizes run
-whose bfloat16 weights memory does not hold; they have no peer in transformers.
+whose bfloat16 weights memory does not hold; they have no peer in transformers, and llama.cpp in its
+own formats of 8 and 4 bits.
 """
 
 from __future__ import annotations
@@ -24,8 +25,13 @@ from ..model import Gemma2
 from ..quantize import BLOCK_ROWS, Format, QuantizedWeight
 from ..weights import Arena, parameter_shapes, random_weights, to_hugging_face_names
 from ._common import needs
+from ._llama import LlamaCpp
 from ._harness import Result, Side, Unavailable, _quartiles, compare_tensors
 from ._probes import CpuProbes
+
+
+# A prefill that takes longer is timed once.
+ONCE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class ModelSettings:
         new_tokens: that are decoded after it.
         rounds: of the prefill.
         layers: fewer than the model's, for a quick look; None: all.
-        peers: whether transformers is measured too.
+        peers: whether transformers and llama.cpp are measured too.
     """
 
     size: str = "2b"
@@ -90,7 +96,9 @@ def transformers_model(config: Gemma2Config, weights: dict[str, Tensor]) -> Any:
 class _Transformers:
     name = "transformers"
 
-    def __init__(self, config: Gemma2Config, weights: dict[str, Tensor]) -> None:
+    def __init__(self, config: Gemma2Config, weights: dict[str, Any], length: int) -> None:
+        if not all(isinstance(w, Tensor) for w in weights.values()):
+            raise Unavailable("it has no such weights")
         self._model = transformers_model(config, weights)
         names = inspect.signature(self._model.forward).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"  # 5.24, before it
@@ -153,21 +161,19 @@ def run_model(
         )
     missing: list[Side] = []
     sides: list[Any] = []
+    weights: dict[str, Any]
     length = settings.prompt + settings.new_tokens
     if settings.quantize:
-        packed = random_packed_weights(config, settings.quantize, settings.dtype)
-        size = sum(w.nbytes for w in packed.values())
-        sides.append(_Ours(Gemma2(config, packed), length))
-        missing.append(Side(_Transformers.name, "unavailable: it has no such weights"))
+        weights = random_packed_weights(config, settings.quantize, settings.dtype)
     else:
         weights = random_weights(config, settings.dtype, seed=0)
-        size = sum(w.nbytes for w in weights.values())
-        sides.append(_Ours(Gemma2(config, weights), length))
-    if settings.peers and not settings.quantize:
+    size = sum(w.nbytes for w in weights.values())
+    sides.append(_Ours(Gemma2(config, weights), length))
+    for peer in (_Transformers, LlamaCpp) if settings.peers else ():
         try:
-            sides.append(_Transformers(config, weights))
+            sides.append(peer(config, weights, length))
         except Unavailable as error:
-            missing.append(Side(_Transformers.name, f"unavailable: {error}"))
+            missing.append(Side(peer.name, f"unavailable: {error}"))
     probes = CpuProbes()
     kind = "float32" if settings.dtype != torch.bfloat16 else "bfloat16"
     if settings.quantize:
@@ -181,19 +187,24 @@ def run_model(
         for _ in range(settings.rounds):
             peaks.append(probes.arithmetic(kind))
             for side in sides:
+                if taken[side.name] and taken[side.name][0] > ONCE_SECONDS:
+                    continue
                 start = time.perf_counter()
                 logits[side.name] = side.prefill(ids)
                 taken[side.name].append(time.perf_counter() - start)
-        exact = logits[sides[-1].name]
-        if problem := compare_tensors(logits["gemma2_ext"], exact, settings.dtype):
+        ours, exact = logits[_Ours.name], logits.get(_Transformers.name)
+        if exact is not None and (problem := compare_tensors(ours, exact, settings.dtype)):
             raise RuntimeError(f"gemma2_ext's logits are not transformers': {problem}")
+        verdicts = dict.fromkeys(taken, "right")
+        if LlamaCpp.name in logits and not settings.quantize:  # packed, its weights are others
+            verdicts[LlamaCpp.name] = _verdict(logits[LlamaCpp.name], ours)
         # Without the embedding, whose rows are only looked up; of the head, the last token's.
         multiplied = sum(
             math.prod(shape)
             for name, shape in parameter_shapes(config).items()
             if name.startswith("layers.")
         )
-        prefill = _result(settings, config, "prefill", taken, missing)
+        prefill = _result(settings, config, "prefill", taken, verdicts, missing)
         prefill.operations = 2 * multiplied * settings.prompt
         prefill.peak = statistics.median(peaks)
         if prefill.peak:
@@ -210,7 +221,7 @@ def run_model(
                 start = time.perf_counter()
                 tokens[side.name] = side.decode(tokens[side.name]).argmax(-1, keepdim=True)
                 taken[side.name].append(time.perf_counter() - start)
-        decode = _result(settings, config, "decode", taken, missing)
+        decode = _result(settings, config, "decode", taken, verdicts, missing)
         decode.bytes = size
         decode.bandwidth = statistics.median(bandwidths)
         decode.limit_seconds = size / decode.bandwidth
@@ -219,11 +230,18 @@ def run_model(
     return [prefill, decode]
 
 
+def _verdict(logits: Tensor, right: Tensor) -> str:
+    """Of a peer that rounds in other places: whether it computes the same at all."""
+    error = float((logits.float() - right).norm() / right.norm())
+    return "right" if error < 0.1 else f"wrong: its logits are off by {error:.0%}"
+
+
 def _result(
     settings: ModelSettings,
     config: Gemma2Config,
     phase: str,
     taken: dict[str, list[float]],
+    verdicts: dict[str, str],
     missing: list[Side],
 ) -> Result:
     what = f"{settings.prompt} tokens" if phase == "prefill" else f"after {settings.prompt} tokens"
@@ -241,7 +259,7 @@ def _result(
         limit_seconds=0.0,
         bound="",
         sides=[
-            Side(name, "right", statistics.median(t), _quartiles(t), len(t))
+            Side(name, verdicts[name], statistics.median(t), _quartiles(t), len(t))
             for name, t in taken.items()
         ]
         + missing,
