@@ -406,7 +406,10 @@ def decode_rate(ours: Gemma2, ids: Tensor, tokens: int) -> tuple[float, float]:
 def losses(bench: Bench) -> None:
     """Loss and both gradients at Gemma 2 2B's head; memory beyond the gradients."""
     tokens, words, size = (32, 1000, 64) if bench.quick else (8192, 256_000, 2304)
-    hidden, weight = bench.normal(tokens, size, scale=3.0), bench.normal(words, size, scale=size**-0.5)
+    hidden, weight = (
+        bench.normal(tokens, size, scale=3.0),
+        bench.normal(words, size, scale=size**-0.5),
+    )
     teacher = bench.normal(tokens, size, scale=3.0)
     target = torch.randint(words, (tokens,), device=bench.device)
 
@@ -427,9 +430,7 @@ def losses(bench: Bench) -> None:
         return module.linear_distillation(h, w, teacher, weight, **caps)
 
     calls = {
-        "gemma2_ext": gradients(
-            lambda h, w: ops.linear_cross_entropy(h, w, target, softcap=30.0)
-        ),
+        "gemma2_ext": gradients(lambda h, w: ops.linear_cross_entropy(h, w, target, softcap=30.0)),
         "eager": gradients(plain),
     }
     if importlib.util.find_spec("cut_cross_entropy"):

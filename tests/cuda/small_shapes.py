@@ -39,7 +39,9 @@ def main() -> None:
         caps = {"softcap": 3.0, "target": target}
         ops.linear_cross_entropy(hidden, weight, **caps).backward()
         options = {"temperature": 2.0, "hard_weight": 0.5, **caps}
-        ops.linear_distillation(hidden, weight, hidden.detach(), weight.detach(), **options).backward()
+        ops.linear_distillation(
+            hidden, weight, hidden.detach(), weight.detach(), **options
+        ).backward()
         log_probs, indices = torch.randn(5, 1003).log_softmax(-1).topk(40)
         ops.linear_distillation_topk(hidden, weight, indices, log_probs, **options).backward()
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""llama.cpp as a peer of the model: our weights in a GGUF file, through llama-cpp-python's C interface.
+"""llama.cpp as a peer of the model: our weights as a GGUF file, through llama-cpp-python's C calls.
 
 Norm weights are 1 + w there. Packed weights are unpacked and packed again in llama.cpp's format of
 the same bits, so what it computes is of other weights, and only its time is of use.
@@ -96,7 +96,9 @@ def _matrix(
         return part.view(torch.uint8).numpy(), gguf.GGMLQuantizationType[KINDS[part.dtype]]
     kind = gguf.GGMLQuantizationType[PACKED_KINDS[weight.format]]
     dense = weight.dequantize(torch.float32)[first : first + rows]
-    return np.concatenate([gguf.quants.quantize(t.numpy(), kind) for t in dense.split(ROWS_AT_ONCE)]), kind
+    return np.concatenate(
+        [gguf.quants.quantize(t.numpy(), kind) for t in dense.split(ROWS_AT_ONCE)]
+    ), kind
 
 
 class LlamaCpp:

@@ -25,10 +25,9 @@ from ..model import Gemma2
 from ..quantize import BLOCK_ROWS, Format, QuantizedWeight
 from ..weights import Arena, parameter_shapes, random_weights, to_hugging_face_names
 from ._common import needs
-from ._llama import LlamaCpp
 from ._harness import Result, Side, Unavailable, _quartiles, compare_tensors
+from ._llama import LlamaCpp
 from ._probes import CpuProbes
-
 
 # A prefill that takes longer is timed once.
 ONCE_SECONDS = 60.0
