@@ -1,17 +1,23 @@
 #!/usr/bin/env bash
 # performance.sh: measures all ops and the model on this machine's CPU, where nothing else should run, and writes
 # docs/performance.md with its pictures. Results are kept in benchmarks/results/cpu-*.json: those that are there are
-# not measured again. Half an hour in all.
+# not measured again, and where it is interrupted it goes on the next time. Beside a torch whose bfloat16 products
+# are slow it takes an hour.
 set -euo pipefail
 cd -P "$(dirname "$0")/.."
+files=()
 bench() { # NAME ARGUMENT...
   local file=benchmarks/results/cpu-$1.json
   shift
   [[ -e $file ]] || .venv/bin/python -m gemma2_ext bench --json "$file" "$@"
+  files+=("$file")
 }
-bench ops
 bench model model
 bench model-int8 model --quantize int8
 bench model-int4 model --quantize int4
-.venv/bin/python -m gemma2_ext bench --load benchmarks/results/cpu-{ops,model,model-int8,model-int4}.json \
+bench norms rms_norm add_rms_norm geglu rope
+bench attention attention
+bench linear linear logits
+bench losses linear_cross_entropy linear_distillation
+.venv/bin/python -m gemma2_ext bench --load "${files[@]}" \
   --plot docs/images/performance.png --roofline docs/images/roofline.png --report docs/performance.md >/dev/null

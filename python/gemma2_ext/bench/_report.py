@@ -220,7 +220,7 @@ def plot_bars(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
             axes.text(100 * share, y, note, va="center", fontsize=6)
             y += 1
         ticks.append((top + y - 1) / 2)
-        labels.append(f"{result.op}\n{result.shape}")
+        labels.append(f"{result.op}, {result.phase}\n{result.shape}, {result.dtype}")
         y += 0.8
     axes.set_yticks(ticks, labels, fontsize=6)
     axes.invert_yaxis()
