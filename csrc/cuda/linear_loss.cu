@@ -127,7 +127,7 @@ GEMMA2_DEVICE void add_to_total(const LossSumsParams& p, int64_t token, LossStat
 constexpr int kSumsShared = 8 * kWarpSize * int(sizeof(float));
 
 template <bool kAligned>
-__global__ void __launch_bounds__(kThreads) linear_loss_sums_kernel(const LossSumsParams p) {
+__global__ void __launch_bounds__(kThreads, 4) linear_loss_sums_kernel(const LossSumsParams p) {
   // Each sum has its own part, so that another barrier stands between its read and the next write.
   float* scratch = reinterpret_cast<float*>(shared_memory());
   const LossTokens& loss = p.loss;
