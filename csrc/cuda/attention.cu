@@ -8,6 +8,7 @@
 // attention_decode_kernel: at most 255 registers, 97 KiB of shared memory.
 // attention_combine_kernel: at most 128 registers, 17 KiB of shared memory.
 // attention_plain_kernel: at most 128 registers, no shared memory.
+#include <stdlib.h>
 #include "attention.cuh"
 #include "kernels.h"
 #include "launch.cuh"
@@ -159,30 +160,60 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
     attention_decode_kernel(const AttentionParams p, const AttentionPlan plan) {
   constexpr int kWarps = kAttentionDecodeWarps, kKeys = 16, kTileSize = kKeys * kHeadDim;
   allow_next_kernel();
-  wait_for_previous_kernels();
-  clear_rows_of_no_sequence<T>(p);
   Unit<T> u;
-  if (!make_unit(p, plan, blockIdx.x, u)) return;
+  const bool busy = make_unit(p, plan, blockIdx.x, u);
 
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   T* const ring = reinterpret_cast<T*>(shared_memory()) + warp * kStages * kTileSize;
-  const int first_key = warp * kKeys;
+  const int first_key = warp * kKeys, head_dim = int(p.head_dim);
   const int tiles =
-      u.keys > first_key ? (u.keys - first_key + kWarps * kKeys - 1) / (kWarps * kKeys) * 2 : 0;
-  const auto start_copy = [&](int tile, auto of_v, int stage) {
+      busy && u.keys > first_key
+          ? (u.keys - first_key + kWarps * kKeys - 1) / (kWarps * kKeys) * 2
+          : 0;
+  // Tile t is K of the warp's run t / 2 of keys where t is even, V where it is odd. Short code: in a
+  // decoding step each kernel runs once a layer, and what the instruction cache loses it waits for.
+  const auto start_copy = [&](int tile, int stage) {
     if (tile < tiles) {
-      copy_keys<RowLayout<kHeadDim>, kKeys, kWarpSize, of_v.value>(
-          ring + stage * kTileSize, p, plan, u, first_key + tile / 2 * (kWarps * kKeys), lane);
+      const int key = first_key + tile / 2 * (kWarps * kKeys);
+      copy_tile<RowLayout<kHeadDim>, kKeys, kWarpSize, 2>(
+          ring + stage * kTileSize, u.keys - key, head_dim, lane,
+          [&](int row) { return any_key_row(p, plan, u, tile % 2, key + row); });
     }
-    cp_async_commit();
+    cp_async_commit();  // of nothing at the end, so that the waits count alike
   };
-  start_first_copies<kStages - 1>(start_copy);
+  // The first tiles are on their way early where no kernel in front may write to them: the last
+  // seqlen_q keys of a cache are new.
+  constexpr int kLastOfFirst = (kStages - 2) / 2 * (kWarps * kKeys) + kKeys - 1;
+  const int last_key = min(first_key + kLastOfFirst, busy ? u.keys - 1 : 0);
+  const bool early = busy && p.key_lengths && u.key_begin + last_key < u.length - u.seqlen_q;
+  if (!early) wait_for_previous_kernels();
+#pragma unroll 1
+  for (int tile = 0; tile < kStages - 1; ++tile) start_copy(tile, tile);
+  wait_for_previous_kernels();
+  clear_rows_of_no_sequence<T>(p);
+  if (!busy) return;
+
+  // Q as mma's operand a, for the whole head; zero in rows and columns that do not exist.
+  uint32_t q[kHeadDim / 16][4] = {};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int r = lane / 4 + 8 * i;
+    if (r >= u.rows) continue;
+    const T* row = query_row(p, u, r) + lane % 4 * 2;
+#pragma unroll
+    for (int step = 0; step < kHeadDim / 16; ++step) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int d = 16 * step + 8 * half;
+        if (d < head_dim) q[step][i + 2 * half] = load_4(row + d);
+      }
+    }
+  }
   int stage = 0;
-  const auto next_tile = [&](int t, auto of_v) {
+  const auto next_tile = [&](int t) {
     cp_async_wait<kStages - 2>();
     __syncwarp();
-    start_copy(t + kStages - 1, Flag<(of_v.value + kStages - 1) % 2>{},
-               stage == 0 ? kStages - 1 : stage - 1);
+    start_copy(t + kStages - 1, stage == 0 ? kStages - 1 : stage - 1);
     const T* tile = ring + stage * kTileSize;
     stage = stage == kStages - 1 ? 0 : stage + 1;
     return tile;
@@ -191,31 +222,17 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
   Unit<T>* const unit =
       reinterpret_cast<Unit<T>*>(shared_memory() + kAttentionDecodeTileBytes<kHeadDim>);
   if (threadIdx.x == 0) *unit = u;  // where it leaves the registers to the loop
-  // Q as mma's operand a, for the whole head; zero in rows and columns that do not exist.
-  uint32_t q[kHeadDim / 16][4];
   RowKeys seen[2];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int r = lane / 4 + 8 * i;
-    seen[i] = u.row_keys(p, r < u.rows ? r : u.rows - 1);
-    const T* row = query_row(p, u, r < u.rows ? r : u.rows - 1);
-#pragma unroll
-    for (int step = 0; step < kHeadDim / 16; ++step) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int d = 16 * step + 8 * half + lane % 4 * 2;
-        const uint32_t word = load_4(row + (d < p.head_dim ? d : 0));
-        q[step][i + 2 * half] = r < u.rows && d < p.head_dim ? word : 0;
-      }
-    }
-  }
+  for (int i = 0; i < 2; ++i) seen[i] = u.row_keys(p, min(lane / 4 + 8 * i, u.rows - 1));
 
   const ScoreScale scale = score_scale(p);
   float o[1][kHeadDim / 8][4] = {};
   QuadRows softmax;
   softmax.clear();
+#pragma unroll 1
   for (int t = 0; t < tiles; t += 2) {
-    const T* k_tile = next_tile(t, Flag<false>{});
+    const T* k_tile = next_tile(t);
     float s[1][2][4] = {}, factor[2];
     multiply_keys<T, kHeadDim, 1, 2>(s, k_tile, [&](int step, uint32_t (&a)[1][4]) {
 #pragma unroll
@@ -227,7 +244,7 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
     scale_output(o[0], factor);
     uint32_t weights[1][1][4];
     pack_weights<T>(weights[0], s[0]);
-    const T* v_tile = next_tile(t + 1, Flag<true>{});
+    const T* v_tile = next_tile(t + 1);
     multiply_values<T, kHeadDim>(o, weights, v_tile);
   }
 
@@ -236,7 +253,7 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
   float* const outputs = reinterpret_cast<float*>(shared_memory());
   float* const all_largest = outputs + kWarps * kWarpOutput;  // (warps, 16)
   float* const all_sums = all_largest + kWarps * 16;
-  spill_output<kHeadDim>(outputs + warp * kWarpOutput, o[0]);
+  spill_output<kHeadDim>(outputs + warp * kWarpOutput, o[0], unit->rows);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float row_sum = quad_sum(softmax.sum[i]);
@@ -267,12 +284,13 @@ __global__ void __launch_bounds__(kAttentionCombineThreads)
     attention_combine_kernel(const AttentionParams p, const AttentionPlan plan) {
   constexpr int kWarps = kAttentionCombineThreads / kWarpSize, kAtOnce = 4;
   allow_next_kernel();
-  wait_for_previous_kernels();
   AttentionPlan whole = plan;
   whole.splits = 1;
   Unit<T> u;
   const int r = blockIdx.y;
-  if (!make_unit(p, whole, blockIdx.x, u) || r >= u.rows) return;
+  const bool busy = make_unit(p, whole, blockIdx.x, u) && r < u.rows;
+  wait_for_previous_kernels();
+  if (!busy) return;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int splits = int(plan.splits), head_dim = int(p.head_dim);
   const float* const parts = partial_row(p, plan, u, 0, r);
@@ -433,7 +451,7 @@ AttentionPlan plan_attention(const AttentionParams& p, const DeviceProperties& d
   plan.row_blocks = divide_up(rows, plan.block_rows);
   // Where the blocks do not fill the device once, their keys are divided. A shorter split than this
   // would have more to do with starting and adding up than with its keys.
-  constexpr int64_t kStepsPerSplit = 4;
+  static const int64_t kStepsPerSplit = getenv("G2_STEPS") ? atoi(getenv("G2_STEPS")) : 4;
   int64_t keys = p.window ? min64(p.window + p.seqlen_q - 1, p.seqlen_k) : p.seqlen_k;
   if (p.capacity) keys = min64(keys, p.capacity);
   const int64_t blocks = plan.row_blocks * p.batch * p.num_kv_heads;

@@ -84,6 +84,16 @@ GEMMA2_DEVICE const T* paged_key_row(const AttentionParams& p, const Unit<T>& u,
   return data + page * page_stride + int64_t(slot & ((1 << p.page_shift) - 1)) * stride;
 }
 
+// The same of K or V, paged or not, as one piece of code.
+template <class T>
+GEMMA2_DEVICE const T* any_key_row(const AttentionParams& p, const AttentionPlan& plan,
+                                   const Unit<T>& u, bool of_v, int key) {
+  const T* data = of_v ? u.v : u.k;
+  const int stride = of_v ? plan.v_stride : plan.k_stride;
+  if (!p.block_table) return key_row(plan, u, data, stride, key);
+  return paged_key_row(p, u, data, stride, of_v ? p.v.batch_stride : p.k.batch_stride, key);
+}
+
 // Returns false where the unit has no rows, as the blocks past the end of a short sequence. Lengths
 // and starts are clamped to what exists: the host cannot check values on the device.
 template <class T>
@@ -550,14 +560,17 @@ template <int kHeadDim>
 constexpr int kOutputStride = kHeadDim + 8;
 
 template <int kHeadDim>
-GEMMA2_DEVICE void spill_output(float* to, const float (&o)[kHeadDim / 8][4]) {
+GEMMA2_DEVICE void spill_output(float* to, const float (&o)[kHeadDim / 8][4], int rows = 16) {
   const int lane = threadIdx.x % kWarpSize;
   to += lane / 4 * kOutputStride<kHeadDim> + lane % 4 * 2;
 #pragma unroll
-  for (int n = 0; n < kHeadDim / 8; ++n) {
-    to[8 * n] = o[n][0], to[8 * n + 1] = o[n][1];
-    to[8 * kOutputStride<kHeadDim> + 8 * n] = o[n][2];
-    to[8 * kOutputStride<kHeadDim> + 8 * n + 1] = o[n][3];
+  for (int i = 0; i < 2; ++i) {
+    if (lane / 4 + 8 * i >= rows) continue;
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      to[8 * i * kOutputStride<kHeadDim> + 8 * n] = o[n][2 * i];
+      to[8 * i * kOutputStride<kHeadDim> + 8 * n + 1] = o[n][2 * i + 1];
+    }
   }
 }
 

@@ -12,6 +12,8 @@
 //
 // linear_kernel: at most 128 registers, 8192 bytes of shared memory.
 // linear_early_kernel: at most 128 registers, 104 KiB of shared memory.
+#include <limits.h>
+
 #include "gelu.cuh"
 #include "kernels.h"
 #include "vector.cuh"
@@ -32,21 +34,24 @@ constexpr int kUnroll = 4;  // chunks whose loads are on the way together
 constexpr int kRing = 12;
 constexpr int64_t kRingBytes = int64_t(kRing) * 2 * kThreads * 16;
 
-__host__ __device__ inline int64_t columns_of_tile(const LinearParams& p) {
+// Columns of out in a whole tile.
+__host__ __device__ inline int64_t whole_tile(const LinearParams& p) {
   return p.geglu ? kTile / 2 : kTile;
 }
-__host__ __device__ inline int64_t count_tiles(const LinearParams& p) {
-  return (p.out_features + columns_of_tile(p) - 1) / columns_of_tile(p);
-}
 
-// This lane's rows of weight in a tile, at its first column. Beyond the last row that is read
-// again, and its sums are not used.
+// This lane's rows of weight in a tile of `columns` columns of out, at its first column, and
+// whether they exist. Beyond the last row that is read again, and its sums are not used.
 template <class T>
-GEMMA2_DEVICE void weight_rows(const LinearParams& p, int64_t tile, const T* (&rows)[2]) {
-  const int lane = threadIdx.x % kWarpSize;
-  const int64_t first = tile * columns_of_tile(p) + lane / 4, last = p.out_features - 1;
-  const int64_t row_0 = first < last ? first : last;
-  const int64_t row_1 = p.geglu ? p.out_features + row_0 : first + 8 < last ? first + 8 : last;
+GEMMA2_DEVICE void weight_rows(const LinearParams& p, int64_t tile, int columns,
+                               const T* (&rows)[2], bool (&there)[2]) {
+  const int lane = threadIdx.x % kWarpSize, of_tile = lane / 4;
+  const int64_t first = tile * columns, left = p.out_features - first;
+  const int last = int(left < columns ? left : columns) - 1;
+  const int second = p.geglu ? of_tile : of_tile + 8;
+  there[0] = of_tile <= last;
+  there[1] = second <= last;
+  const int64_t row_0 = first + min(of_tile, last);
+  const int64_t row_1 = first + min(second, last) + (p.geglu ? p.out_features : 0);
   rows[0] = static_cast<const T*>(p.weight) + row_0 * p.weight_stride + 8 * (lane % 4);
   rows[1] = static_cast<const T*>(p.weight) + row_1 * p.weight_stride + 8 * (lane % 4);
 }
@@ -83,7 +88,7 @@ GEMMA2_DEVICE void multiply(float (&sums)[kRowTiles][4], const Vector16 (&w)[2],
 // Adds up the warps' sums of a tile, through scratch[warp][row of x][row of weight], and stores.
 // Another tile may use the same scratch after the next barrier.
 template <class T, int kRowTiles>
-GEMMA2_DEVICE void finish_tile(const LinearParams& p, int64_t tile,
+GEMMA2_DEVICE void finish_tile(const LinearParams& p, int64_t tile, int columns,
                                const float (&sums)[kRowTiles][4], float* scratch) {
   constexpr int kSums = 8 * kRowTiles * kTile;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
@@ -96,7 +101,7 @@ GEMMA2_DEVICE void finish_tile(const LinearParams& p, int64_t tile,
   }
   __syncthreads();
   const int row = threadIdx.x / kTile, column = threadIdx.x % kTile;
-  const int64_t columns = columns_of_tile(p), first = tile * columns;
+  const int64_t first = tile * columns;
   if (row >= p.rows || column >= columns || first + column >= p.out_features) return;
   const auto total = [&](int at) {
     float sum = 0;
@@ -118,12 +123,14 @@ GEMMA2_DEVICE void finish_tile(const LinearParams& p, int64_t tile,
 template <class T, bool kAligned, int kRowTiles>
 __global__ void __launch_bounds__(kThreads, 2) linear_kernel(const LinearParams p) {
   const int warp = threadIdx.x / kWarpSize, t = threadIdx.x % 4;
-  const int64_t tiles = count_tiles(p);
+  const int columns = int(whole_tile(p));
+  const int64_t tiles = (p.out_features + columns - 1) / columns;
   const int64_t chunks = (p.in_features + kChunk - 1) / kChunk;
   const int64_t whole_chunks = p.in_features / kChunk;
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const T* rows[2];
-    weight_rows(p, tile, rows);
+    bool there[2];
+    weight_rows(p, tile, columns, rows, there);
     float sums[kRowTiles][4] = {};
     int64_t chunk = warp;
     if (kAligned) {
@@ -151,53 +158,72 @@ __global__ void __launch_bounds__(kThreads, 2) linear_kernel(const LinearParams 
       load_x<T, kAligned, false>(p, k, x);
       multiply<T>(sums, w, x);
     }
-    finish_tile<T>(p, tile, sums, reinterpret_cast<float*>(shared_memory()));
+    finish_tile<T>(p, tile, columns, sums, reinterpret_cast<float*>(shared_memory()));
     __syncthreads();  // scratch is written again for the next tile
   }
 }
 
-// Where all is aligned and in_features is a multiple of 8. kRowTiles: groups of 8 rows of x, 1
-// or 2.
+// Where all is aligned and in_features is a multiple of 8. Tiles have `columns` columns of out, so
+// that every block has as many. kRowTiles: groups of 8 rows of x, 1 or 2.
 template <class T, int kRowTiles>
-__global__ void __launch_bounds__(kThreads, 2) linear_early_kernel(const LinearParams p) {
+__global__ void __launch_bounds__(kThreads, 2)
+    linear_early_kernel(const LinearParams p, int columns) {
   constexpr int kScratch = kWarps * 8 * kRowTiles * kTile;
+  constexpr int kStep = kWarps * kChunk;  // columns of weight that the warps take at once
+  constexpr int kStage = 2 * kThreads;    // vectors
   allow_next_kernel();
-  const int warp = threadIdx.x / kWarpSize;
-  const int64_t tiles = count_tiles(p);
-  const int steps = int((p.in_features + kWarps * kChunk - 1) / (kWarps * kChunk));
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int tiles = int((p.out_features + columns - 1) / columns);
+  const int in_features = int(p.in_features), steps = (in_features + kStep - 1) / kStep;
+  const int lane_column = warp * kChunk + 8 * (lane % 4);
   Vector16* const ring = reinterpret_cast<Vector16*>(shared_memory()) + threadIdx.x;
+  Vector16* const ring_end = ring + kRing * kStage;
   float* scratch = reinterpret_cast<float*>(shared_memory() + kRingBytes);
 
-  // The copies go through steps and tiles as the sums do, kRing steps in front of them.
-  int64_t copied_tile = blockIdx.x;
-  int copied_step = 0;
+  // The copies go through steps and tiles as the sums do, kRing steps in front of them. `left`:
+  // columns from the lane's next one on.
+  int copied_tile = blockIdx.x, steps_left = 0, left = 0;
   const T* rows[2];
-  weight_rows(p, copied_tile, rows);
-  const auto start_copy = [&](int stage) {
-    if (copied_tile < tiles) {
-      const int64_t k = (int64_t(copied_step) * kWarps + warp) * kChunk;
-      const bool valid = k + 8 * (threadIdx.x % 4) < p.in_features;
-      cp_async<16>(ring + 2 * stage * kThreads, rows[0] + k, valid);
-      cp_async<16>(ring + (2 * stage + 1) * kThreads, rows[1] + k, valid);
-      if (++copied_step == steps) {
-        copied_step = 0, copied_tile += gridDim.x;
-        if (copied_tile < tiles) weight_rows(p, copied_tile, rows);
-      }
-    }
-    cp_async_commit();  // of nothing at the end, so that the waits count alike
+  bool there[2];
+  const auto begin_tile = [&] {
+    weight_rows(p, copied_tile, columns, rows, there);
+    rows[0] += warp * kChunk, rows[1] += warp * kChunk;
+    steps_left = steps, left = in_features - lane_column;
   };
-  for (int stage = 0; stage < kRing; ++stage) start_copy(stage);
+  const auto start_copy = [&](Vector16* stage) {
+    cp_async<16>(stage, rows[0], there[0] && left > 0);
+    cp_async<16>(stage + kThreads, rows[1], there[1] && left > 0);
+    cp_async_commit();
+    rows[0] += kStep, rows[1] += kStep, left -= kStep;
+    if (--steps_left > 0) return;
+    copied_tile += gridDim.x;
+    if (copied_tile < tiles) {
+      begin_tile();
+    } else {
+      left = 0;  // only zeros from here on, so that the waits count alike
+    }
+  };
+  begin_tile();
+#pragma unroll 1
+  for (Vector16* stage = ring; stage != ring_end; stage += kStage) start_copy(stage);
 
   wait_for_previous_kernels();
-  const auto x_of_step = [&](int step, Vector16(&v)[kRowTiles]) {
-    load_x<T, true, true>(p, (int64_t(step) * kWarps + warp) * kChunk, v);
-  };
   // x of step s is at s % kAhead.
+  const T* const x_lane = static_cast<const T*>(p.x) + lane / 4 * p.x_stride + lane_column;
+  const auto x_of_step = [&](int step, Vector16(&v)[kRowTiles]) {
+    const bool inside = step * kStep + lane_column < in_features;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+      v[i] = Vector16{};
+      if (inside && lane / 4 + 8 * i < p.rows)
+        v[i] = load_16(x_lane + 8 * i * p.x_stride + step * kStep);
+    }
+  };
   Vector16 x[kAhead][kRowTiles];
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) x_of_step(i, x[i]);
-  int stage = 0;
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+  Vector16* stage = ring;
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     float sums[kRowTiles][4] = {};
     for (int first = 0; first < steps; first += kAhead) {
 #pragma unroll
@@ -205,14 +231,14 @@ __global__ void __launch_bounds__(kThreads, 2) linear_early_kernel(const LinearP
         const int step = first + i;
         if (step >= steps) break;
         cp_async_wait<kRing - 1>();
-        const Vector16 w[2] = {ring[2 * stage * kThreads], ring[(2 * stage + 1) * kThreads]};
+        const Vector16 w[2] = {stage[0], stage[kThreads]};
         multiply<T>(sums, w, x[i]);
         x_of_step(step + kAhead < steps ? step + kAhead : i, x[i]);  // or of the next tile
         start_copy(stage);
-        stage = stage == kRing - 1 ? 0 : stage + 1;
+        stage = stage + kStage == ring_end ? ring : stage + kStage;
       }
     }
-    finish_tile<T>(p, tile, sums, scratch);
+    finish_tile<T>(p, tile, columns, sums, scratch);
     scratch +=
         scratch == reinterpret_cast<float*>(shared_memory() + kRingBytes) ? kScratch : -kScratch;
   }
@@ -220,25 +246,28 @@ __global__ void __launch_bounds__(kThreads, 2) linear_early_kernel(const LinearP
 
 template <class T, int kRowTiles>
 void launch_row_tiles(const LinearParams& p, cudaStream_t stream) {
-  const int64_t tiles = count_tiles(p),
-                scratch_bytes = kWarps * 8 * kRowTiles * kTile * sizeof(float);
+  constexpr int64_t kMostFeatures = INT_MAX / 2;
+  const int64_t scratch_bytes = kWarps * 8 * kRowTiles * kTile * sizeof(float);
   const bool aligned =
       is_aligned(p.x, p.x_stride * sizeof(T)) && is_aligned(p.weight, p.weight_stride * sizeof(T));
   // Of more rows the ring's x takes longer than the early start saves.
   if constexpr (kRowTiles == 1) {
     const DeviceProperties& device = device_properties();
     const int64_t shared_bytes = kRingBytes + 2 * scratch_bytes;
-    if (starts_early() && aligned && p.in_features % 8 == 0 &&
-        shared_bytes <= device.shared_bytes) {
+    if (starts_early() && aligned && p.in_features % 8 == 0 && p.in_features < kMostFeatures &&
+        p.out_features < kMostFeatures && shared_bytes <= device.shared_bytes) {
       const int64_t resident =
           device.multiprocessors * resident_blocks(shared_bytes, kThreads, 128, device);
+      const int64_t turns = divide_up(p.out_features, resident * whole_tile(p));
+      const int64_t columns = divide_up(p.out_features, resident * turns);
+      const int64_t tiles = divide_up(p.out_features, columns);
       return launch_early("linear", linear_early_kernel<T, kRowTiles>,
                           row_grid(tiles < resident ? tiles : resident), kThreads, shared_bytes,
-                          stream, p);
+                          stream, p, int(columns));
     }
   }
   launch("linear", aligned ? linear_kernel<T, true, kRowTiles> : linear_kernel<T, false, kRowTiles>,
-         row_grid(tiles), kThreads, scratch_bytes, stream, p);
+         row_grid(divide_up(p.out_features, whole_tile(p))), kThreads, scratch_bytes, stream, p);
 }
 
 template <class T>

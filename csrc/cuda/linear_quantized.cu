@@ -44,16 +44,20 @@ constexpr int kChunk = 32;  // columns
 // Of the 4 columns of a word the tensor core gets (0, 2) in one register and (1, 3) in the next: so
 // lie the bytes after one mask. x is put in that order where it is copied to shared memory.
 
-// Columns 4v + (0, 2) and 4v + (1, 3) of the low and of the high half of an int4 word, less 8. An
-// exponent put above the number makes a float of it: BFloat16 128 + q, Half 1024 + q or 1024 + 16
-// q.
+// Columns 4v + (0, 2) and 4v + (1, 3) of the low and of the high half of an int4 word, plus
+// kInt4Bias<T>. An exponent put above the number makes a float of it: BFloat16 128 + q, Half 1024 +
+// q or 1024 + 16 q. BFloat16's bias stays and is taken off with sums of x: in float32 a sum has so
+// many bits more that the loss is 2e-5 of it. Half's bias would cost 2e-4, and is taken off here.
+template <class T>
+constexpr float kInt4Bias = 0.0f;
+template <>
+constexpr float kInt4Bias<BFloat16> = 136.0f;
+
 GEMMA2_DEVICE void widen(uint32_t word, uint32_t (&low)[2], uint32_t (&high)[2], BFloat16) {
-  constexpr uint32_t kMask = 0x000f000fu, kExponent = 0x43004300u;
-  constexpr uint32_t kOne = 0x3f803f80u, kBias = 0xc308c308u;  // 1, -136
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    low[i] = multiply_add_2<BFloat16>((word >> (8 * i) & kMask) | kExponent, kOne, kBias);
-    high[i] = multiply_add_2<BFloat16>((word >> (8 * i + 4) & kMask) | kExponent, kOne, kBias);
+    low[i] = (word >> (8 * i) & 0x000f000fu) | 0x43004300u;
+    high[i] = (word >> (8 * i + 4) & 0x000f000fu) | 0x43004300u;
   }
 }
 GEMMA2_DEVICE void widen(uint32_t word, uint32_t (&low)[2], uint32_t (&high)[2], Half) {
@@ -90,22 +94,21 @@ GEMMA2_DEVICE void widen(uint32_t word, uint32_t (&q)[2], Half) {
 
 // A "word" is 4 bytes of data of one row.
 struct Int8 {
+  using Scale = uint16_t;  // of that size
   static constexpr int kWords = 2;  // of a row in a chunk that one lane has
   static constexpr int kWordsOfRow = 8;
   static constexpr int kGroups = 1;  // in a chunk
   static constexpr int kRowBytes = 0;
-  static constexpr int kScaleBytes = 2;
-  static constexpr int kFewRowsWarps = 12;  // of a block of linear_few_rows_kernel
+  static constexpr int kScaleBytes = sizeof(Scale);
+  static constexpr int kRing = 3;  // steps of linear_few_rows_kernel whose weights are on the way
+  template <class T>
+  static constexpr float kBias = 0.0f;  // what its numbers have too much
 
   GEMMA2_DEVICE static float scale(const void* scales, int64_t at) {
     return to_float(static_cast<const BFloat16*>(scales)[at]);
   }
-  // Scales of two rows, one behind the other or apart.
+  // Scales of two rows.
   GEMMA2_DEVICE static uint32_t load_scales(const void* p) { return load_4(p); }
-  GEMMA2_DEVICE static uint32_t join_scales(const void* scales, int64_t first, int64_t second) {
-    const auto* all = static_cast<const BFloat16*>(scales);
-    return all[first].bits | uint32_t(all[second].bits) << 16;
-  }
   GEMMA2_DEVICE static void unpack_scales(uint32_t bits, float (&scale)[2]) {
     scale[0] = bits_to_float(bits << 16);
     scale[1] = bits_to_float(bits & 0xffff0000u);
@@ -126,12 +129,15 @@ struct Int8 {
   }
 };
 struct Int4 {
+  using Scale = uint8_t;
   static constexpr int kWords = 1;
   static constexpr int kWordsOfRow = 4;
   static constexpr int kGroups = 2;
   static constexpr int kRowBytes = 2;  // of scales, before the groups'
-  static constexpr int kScaleBytes = 1;
-  static constexpr int kFewRowsWarps = 6;
+  static constexpr int kScaleBytes = sizeof(Scale);
+  static constexpr int kRing = 6;
+  template <class T>
+  static constexpr float kBias = kInt4Bias<T>;
 
   GEMMA2_DEVICE static float scale(const void* scales, int64_t at) {
     const float s = static_cast<const int8_t*>(scales)[at];
@@ -139,10 +145,6 @@ struct Int4 {
   }
   GEMMA2_DEVICE static uint32_t load_scales(const void* p) {
     return *static_cast<const uint16_t*>(p);
-  }
-  GEMMA2_DEVICE static uint32_t join_scales(const void* scales, int64_t first, int64_t second) {
-    const auto* all = static_cast<const uint8_t*>(scales);
-    return all[first] | uint32_t(all[second]) << 8;
   }
   GEMMA2_DEVICE static void unpack_scales(uint32_t bits, float (&scale)[2]) {
 #pragma unroll
@@ -339,11 +341,24 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // ---- 1 to 4 rows
 
-constexpr int kMostWarps = 12;
-constexpr int kStepChunks = 4;  // that a warp takes at once
+constexpr int kFewestWarps = 6, kMostWarps = 12;
+constexpr int kWantedWarps = 3072;  // of all blocks together: 24 for each of 128 multiprocessors
+constexpr int kStepChunks = 4;      // that a warp takes at once
 constexpr int kStepColumns = kStepChunks * kChunk;
-constexpr int kMostXBytes = 48 << 10;  // of x in shared memory at once
-constexpr int kFewRowsRegisters = 80;  // of a thread of linear_few_rows_kernel
+constexpr int kStepBytes = kStepColumns * 2;  // of x
+constexpr int kMostXBytes = 48 << 10;         // of x in shared memory at once
+constexpr int kFewRowsRegisters = 80;         // of a thread of linear_few_rows_kernel
+
+// A step's words [chunk][word][16 rows], then its scales [group][16 rows]: what a warp's ring has
+// kRing times.
+template <class Format>
+struct PackedStep {
+  static constexpr int kGroups = kStepChunks * Format::kGroups;
+  static constexpr int kWords = kStepChunks * Format::kWordsOfRow;
+  static constexpr int kWordBytes = kWords * kBlockRows * 4;
+  static constexpr int kScaleBytes = kGroups * kBlockRows * Format::kScaleBytes;
+  static constexpr int kBytes = kWordBytes + kScaleBytes;
+};
 
 // How a launch divides its work; the sums' order hangs on it, so it comes from the weights' shape
 // alone, but for phase_steps.
@@ -356,83 +371,98 @@ struct Plan {
   bool weight_aligned;
 };
 
+// Behind a row of x in shared memory: the sums of its groups, where the format's numbers have a
+// bias.
+template <class T, class Format>
+__host__ __device__ constexpr int x_sum_bytes(int columns) {
+  return Format::template kBias<T> != 0 ? columns / kChunk * Format::kGroups * 4 : 0;
+}
+
 // kRows: the most rows of x, 2 or 4.
 template <class T, class Format, int kRows>
 __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
     linear_few_rows_kernel(const LinearParams p, const Plan plan) {
+  using Packed = PackedStep<Format>;
   constexpr int kWords = Format::kWords, kGroups = Format::kGroups;
   constexpr int kAtOnce = 8 / kRows;  // groups in the columns of one product
-  constexpr int kStepGroups = kStepChunks * kGroups, kPasses = kStepGroups / kAtOnce;
-  constexpr int kGroupBytes = kChunk / kGroups * 2;  // of x
-  constexpr int kStepBytes = kStepColumns * 2;
+  constexpr int kPasses = Packed::kGroups / kAtOnce;
+  constexpr int kGroupColumns = kChunk / kGroups, kGroupBytes = kGroupColumns * 2;  // of x
+  constexpr int kRing = Format::kRing;
+  constexpr float kBias = Format::template kBias<T>;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int g = lane / 4, t = lane % 4, rows = int(p.rows);
-  const int64_t chunks = (p.in_features + kChunk - 1) / kChunk;
-  const int64_t whole_steps = chunks / kStepChunks;
-  const int64_t all_steps = (chunks + kStepChunks - 1) / kStepChunks;
-  const int64_t blocks = (p.out_features + kBlockRows - 1) / kBlockRows;
-  unsigned char* const x_shared = shared_memory();
+  const int chunks = int((p.in_features + kChunk - 1) / kChunk);
+  const int all_steps = (chunks + kStepChunks - 1) / kStepChunks;
+  const int blocks = int((p.out_features + kBlockRows - 1) / kBlockRows);
+  // Each warp's ring, of which no other reads; 256 bytes of zeros; x; the warps' sums.
+  unsigned char* const ring = shared_memory() + warp * (kRing * Packed::kBytes);
+  unsigned char* const ring_end = ring + kRing * Packed::kBytes;
+  unsigned char* const zeros = shared_memory() + plan.warps * (kRing * Packed::kBytes);
+  unsigned char* const x_shared = zeros + kStepBytes;
   float* const scratch = reinterpret_cast<float*>(x_shared + rows * plan.x_row_bytes);
 
-  // A step's words and scales. A lane has rows 2g and 2g + 1.
-  struct Step {
-    Vector8 words[kStepChunks][kWords];
-    uint32_t scales[kPasses];
-  } step;
-  struct Place {
-    int64_t block;
-    int step;  // of the warp
-  } at{blockIdx.x, 0};
-  const auto load = [&](const Place& from) {
-    const int64_t number = int64_t(from.step) * plan.warps + warp;
-    if (from.block >= blocks || number >= all_steps) return;
-    const PackedBlock<Format> block(p.weight, p.scales, from.block, p.out_features, chunks);
-    const int64_t first_group = number * kStepGroups + 2 * t / kRows;
-    if (plan.weight_aligned && block.rows == kBlockRows && number < whole_steps) {
-      const uint32_t* words = block.words + number * (kStepChunks * kWords * 64) + 16 * t + 2 * g;
-#pragma unroll
-      for (int c = 0; c < kStepChunks; ++c) {
-#pragma unroll
-        for (int w = 0; w < kWords; ++w)
-          step.words[c][w] = load_8_once(words + (c * kWords + w) * 64);
-      }
-      const char* scales = static_cast<const char*>(block.scales) +
-                           (first_group * kBlockRows + 2 * g) * Format::kScaleBytes;
-#pragma unroll
-      for (int i = 0; i < kPasses; ++i) {
-        step.scales[i] =
-            Format::load_scales(scales + i * kAtOnce * kBlockRows * Format::kScaleBytes);
-      }
-      return;
+  // The copies go through steps and blocks as the sums do, kRing steps in front of them.
+  int copied_block = blockIdx.x, copied_step = warp, whole_steps = 0;
+  const char *words, *scales;  // of this lane, in the step copied next
+  const auto packed_block = [&](int block) {
+    return PackedBlock<Format>(p.weight, p.scales, block, p.out_features, chunks);
+  };
+  const auto begin_block = [&] {
+    const PackedBlock<Format> block = packed_block(copied_block);
+    copied_step = warp;
+    whole_steps = plan.weight_aligned && block.rows == kBlockRows ? chunks / kStepChunks : 0;
+    words = reinterpret_cast<const char*>(block.words) + warp * Packed::kWordBytes + 16 * lane;
+    scales = static_cast<const char*>(block.scales) + warp * Packed::kScaleBytes + 16 * lane;
+  };
+  // Behind the last row or chunk the last one is read again; its sums are not used, or times 0. A
+  // lane has row lane % 16 of every second word and group.
+  const auto copy_partial_step = [&](unsigned char* stage) {
+    using Scale = typename Format::Scale;
+    const PackedBlock<Format> block = packed_block(copied_block);
+    const int row = min(lane % kBlockRows, block.rows - 1);
+    auto* to = reinterpret_cast<uint32_t*>(stage) + lane % kBlockRows;
+    auto* scales_to = reinterpret_cast<Scale*>(stage + Packed::kWordBytes) + lane % kBlockRows;
+#pragma unroll 1
+    for (int i = lane / kBlockRows; i < Packed::kWords; i += kWarpSize / kBlockRows) {
+      const int chunk = min(copied_step * kStepChunks + i / Format::kWordsOfRow, chunks - 1);
+      const int64_t word = int64_t(chunk) * Format::kWordsOfRow + i % Format::kWordsOfRow;
+      to[i * kBlockRows] = load_4_once(block.words + word * block.rows + row);
     }
-    // Behind the last row or chunk the last one is read again; its sums are not used, or times 0.
-    const int row[2] = {min(2 * g, block.rows - 1), min(2 * g + 1, block.rows - 1)};
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-      for (int c = 0; c < kStepChunks; ++c) {
-        const int64_t chunk = min(number * kStepChunks + c, chunks - 1);
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) {
-          const int64_t word = chunk * Format::kWordsOfRow + t + 4 * w;
-          step.words[c][w].words[r] = load_4_once(block.words + word * block.rows + row[r]);
-        }
-      }
+#pragma unroll 1
+    for (int i = lane / kBlockRows; i < Packed::kGroups; i += kWarpSize / kBlockRows) {
+      const int64_t group = min(copied_step * Packed::kGroups + i, chunks * kGroups - 1);
+      scales_to[i * kBlockRows] =
+          static_cast<const Scale*>(block.scales)[group * block.rows + row];
     }
+  };
+  const auto start_copy = [&](unsigned char* stage) {
+    if (copied_step < whole_steps) {
 #pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
-      const int64_t group = min(first_group + i * kAtOnce, chunks * kGroups - 1) * block.rows;
-      step.scales[i] = Format::join_scales(block.scales, group + row[0], group + row[1]);
+      for (int i = 0; i < Packed::kWordBytes; i += 16 * kWarpSize)
+        cp_async<16>(stage + i + 16 * lane, words + i, true);
+      if (16 * lane < Packed::kScaleBytes)
+        cp_async<16>(stage + Packed::kWordBytes + 16 * lane, scales, true);
+    } else if (copied_step < all_steps && copied_block < blocks) {
+      copy_partial_step(stage);
     }
+    cp_async_commit();  // of nothing at the end, so that the waits count alike
+    words += plan.warps * Packed::kWordBytes, scales += plan.warps * Packed::kScaleBytes;
+    copied_step += plan.warps;
+    if (copied_step < plan.steps * plan.warps) return;
+    copied_block += gridDim.x;
+    whole_steps = 0;
+    if (copied_block < blocks) begin_block();
   };
 
   // Columns of x from the phase's first on, zeros behind the last.
   const auto copy_x = [&](int phase) {
-    const int64_t columns = int64_t(plan.phase_steps) * plan.warps * kStepColumns;
-    const int64_t first = phase * columns, left = all_steps * kStepColumns - first;
-    const int vectors = int(left < columns ? left : columns) / 8;
-    for (int i = threadIdx.x; i < rows * vectors; i += blockDim.x) {
-      const int row = i / vectors, column = i % vectors * 8;
+    const int columns = plan.phase_steps * plan.warps * kStepColumns;
+    const int first = phase * columns;
+    const int vectors = min(all_steps * kStepColumns - first, columns) / 8;
+    // All lanes of a warp go on together: they add up each other's sums.
+    for (int begin = warp * kWarpSize; begin < rows * vectors; begin += blockDim.x) {
+      const int i = min(begin + lane, rows * vectors - 1), row = i / vectors;
+      const int column = i % vectors * 8;
       const T* from = static_cast<const T*>(p.x) + row * p.x_stride + first + column;
       const int64_t n = p.in_features - first - column;
       const Vector16 v = plan.x_aligned ? load_vector<true>(from, n) : load_vector<false>(from, n);
@@ -442,7 +472,20 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
         mixed.words[j] = (v.words[j] & 0xffff) | v.words[j + 1] << 16;
         mixed.words[j + 1] = v.words[j] >> 16 | (v.words[j + 1] & 0xffff0000u);
       }
-      store_16(x_shared + row * plan.x_row_bytes + 2 * column, mixed);
+      float sum = 0;
+      if constexpr (kBias != 0) {
+        static_assert(kGroupColumns == 16, "two lanes have a group");
+        float values[8];
+        unpack(v, values, T{});
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sum += values[j];
+        sum += shuffle_xor(sum, 1);
+      }
+      if (begin + lane > i) continue;
+      unsigned char* to = x_shared + row * plan.x_row_bytes;
+      store_16(to + 2 * column, mixed);
+      if (kBias != 0 && lane % 2 == 0)
+        reinterpret_cast<float*>(to + 2 * columns)[column / kGroupColumns] = -kBias * sum;
     }
   };
 
@@ -451,36 +494,61 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
   // to be scaled once.
   const unsigned char* const x_lane =
       x_shared + min(g % kRows, rows - 1) * plan.x_row_bytes + g / kRows * kGroupBytes + 8 * t;
-  uint32_t is_own[kAtOnce];
-#pragma unroll
-  for (int i = 0; i < kAtOnce; ++i) is_own[i] = g / kRows == i;
+  // Of this lane's two columns of sums, 2t and 2t + 1: the row's part of x, and the group.
+  const auto x_sum = [&](int j) {
+    const int row = min((2 * t + j) % kRows, rows - 1);
+    const unsigned char* at = x_shared + row * plan.x_row_bytes +
+                              plan.phase_steps * plan.warps * kStepBytes;
+    return reinterpret_cast<const float*>(at) + (2 * t + j) / kRows;
+  };
+  const float* const x_sums[2] = {x_sum(0), x_sum(1)};
 
+  // A lane has rows 2g and 2g + 1 of the weights.
   float sums[kPasses][4] = {};
-  const auto multiply = [&](const unsigned char* x) {
+  const auto multiply = [&](const unsigned char* stage, int of_phase) {
+    Vector8 step[kStepChunks][kWords];
+    uint32_t step_scales[kPasses];
+    const unsigned char* words_at = stage + 4 * (kBlockRows * t + 2 * g);
+#pragma unroll
+    for (int c = 0; c < kStepChunks; ++c) {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w)
+        step[c][w] = load_8(words_at + (c * kWords + w) * 4 * 4 * kBlockRows);
+    }
+    const unsigned char* scales_at =
+        stage + Packed::kWordBytes + (2 * t / kRows * kBlockRows + 2 * g) * Format::kScaleBytes;
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+      step_scales[i] =
+          Format::load_scales(scales_at + i * kAtOnce * kBlockRows * Format::kScaleBytes);
+    }
+    const unsigned char* x_of_group[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      x_of_group[i] = g / kRows == i ? x_lane + of_phase * kStepBytes : zeros + 8 * t;
     float products[4];
-    Vector8 v[kWords];
 #pragma unroll
     for (int c = 0; c < kStepChunks; ++c) {
       uint32_t a[kGroups][kWords][4];
-      Format::template operands<T>(step.words[c], a);
+      Format::template operands<T>(step[c], a);
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
         const int pass = (c * kGroups + i) / kAtOnce, own = (c * kGroups + i) % kAtOnce;
         if (own == 0) {
 #pragma unroll
-          for (int j = 0; j < 4; ++j) products[j] = 0;
-#pragma unroll
-          for (int w = 0; w < kWords; ++w) v[w] = load_8(x + pass * kAtOnce * kGroupBytes + 32 * w);
+          for (int j = 0; j < 2; ++j) {
+            products[j] = products[j + 2] =
+                kBias != 0 ? x_sums[j][of_phase * Packed::kGroups + pass * kAtOnce] : 0.0f;
+          }
         }
 #pragma unroll
         for (int w = 0; w < kWords; ++w) {
-          // A product, as bits are cheaper to multiply than to choose.
-          mma_m16n8k16<T>(products, a[i][w], v[w].words[0] * is_own[own],
-                          v[w].words[1] * is_own[own]);
+          const Vector8 v = load_8(x_of_group[own] + pass * kAtOnce * kGroupBytes + 32 * w);
+          mma_m16n8k16<T>(products, a[i][w], v.words[0], v.words[1]);
         }
         if (own < kAtOnce - 1) continue;
         float scale[2];
-        Format::unpack_scales(step.scales[pass], scale);
+        Format::unpack_scales(step_scales[pass], scale);
 #pragma unroll
         for (int j = 0; j < 4; ++j) sums[pass][j] += products[j] * scale[j / 2];
       }
@@ -490,7 +558,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
   // scratch[2][warp][row of x][row of weight]: of two turns, so that one barrier a turn is enough.
   constexpr int kSums = kRows * kBlockRows;
   int turn = 0;
-  const auto finish = [&](int64_t index) {
+  const auto finish = [&](int index) {
 #pragma unroll
     for (int half = kPasses / 2; half > 0; half /= 2) {
 #pragma unroll
@@ -517,7 +585,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
       for (int j = 0; j < 4; ++j) sums[i][j] = 0;
     }
     __syncthreads();
-    const PackedBlock<Format> block(p.weight, p.scales, index, p.out_features, chunks);
+    const PackedBlock<Format> block = packed_block(index);
     for (int i = threadIdx.x; i < rows * kBlockRows; i += blockDim.x) {
       if (i % kBlockRows >= block.rows) continue;
       float sum = 0;
@@ -527,23 +595,31 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
   };
 
   allow_next_kernel();
-  load(at);
+  begin_block();
+#pragma unroll 1
+  for (unsigned char* stage = ring; stage != ring_end; stage += Packed::kBytes) start_copy(stage);
+  for (int i = threadIdx.x; i < kStepBytes / 16; i += blockDim.x)
+    store_16(zeros + 16 * i, Vector16{});
   wait_for_previous_kernels();
-  for (int phase = -1; at.block < blocks;) {
-    if (at.step / plan.phase_steps != phase) {
-      phase = at.step / plan.phase_steps;
-      __syncthreads();  // the part before has been used
-      copy_x(phase);
-      __syncthreads();
+  unsigned char* stage = ring;
+  int phase = -1;
+  for (int block = blockIdx.x; block < blocks; block += gridDim.x) {
+#pragma unroll 1
+    for (int step = 0; step < plan.steps; ++step) {
+      if (step / plan.phase_steps != phase) {
+        phase = step / plan.phase_steps;
+        __syncthreads();  // the part before has been used
+        copy_x(phase);
+        __syncthreads();
+      }
+      cp_async_wait<kRing - 1>();
+      __syncwarp();
+      if (step * plan.warps + warp < all_steps)
+        multiply(stage, (step - phase * plan.phase_steps) * plan.warps + warp);
+      start_copy(stage);  // all lanes have read the stage: they met in the products
+      stage = stage + Packed::kBytes == ring_end ? ring : stage + Packed::kBytes;
     }
-    const int of_phase = (at.step - phase * plan.phase_steps) * plan.warps + warp;
-    if (int64_t(at.step) * plan.warps + warp < all_steps) multiply(x_lane + of_phase * kStepBytes);
-    Place next{at.block, at.step + 1};
-    const bool last = next.step == plan.steps;
-    if (last) next = {at.block + gridDim.x, 0};
-    load(next);
-    if (last) finish(at.block);
-    at = next;
+    finish(block);
   }
 }
 
@@ -583,26 +659,33 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const DequantizePa
 
 template <class T, class Format, int kRows>
 void launch_few_rows(const char* op, const LinearParams& p, cudaStream_t stream) {
+  const int64_t blocks = divide_up(p.out_features, kBlockRows);
   const int steps = int(divide_up(p.in_features, kStepColumns));
   const auto x_row_bytes = [&](const Plan& plan) {
     constexpr int kPad = kRows == 2 ? 64 : 32;  // rows start that many bytes of banks apart
-    return plan.phase_steps * plan.warps * kStepColumns * int(sizeof(T)) + kPad;
+    const int columns = plan.phase_steps * plan.warps * kStepColumns;
+    return columns * int(sizeof(T)) + x_sum_bytes<T, Format>(columns) + kPad;
   };
   Plan plan;
-  plan.warps = min(steps, Format::kFewRowsWarps);
+  plan.warps = int(divide_up(kWantedWarps, blocks));
+  plan.warps = min(steps, max(kFewestWarps, min(plan.warps, kMostWarps)));
   plan.steps = plan.phase_steps = int(divide_up(steps, plan.warps));
-  while (p.rows * x_row_bytes(plan) > kMostXBytes && plan.phase_steps > 1)
+  plan.warps = int(divide_up(steps, plan.steps));  // as few as do it in as many turns
+  const DeviceProperties& device = device_properties();
+  const int64_t own_bytes =
+      kStepBytes + plan.warps * (Format::kRing * PackedStep<Format>::kBytes +
+                                 2 * kRows * kBlockRows * int64_t(sizeof(float)));
+  const int64_t left = device.shared_bytes - own_bytes;
+  const int64_t most_x_bytes = left < kMostXBytes ? left : kMostXBytes;
+  while (p.rows * x_row_bytes(plan) > most_x_bytes && plan.phase_steps > 1)
     plan.phase_steps = int(divide_up(plan.phase_steps, 2));
   plan.x_row_bytes = x_row_bytes(plan);
   plan.x_aligned = is_aligned(p.x, p.x_stride * sizeof(T));
-  plan.weight_aligned = reinterpret_cast<uintptr_t>(p.weight) % 8 == 0 &&
-                        reinterpret_cast<uintptr_t>(p.scales) % 4 == 0;
-  const int64_t bytes =
-      p.rows * plan.x_row_bytes + 2 * plan.warps * kRows * kBlockRows * int64_t(sizeof(float));
+  plan.weight_aligned = is_aligned(p.weight, 0) && is_aligned(p.scales, 0);
+  const int64_t bytes = own_bytes + p.rows * plan.x_row_bytes;
   const int64_t resident =
-      resident_blocks(bytes, plan.warps * kWarpSize, kFewRowsRegisters, device_properties());
-  const int64_t blocks = divide_up(p.out_features, kBlockRows);
-  const int64_t most = resident * device_properties().multiprocessors;
+      resident_blocks(bytes, plan.warps * kWarpSize, kFewRowsRegisters, device);
+  const int64_t most = resident * device.multiprocessors;
   launch_early(op, linear_few_rows_kernel<T, Format, kRows>,
                row_grid(blocks < most ? blocks : most), plan.warps * kWarpSize, bytes, stream, p,
                plan);

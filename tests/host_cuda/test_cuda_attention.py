@@ -22,11 +22,16 @@ KIB = 1 << 10
 
 
 def check(
-    q: Tensor, k: Tensor, v: Tensor, device: dict[str, Any] | None = None, **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    device: dict[str, Any] | None = None,
+    noise: float = 0.0,
+    **options: Any,
 ) -> None:
     """Against the reference, on this device."""
     out, lse = run(q, k, v, **options, **(device or {}))
-    assert_accurate(out, reference_of(**options), q, k, v)
+    assert_accurate(out, reference_of(**options), q, k, v, noise=noise)
     assert_lse_accurate(lse, q, k, v, **options)
 
 
@@ -70,7 +75,10 @@ def test_window(window: int, seqlens: tuple[int, int]) -> None:
 @pytest.mark.parametrize("softcap", [50.0, 5.0, 0.5])
 def test_soft_cap_bites(dtype: torch.dtype, seqlen_q: int, softcap: float) -> None:
     q, k, v = random_qkv(1, seqlen_q, 40, (4, 2), 64, dtype, q_scale=30.0)
-    check(q, k, v, scale=0.125, softcap=softcap)
+    # A score near the cap has two roundings of its size behind it, tanh and the product; a weight
+    # is off by as much of itself.
+    noise = torch.finfo(torch.float32).eps * softcap * v.abs().max().item()
+    check(q, k, v, scale=0.125, softcap=softcap, noise=noise)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

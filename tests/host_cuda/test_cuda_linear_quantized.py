@@ -167,7 +167,7 @@ def test_float32_and_misaligned_data_are_refused() -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize(("rows", "columns", "barriers"), [(9, 1024, 2), (4, 6500, 3)])
+@pytest.mark.parametrize(("rows", "columns", "barriers"), [(9, 1024, 2), (4, 6500, 5)])
 def test_every_barrier_is_needed(format: str, rows: int, columns: int, barriers: int) -> None:
     packed, x = random_weight(format, 48, columns), torch.randn(rows, columns).bfloat16()
     run = lambda **options: linear(format, x, packed, max_blocks=1, **options)  # noqa: E731
