@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
 
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   T* const ring = reinterpret_cast<T*>(shared_memory()) + warp * kStages * kTileSize;
-  const int first_key = warp * kKeys, head_dim = int(p.head_dim);
+  const int first_key = warp * kKeys;
   const int tiles =
       busy && u.keys > first_key
           ? (u.keys - first_key + kWarps * kKeys - 1) / (kWarps * kKeys) * 2
@@ -175,9 +175,8 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
   const auto start_copy = [&](int tile, int stage) {
     if (tile < tiles) {
       const int key = first_key + tile / 2 * (kWarps * kKeys);
-      copy_tile<RowLayout<kHeadDim>, kKeys, kWarpSize, 2>(
-          ring + stage * kTileSize, u.keys - key, head_dim, lane,
-          [&](int row) { return any_key_row(p, plan, u, tile % 2, key + row); });
+      copy_run<RowLayout<kHeadDim>, kKeys>(ring + stage * kTileSize, p, plan, u, tile % 2, key,
+                                           lane);
     }
     cp_async_commit();  // of nothing at the end, so that the waits count alike
   };
@@ -194,6 +193,7 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
   if (!busy) return;
 
   // Q as mma's operand a, for the whole head; zero in rows and columns that do not exist.
+  const int head_dim = int(p.head_dim);
   uint32_t q[kHeadDim / 16][4] = {};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {

@@ -84,16 +84,6 @@ GEMMA2_DEVICE const T* paged_key_row(const AttentionParams& p, const Unit<T>& u,
   return data + page * page_stride + int64_t(slot & ((1 << p.page_shift) - 1)) * stride;
 }
 
-// The same of K or V, paged or not, as one piece of code.
-template <class T>
-GEMMA2_DEVICE const T* any_key_row(const AttentionParams& p, const AttentionPlan& plan,
-                                   const Unit<T>& u, bool of_v, int key) {
-  const T* data = of_v ? u.v : u.k;
-  const int stride = of_v ? plan.v_stride : plan.k_stride;
-  if (!p.block_table) return key_row(plan, u, data, stride, key);
-  return paged_key_row(p, u, data, stride, of_v ? p.v.batch_stride : p.k.batch_stride, key);
-}
-
 // Returns false where the unit has no rows, as the blocks past the end of a short sequence. Lengths
 // and starts are clamped to what exists: the host cannot check values on the device.
 template <class T>
@@ -467,6 +457,40 @@ GEMMA2_DEVICE void copy_keys(T* tile, const AttentionParams& p, const AttentionP
     copy_tile<Layout, kKeys, kThreads, kUnroll>(tile, end, head_dim, thread, [&](int row) {
       return key_row(plan, u, data, stride, key + row);
     });
+  }
+}
+
+// The same by one warp, in little code: for rows one behind the other a pointer goes along.
+template <class Layout, int kKeys, class T>
+GEMMA2_DEVICE void copy_run(T* tile, const AttentionParams& p, const AttentionPlan& plan,
+                            const Unit<T>& u, bool of_v, int key, int lane) {
+  constexpr int kChunks = Layout::kChunks, kStep = kWarpSize / kChunks;
+  const T* data = of_v ? u.v : u.k;
+  const int stride = of_v ? plan.v_stride : plan.k_stride;
+  const int chunk = lane % kChunks, first = lane / kChunks;
+  // This lane's rows that exist.
+  const int end = chunk * 8 < int(p.head_dim) ? u.keys - key - first : 0;
+  int slot = u.slot + key;
+  if (slot >= plan.capacity) slot -= plan.capacity;
+  if (!p.block_table && slot + kKeys <= plan.capacity) {
+    const T* from = data + int64_t(slot + first) * stride + chunk * 8;
+#pragma unroll
+    for (int i = 0; i < kKeys / kStep; ++i) {
+      cp_async<16>(tile + Layout::offset(first + i * kStep, chunk), from, i * kStep < end);
+      from += kStep * stride;
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int i = 0; i < kKeys; i += kStep) {
+    const T* from = nullptr;
+    if (i < end && !p.block_table) {
+      from = key_row(plan, u, data, stride, key + first + i) + chunk * 8;
+    } else if (i < end) {
+      const int64_t page_stride = of_v ? p.v.batch_stride : p.k.batch_stride;
+      from = paged_key_row(p, u, data, stride, page_stride, key + first + i) + chunk * 8;
+    }
+    cp_async<16>(tile + Layout::offset(first + i, chunk), from, i < end);
   }
 }
 

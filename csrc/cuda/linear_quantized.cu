@@ -56,8 +56,8 @@ constexpr float kInt4Bias<BFloat16> = 136.0f;
 GEMMA2_DEVICE void widen(uint32_t word, uint32_t (&low)[2], uint32_t (&high)[2], BFloat16) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    low[i] = (word >> (8 * i) & 0x000f000fu) | 0x43004300u;
-    high[i] = (word >> (8 * i + 4) & 0x000f000fu) | 0x43004300u;
+    low[i] = and_or(word >> (8 * i), 0x000f000fu, 0x43004300u);
+    high[i] = and_or(word >> (8 * i + 4), 0x000f000fu, 0x43004300u);
   }
 }
 GEMMA2_DEVICE void widen(uint32_t word, uint32_t (&low)[2], uint32_t (&high)[2], Half) {
@@ -66,8 +66,8 @@ GEMMA2_DEVICE void widen(uint32_t word, uint32_t (&low)[2], uint32_t (&high)[2],
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const uint32_t part = word >> (8 * i);
-    low[i] = multiply_add_2<Half>((part & 0x000f000fu) | kExponent, kOne, kLowBias);
-    high[i] = multiply_add_2<Half>((part & 0x00f000f0u) | kExponent, kSixteenth, kHighBias);
+    low[i] = multiply_add_2<Half>(and_or(part, 0x000f000fu, kExponent), kOne, kLowBias);
+    high[i] = multiply_add_2<Half>(and_or(part, 0x00f000f0u, kExponent), kSixteenth, kHighBias);
   }
 }
 // The same of an int8 word. BFloat16 has no room for 8 bits below an exponent: 128 + (the last 7
@@ -77,8 +77,8 @@ GEMMA2_DEVICE void widen(uint32_t word, uint32_t (&q)[2], BFloat16) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const uint32_t part = word >> (8 * i);
-    const uint32_t magnitude = (part & 0x007f007fu) | kExponent;
-    q[i] = multiply_add_2<BFloat16>((part & 0x00800080u) | kExponent, kMinusOne, magnitude);
+    const uint32_t magnitude = and_or(part, 0x007f007fu, kExponent);
+    q[i] = multiply_add_2<BFloat16>(and_or(part, 0x00800080u, kExponent), kMinusOne, magnitude);
   }
 }
 GEMMA2_DEVICE void widen(uint32_t word, uint32_t (&q)[2], Half) {
@@ -402,6 +402,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
   float* const scratch = reinterpret_cast<float*>(x_shared + rows * plan.x_row_bytes);
 
   // The copies go through steps and blocks as the sums do, kRing steps in front of them.
+  const int end_step = plan.steps * plan.warps;
   int copied_block = blockIdx.x, copied_step = warp, whole_steps = 0;
   const char *words, *scales;  // of this lane, in the step copied next
   const auto packed_block = [&](int block) {
@@ -448,7 +449,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
     cp_async_commit();  // of nothing at the end, so that the waits count alike
     words += plan.warps * Packed::kWordBytes, scales += plan.warps * Packed::kScaleBytes;
     copied_step += plan.warps;
-    if (copied_step < plan.steps * plan.warps) return;
+    if (copied_step < end_step) return;
     copied_block += gridDim.x;
     whole_steps = 0;
     if (copied_block < blocks) begin_block();
@@ -501,11 +502,27 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
                               plan.phase_steps * plan.warps * kStepBytes;
     return reinterpret_cast<const float*>(at) + (2 * t + j) / kRows;
   };
-  const float* const x_sums[2] = {x_sum(0), x_sum(1)};
+  // Where the next step's part of each is: kept, for the compiler would count it out every time.
+  const unsigned char* x_at[kAtOnce];
+  const float* x_sums[2];
+  const auto begin_phase = [&] {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      x_at[i] = g / kRows == i ? x_lane + warp * kStepBytes : zeros + 8 * t;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) x_sums[j] = x_sum(j) + warp * Packed::kGroups;
+  };
+  const int x_advance = plan.warps * kStepBytes;
+  const auto next_step = [&] {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) x_at[i] += g / kRows == i ? x_advance : 0;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) x_sums[j] += plan.warps * Packed::kGroups;
+  };
 
   // A lane has rows 2g and 2g + 1 of the weights.
   float sums[kPasses][4] = {};
-  const auto multiply = [&](const unsigned char* stage, int of_phase) {
+  const auto multiply = [&](const unsigned char* stage) {
     Vector8 step[kStepChunks][kWords];
     uint32_t step_scales[kPasses];
     const unsigned char* words_at = stage + 4 * (kBlockRows * t + 2 * g);
@@ -522,10 +539,6 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
       step_scales[i] =
           Format::load_scales(scales_at + i * kAtOnce * kBlockRows * Format::kScaleBytes);
     }
-    const unsigned char* x_of_group[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i)
-      x_of_group[i] = g / kRows == i ? x_lane + of_phase * kStepBytes : zeros + 8 * t;
     float products[4];
 #pragma unroll
     for (int c = 0; c < kStepChunks; ++c) {
@@ -538,12 +551,12 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             products[j] = products[j + 2] =
-                kBias != 0 ? x_sums[j][of_phase * Packed::kGroups + pass * kAtOnce] : 0.0f;
+                kBias != 0 ? x_sums[j][pass * kAtOnce] : 0.0f;
           }
         }
 #pragma unroll
         for (int w = 0; w < kWords; ++w) {
-          const Vector8 v = load_8(x_of_group[own] + pass * kAtOnce * kGroupBytes + 32 * w);
+          const Vector8 v = load_8(x_at[own] + pass * kAtOnce * kGroupBytes + 32 * w);
           mma_m16n8k16<T>(products, a[i][w], v.words[0], v.words[1]);
         }
         if (own < kAtOnce - 1) continue;
@@ -602,22 +615,27 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
     store_16(zeros + 16 * i, Vector16{});
   wait_for_previous_kernels();
   unsigned char* stage = ring;
-  int phase = -1;
   for (int block = blockIdx.x; block < blocks; block += gridDim.x) {
+    int number = warp;  // of the step
 #pragma unroll 1
-    for (int step = 0; step < plan.steps; ++step) {
-      if (step / plan.phase_steps != phase) {
-        phase = step / plan.phase_steps;
+    for (int first = 0; first < plan.steps; first += plan.phase_steps) {
+      // x stays where one phase has it all.
+      if (block == int(blockIdx.x) || plan.phase_steps < plan.steps) {
         __syncthreads();  // the part before has been used
-        copy_x(phase);
+        copy_x(first / plan.phase_steps);
         __syncthreads();
       }
-      cp_async_wait<kRing - 1>();
-      __syncwarp();
-      if (step * plan.warps + warp < all_steps)
-        multiply(stage, (step - phase * plan.phase_steps) * plan.warps + warp);
-      start_copy(stage);  // all lanes have read the stage: they met in the products
-      stage = stage + Packed::kBytes == ring_end ? ring : stage + Packed::kBytes;
+      begin_phase();
+#pragma unroll 1
+      for (int left = min(plan.phase_steps, plan.steps - first); left > 0; --left) {
+        cp_async_wait<kRing - 1>();
+        __syncwarp();
+        if (number < all_steps) multiply(stage);
+        next_step();
+        number += plan.warps;
+        start_copy(stage);  // all lanes have read the stage: they met in the products
+        stage = stage + Packed::kBytes == ring_end ? ring : stage + Packed::kBytes;
+      }
     }
     finish(block);
   }

@@ -106,6 +106,15 @@ GEMMA2_DEVICE void cp_async(void* shared, const void* global, bool valid) {
                  : "memory");
   }
 }
+// The same of 16 bytes, the second cache to fetch the 256 bytes around them, which the other warps
+// copy next.
+GEMMA2_DEVICE void cp_async_beside(void* shared, const void* global, bool valid) {
+  const int source_bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(
+                   shared_address(shared)),
+               "l"(global), "r"(source_bytes)
+               : "memory");
+}
 // Closes the group of the copies started since the last commit.
 GEMMA2_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most kGroups groups of this thread, the latest ones, are still on their way.
@@ -206,6 +215,13 @@ GEMMA2_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits);
 GEMMA2_DEVICE uint32_t float_to_bits(float x) { return __float_as_uint(x); }
 
 // ---- arithmetic
+
+// (x & mask) | bits in one instruction, which holds one constant only: the compiler would take two.
+GEMMA2_DEVICE uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
+  uint32_t y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(x), "r"(mask), "r"(bits));
+  return y;
+}
 
 // a * b + c of both elements of a word, rounded once.
 template <class T>

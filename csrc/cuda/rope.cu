@@ -39,13 +39,22 @@ __global__ void __launch_bounds__(kMaxThreads, 5) rope_kernel(const RopeParams p
   float* sines = cosines + half;
   const bool cached = p.capacity > 0;
   allow_next_kernel();
-  const int first_column = int(threadIdx.x);
-  const float inv_freq = first_column < half ? p.inv_freq[first_column] : 0.0f;
+  // Nothing of a step in front writes positions: the first token's angles are computed early.
+  const auto make_angles = [&](int64_t position) {
+    for (int j = threadIdx.x; j < half; j += blockDim.x)
+      sincosf(float(position) * p.inv_freq[j], sines + j, cosines + j);
+  };
+  const auto position_of = [&](int64_t unit) {
+    return p.positions[unit / p.seqlen * p.positions_batch_stride + unit % p.seqlen];
+  };
+  const int64_t units = p.batch * p.seqlen;
+  int64_t position = blockIdx.x < units ? position_of(blockIdx.x) : 0;
+  make_angles(position);
   wait_for_previous_kernels();
 
-  for (int64_t unit = blockIdx.x; unit < p.batch * p.seqlen; unit += gridDim.x) {
+  for (int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
     const int64_t b = unit / p.seqlen, token = unit % p.seqlen;
-    const int64_t position = p.positions[b * p.positions_batch_stride + token];
+    if (unit != blockIdx.x) position = position_of(unit);
     const bool padding = cached && position < 0;
     const int64_t slot = cached ? (padding ? 0 : position % p.capacity) : token;
     const int64_t k_heads = padding ? 0 : p.num_kv_heads, v_heads = cached ? k_heads : 0;
@@ -102,9 +111,7 @@ __global__ void __launch_bounds__(kMaxThreads, 5) rope_kernel(const RopeParams p
     int i = threadIdx.x;
     Pair<T> pair;
     if (i < pairs) pair = load(i);
-    for (int j = first_column; j < half; j += blockDim.x)
-      sincosf(float(position) * (j == first_column ? inv_freq : p.inv_freq[j]), sines + j,
-              cosines + j);
+    if (unit != blockIdx.x) make_angles(position);
     __syncthreads();
     while (i < pairs) {
       finish(pair);

@@ -41,9 +41,12 @@ def test_gpu_has_the_same_tokens_as_the_cpu(models: tuple[Gemma2, Gemma2]) -> No
     )
 
 
-def test_gpu_early_launches_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("batch", [1, 2])
+def test_gpu_early_launches_give_the_same_tokens(
+    monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
     gpu = Gemma2.from_pretrained(shipped_model(), dtype=torch.bfloat16, device="cuda")
-    ids = torch.randint(3, gpu.config.vocab_size, (2, 17))
+    ids = torch.randint(3, gpu.config.vocab_size, (batch, 17))
     tokens = gpu.generate(ids, max_new_tokens=60, temperature=0.8, seed=1)
     monkeypatch.setattr(DecodeGraph, "early_launches", False)
     assert torch.equal(gpu.generate(ids, max_new_tokens=60, temperature=0.8, seed=1), tokens)

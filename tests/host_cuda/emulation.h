@@ -150,6 +150,9 @@ void cp_async(void* shared, const void* global, bool valid) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "");
   emulation::start_copy(shared, global, kBytes, valid);
 }
+inline void cp_async_beside(void* shared, const void* global, bool valid) {
+  emulation::start_copy(shared, global, 16, valid);
+}
 inline void cp_async_commit() { emulation::commit_copies(); }
 template <int kGroups>
 void cp_async_wait(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
@@ -264,6 +267,8 @@ uint32_t pack(float low, float high) {
 }
 
 // ---- arithmetic
+
+inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
 
 template <class T>
 uint32_t multiply_add_2(uint32_t a, uint32_t b, uint32_t c) {
