@@ -230,12 +230,6 @@ struct LinearParams {
   bool geglu;
 };
 
-// CUDA: linear of add_rms_norm's `out`, which is kept nowhere.
-struct AddRmsNormLinearParams {
-  AddRmsNormParams norm;  // out: null
-  LinearParams linear;    // x: null
-};
-
 // out[i, j] = sum_k a[i, k] * b[j, k], or that added to out.
 struct GemmParams {
   const void* a;  // (rows, depth), one of its strides 1

@@ -47,12 +47,6 @@ STABLE_TORCH_LIBRARY(gemma2_ext, m) {
       "Tensor(b!)? grad_weight) -> ()");
   m.def("linear_geglu(Tensor x, Tensor weight) -> Tensor");
   m.def("linear_geglu_out(Tensor x, Tensor weight, Tensor(a!) out) -> ()");
-  m.def(
-      "add_rms_norm_linear(Tensor x, Tensor residual, Tensor post_weight, Tensor pre_weight, "
-      "Tensor weight, float eps=1e-6, bool geglu=False) -> (Tensor, Tensor)");
-  m.def(
-      "add_rms_norm_linear_out(Tensor x, Tensor residual, Tensor post_weight, Tensor pre_weight, "
-      "Tensor weight, float eps, bool geglu, Tensor(a!) residual_out, Tensor(b!) out) -> ()");
   m.def("logits(Tensor hidden, Tensor weight, float? softcap=None) -> Tensor");
   m.def("logits_out(Tensor hidden, Tensor weight, float? softcap, Tensor(a!) out) -> ()");
   m.def("linear_int8(Tensor x, Tensor data, Tensor scales) -> Tensor");

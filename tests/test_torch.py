@@ -51,14 +51,6 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[int], tuple[Tensor, ...]]]]
         lambda n: (*qkv(n), torch.tensor([0, n // 2, n])),
     ),
     "linear": (ops.linear, lambda n: (tokens(n, HIDDEN), torch.randn(7, HIDDEN))),
-    "add_rms_norm_linear": (
-        ops.add_rms_norm_linear,
-        lambda n: (
-            *(tokens(n, HIDDEN), tokens(n, HIDDEN)),
-            *torch.randn(2, HIDDEN),
-            torch.randn(7, HIDDEN),
-        ),
-    ),
     "logits": (
         lambda h, w: ops.logits(h, w, 5.0),
         lambda n: (tokens(n, HIDDEN), torch.randn(7, HIDDEN)),

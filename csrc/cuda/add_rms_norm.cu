@@ -8,7 +8,6 @@
 // cache; of many rows three warps or so have one each, so that an SM has 75 KiB on the way.
 //
 // add_rms_norm_kernel: at most 96 registers, 256 bytes of shared memory.
-#include <stdlib.h>
 #include "kernels.h"
 #include "vector.cuh"
 
@@ -41,7 +40,7 @@ GEMMA2_DEVICE void copy(float (&to)[kSize], const float (&from)[kSize]) {
 
 template <class T, bool kAligned, int kHeld>
 __global__ void __launch_bounds__(max_threads(kHeld), kHeld == kHeldOfFew ? 1 : 3)
-    add_rms_norm_kernel(const AddRmsNormParams p, const bool early) {
+    add_rms_norm_kernel(const AddRmsNormParams p) {
   constexpr int kSize = kVectorSize<T>;
   float* scratch = reinterpret_cast<float*>(shared_memory());
   const int64_t size = p.hidden_size;
@@ -55,16 +54,11 @@ __global__ void __launch_bounds__(max_threads(kHeld), kHeld == kHeldOfFew ? 1 : 
       load_floats_as<kAligned>(p.post_weight, p.weight_dtype, at, size - at, post_weight[i]);
       load_floats_as<kAligned>(p.pre_weight, p.weight_dtype, at, size - at, pre_weight[i]);
     });
+    wait_for_previous_kernels();
   }
-  // An early block goes through its code once for nothing, on the weights, so that it is in the
-  // instruction cache when x is there.
-  bool dry = kEarly && early;
-  if (!dry) wait_for_previous_kernels();
-#pragma unroll 1
-  for (int64_t row = blockIdx.x; row < p.rows;) {
-    const T* x = static_cast<const T*>(dry ? p.post_weight : p.x) + (dry ? 0 : row * p.x_stride);
-    const T* residual = static_cast<const T*>(dry ? p.post_weight : p.residual) +
-                        (dry ? 0 : row * p.residual_stride);
+  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
+    const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
+    const T* residual = static_cast<const T*>(p.residual) + row * p.residual_stride;
     T* residual_out = static_cast<T*>(p.residual_out) + row * size;
     T* out = static_cast<T*>(p.out) + row * size;
     const auto squares = [](const Vector16& vector) {
@@ -107,7 +101,7 @@ __global__ void __launch_bounds__(max_threads(kHeld), kHeld == kHeldOfFew ? 1 : 
         values[j] = before[j] + to_float(from_float<T>(normed));
       }
       const Vector16 vector = pack_vector(values, T{});
-      if (!dry) store_vector<kAligned>(residual_out + at, size - at, vector);
+      store_vector<kAligned>(residual_out + at, size - at, vector);
       if (i >= 0) held[i] = vector;
       sum += squares(vector);
     });
@@ -123,14 +117,8 @@ __global__ void __launch_bounds__(max_threads(kHeld), kHeld == kHeldOfFew ? 1 : 
       }
 #pragma unroll
       for (int j = 0; j < kSize; ++j) values[j] *= r_scale * (1.0f + weight[j]);
-      if (!dry) store_vector<kAligned>(out + at, size - at, pack_vector(values, T{}));
+      store_vector<kAligned>(out + at, size - at, pack_vector(values, T{}));
     });
-    if (dry) {
-      dry = false;
-      wait_for_previous_kernels();
-    } else {
-      row += gridDim.x;
-    }
   }
 }
 
@@ -146,11 +134,9 @@ void launch_held(const AddRmsNormParams& p, cudaStream_t stream) {
   const int threads = row_threads(p.hidden_size, kVectorSize<T>, kHeld, max_threads(kHeld));
   constexpr int64_t kSharedBytes = 2 * kWarpSize * sizeof(float);
   if constexpr (kHeld == kHeldOfFew) {
-    static const bool kDry = getenv("G2_DRY");
-    launch_early("add_rms_norm", kernel, row_grid(p.rows), threads, kSharedBytes, stream, p,
-                 kDry && starts_early());
+    launch_early("add_rms_norm", kernel, row_grid(p.rows), threads, kSharedBytes, stream, p);
   } else {
-    launch("add_rms_norm", kernel, row_grid(p.rows), threads, kSharedBytes, stream, p, false);
+    launch("add_rms_norm", kernel, row_grid(p.rows), threads, kSharedBytes, stream, p);
   }
 }
 

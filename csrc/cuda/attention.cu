@@ -8,7 +8,6 @@
 // attention_decode_kernel: at most 255 registers, 97 KiB of shared memory.
 // attention_combine_kernel: at most 128 registers, 17 KiB of shared memory.
 // attention_plain_kernel: at most 128 registers, no shared memory.
-#include <stdlib.h>
 #include "attention.cuh"
 #include "kernels.h"
 #include "launch.cuh"
@@ -166,12 +165,12 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   T* const ring = reinterpret_cast<T*>(shared_memory()) + warp * kStages * kTileSize;
   const int first_key = warp * kKeys;
-  const int tiles =
-      busy && u.keys > first_key
-          ? (u.keys - first_key + kWarps * kKeys - 1) / (kWarps * kKeys) * 2
-          : 0;
-  // Tile t is K of the warp's run t / 2 of keys where t is even, V where it is odd. Short code: in a
-  // decoding step each kernel runs once a layer, and what the instruction cache loses it waits for.
+  const int tiles = busy && u.keys > first_key
+                        ? (u.keys - first_key + kWarps * kKeys - 1) / (kWarps * kKeys) * 2
+                        : 0;
+  // Tile t is K of the warp's run t / 2 of keys where t is even, V where it is odd. Short code: in
+  // a decoding step each kernel runs once a layer, and what the instruction cache loses it waits
+  // for.
   const auto start_copy = [&](int tile, int stage) {
     if (tile < tiles) {
       const int key = first_key + tile / 2 * (kWarps * kKeys);
@@ -449,14 +448,14 @@ AttentionPlan plan_attention(const AttentionParams& p, const DeviceProperties& d
     resident = resident_blocks(plan.shared_bytes, plan.threads, kRegisters, device);
   }
   plan.row_blocks = divide_up(rows, plan.block_rows);
-  // Where the blocks do not fill the device once, their keys are divided. A shorter split than this
-  // would have more to do with starting and adding up than with its keys.
-  static const int64_t kStepsPerSplit = getenv("G2_STEPS") ? atoi(getenv("G2_STEPS")) : 4;
+  // Where the blocks do not fill the device once, their keys are divided. Of many rows a shorter
+  // split than this would have more to do with starting and adding up than with its keys.
+  const int64_t steps_per_split = plan.kernel == AttentionKernel::kDecode ? 1 : 4;
   int64_t keys = p.window ? min64(p.window + p.seqlen_q - 1, p.seqlen_k) : p.seqlen_k;
   if (p.capacity) keys = min64(keys, p.capacity);
   const int64_t blocks = plan.row_blocks * p.batch * p.num_kv_heads;
   const int64_t fill = device.multiprocessors * resident / max64(1, blocks);
-  plan.splits = max64(1, min64(fill, divide_up(keys, kStepsPerSplit * plan.split_step)));
+  plan.splits = max64(1, min64(fill, divide_up(keys, steps_per_split * plan.split_step)));
   if (plan.splits > 1) {
     plan.partial_size = blocks * plan.splits * plan.block_rows * (p.head_dim + 2);
   }

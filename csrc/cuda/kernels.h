@@ -15,7 +15,6 @@ namespace gemma2 {
   X(geglu, GegluParams)                       \
   X(rope, RopeParams)                         \
   X(linear, LinearParams)                     \
-  X(add_rms_norm_linear, AddRmsNormLinearParams) \
   X(soft_cap, SoftCapParams)                  \
   X(linear_int8, LinearParams)                \
   X(linear_int4, LinearParams)                \
@@ -37,9 +36,6 @@ GEMMA2_CUDA_KERNELS(GEMMA2_DECLARE)
 // and values before a row's last seqlen_q are read early, so no kernel that may still be running
 // may write them. All else is read and written in the order of the launches.
 inline thread_local bool early_launches = false;
-
-// Whether launch_add_rms_norm_linear can serve: a single row, where launches are early.
-bool add_rms_norm_linear_fits(const AddRmsNormLinearParams& p);
 
 // Floats that launch_attention wants at p.partial on the current device, 0 for none; of p's shapes
 // alone, so it is the same for every call in a captured graph.

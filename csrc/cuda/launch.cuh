@@ -79,9 +79,9 @@ void launch(const char* op, void (*kernel)(Params...), dim3 grid, int threads, i
 inline bool starts_early();
 
 // The same for a kernel in which every thread calls allow_next_kernel, and
-// wait_for_previous_kernels before it touches anything but weights: where early_launches says so,
-// it starts when every block of the kernel in front has called the former. Its launch, and its
-// first weights' way, are then hidden behind that one.
+// wait_for_previous_kernels before it touches anything but what kernels.h says is read early: where
+// early_launches says so, it starts when every block of the kernel in front has called the former.
+// Its launch, and its first weights' way, are then hidden behind that one.
 template <class... Params, class... Args>
 void launch_early(const char* op, void (*kernel)(Params...), dim3 grid, int threads,
                   int64_t shared_bytes, cudaStream_t stream, const Args&... args) {

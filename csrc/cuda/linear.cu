@@ -28,8 +28,6 @@ constexpr int kTile = 16;   // rows of weight in a tile, of x in two mma
 constexpr int kChunk = 32;  // columns that a warp takes at once: 8 for each of 4 lanes
 constexpr int kAhead = 4;   // chunks of x on the way to a thread's registers
 
-constexpr int kHeld = 3;    // vectors of a row that a thread has, with a norm in front
-
 constexpr int kUnroll = 4;  // chunks whose loads are on the way together
 // Chunks of weights on the way in a thread's ring; two blocks share a multiprocessor. They are 192
 // KiB there: more than hides the memory's latency, but the ring is filled while others work. Where
@@ -166,80 +164,11 @@ __global__ void __launch_bounds__(kThreads, 2) linear_kernel(const LinearParams 
   }
 }
 
-// Puts norm(residual + norm(x; post); pre) of a single row into `to`, `padded` columns, zeros from
-// hidden_size on; and residual_out where `store`. As add_rms_norm.cu has it, to the bit: a vector's
-// place among warps is that of its thread there. `scratch`: 2 * kWarpSize floats. All aligned, and
-// in the weights' dtype.
-template <class T>
-GEMMA2_DEVICE void normalize_row(const AddRmsNormParams& p, T* to, int padded, float* scratch,
-                                 bool store) {
-  constexpr int kSize = kVectorSize<T>;
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int vectors = int(p.hidden_size) / kSize;
-  const int warps = (vectors + kWarpSize - 1) / kWarpSize;
-  Vector16 x[kHeld], sum[kHeld], post[kHeld], pre[kHeld];
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const int v = threadIdx.x + i * kThreads;
-    x[i] = sum[i] = post[i] = pre[i] = Vector16{};
-    if (v >= vectors) continue;
-    x[i] = load_16(static_cast<const T*>(p.x) + v * kSize);
-    sum[i] = load_16(static_cast<const T*>(p.residual) + v * kSize);
-    post[i] = load_16(static_cast<const T*>(p.post_weight) + v * kSize);
-    pre[i] = load_16(static_cast<const T*>(p.pre_weight) + v * kSize);
-  }
-  const auto scale_of = [&](const Vector16(&row)[kHeld], float* at) {
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      float values[kSize], squares = 0;
-      unpack(row[i], values, T{});
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) squares += values[j] * values[j];
-      squares = warp_sum(squares);
-      if (lane == 0) at[warp + i * kWarps] = squares;
-    }
-    __syncthreads();
-    const float total = warp_sum(lane < warps ? at[lane] : 0.0f);
-    return 1.0f / sqrtf(total / float(p.hidden_size) + float(p.eps));
-  };
-  const float x_scale = scale_of(x, scratch);
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    float values[kSize], weight[kSize], before[kSize];
-    unpack(x[i], values, T{});
-    unpack(post[i], weight, T{});
-    unpack(sum[i], before, T{});
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      const float normed = values[j] * x_scale * (1.0f + weight[j]);
-      values[j] = before[j] + to_float(from_float<T>(normed));
-    }
-    sum[i] = pack_vector(values, T{});
-    const int v = threadIdx.x + i * kThreads;
-    if (store && v < vectors) store_16(static_cast<T*>(p.residual_out) + v * kSize, sum[i]);
-  }
-  const float scale = scale_of(sum, scratch + kWarpSize);
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    float values[kSize], weight[kSize];
-    unpack(sum[i], values, T{});
-    unpack(pre[i], weight, T{});
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) values[j] *= scale * (1.0f + weight[j]);
-    const int v = threadIdx.x + i * kThreads;
-    if (v < vectors) store_16(to + v * kSize, pack_vector(values, T{}));
-  }
-  for (int at = int(p.hidden_size) + threadIdx.x; at < padded; at += kThreads)
-    to[at] = from_float<T>(0.0f);
-  __syncthreads();
-}
-
 // Where all is aligned and in_features is a multiple of 8. Tiles have `columns` columns of out, so
-// that every block has as many. kRowTiles: groups of 8 rows of x, 1 or 2. kNorm: one row, which
-// every block makes by `norm`.
-template <class T, int kRowTiles, int kRing, bool kNorm>
+// that every block has as many. kRowTiles: groups of 8 rows of x, 1 or 2.
+template <class T, int kRowTiles, int kRing>
 __global__ void __launch_bounds__(kThreads, 2)
-    linear_early_kernel(const LinearParams p, int columns, const AddRmsNormParams norm) {
+    linear_early_kernel(const LinearParams p, int columns) {
   constexpr int kScratch = kWarps * 8 * kRowTiles * kTile;
   constexpr int kStep = kWarps * kChunk;  // columns of weight that the warps take at once
   constexpr int kStage = 2 * kThreads;    // vectors
@@ -282,12 +211,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   wait_for_previous_kernels();
   // x of step s is at s % kAhead.
-  const T* x_lane = static_cast<const T*>(p.x) + lane / 4 * p.x_stride + lane_column;
-  if constexpr (kNorm) {
-    T* const row = reinterpret_cast<T*>(scratch + 2 * kScratch);
-    normalize_row(norm, row, steps * kStep, scratch, blockIdx.x == 0);
-    x_lane = row + lane_column;
-  }
+  const T* const x_lane = static_cast<const T*>(p.x) + lane / 4 * p.x_stride + lane_column;
   const auto x_of_step = [&](int step, Vector16(&v)[kRowTiles]) {
     const bool inside = step * kStep + lane_column < in_features;
 #pragma unroll
@@ -321,62 +245,33 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-template <int kRowTiles>
-constexpr int64_t kScratchBytes = kWarps * 8 * kRowTiles * kTile * sizeof(float);
-
-// How linear_early_kernel's blocks share the work. Its own sums do not depend on that.
-struct EarlyPlan {
-  int64_t columns;  // of a tile
-  int64_t blocks;
-  int64_t shared_bytes;
-  bool small_ring;
-};
-
-bool is_aligned_linear(const LinearParams& p) {
-  return is_aligned(p.x, p.x_stride * 2) && is_aligned(p.weight, p.weight_stride * 2);
-}
-
-// False where it cannot serve: then linear_kernel does.
-bool plan_early(const LinearParams& p, bool normed, EarlyPlan& plan) {
-  constexpr int64_t kMostFeatures = INT_MAX / 2, kStep = kWarps * kChunk;
-  const DeviceProperties& device = device_properties();
-  const int64_t steps = divide_up(p.in_features, kStep);
-  const int64_t other_bytes = 2 * kScratchBytes<1> + (normed ? steps * kStep * 2 : 0);
-  plan.shared_bytes = ring_bytes(kRing) + other_bytes;
-  if (!starts_early() || p.in_features % 8 || p.in_features >= kMostFeatures ||
-      p.out_features >= kMostFeatures || plan.shared_bytes > device.shared_bytes) {
-    return false;
-  }
-  const int64_t resident =
-      device.multiprocessors * resident_blocks(plan.shared_bytes, kThreads, 128, device);
-  const int64_t turns = divide_up(p.out_features, resident * whole_tile(p));
-  plan.columns = divide_up(p.out_features, resident * turns);
-  const int64_t tiles = divide_up(p.out_features, plan.columns);
-  plan.blocks = tiles < resident ? tiles : resident;
-  plan.small_ring = steps * turns <= kSmallRing;
-  if (plan.small_ring) plan.shared_bytes = ring_bytes(kSmallRing) + other_bytes;
-  return true;
-}
-
-template <class T, bool kNorm>
-void launch_planned(const char* op, const LinearParams& p, const AddRmsNormParams& norm,
-                    const EarlyPlan& plan, cudaStream_t stream) {
-  const auto kernel = plan.small_ring ? linear_early_kernel<T, 1, kSmallRing, kNorm>
-                                      : linear_early_kernel<T, 1, kRing, kNorm>;
-  launch_early(op, kernel, row_grid(plan.blocks), kThreads, plan.shared_bytes, stream, p,
-               int(plan.columns), norm);
-}
-
 template <class T, int kRowTiles>
 void launch_row_tiles(const LinearParams& p, cudaStream_t stream) {
-  const bool aligned = is_aligned_linear(p);
-  EarlyPlan plan;
+  constexpr int64_t kMostFeatures = INT_MAX / 2;
+  const int64_t scratch_bytes = kWarps * 8 * kRowTiles * kTile * sizeof(float);
+  const bool aligned =
+      is_aligned(p.x, p.x_stride * sizeof(T)) && is_aligned(p.weight, p.weight_stride * sizeof(T));
   // Of more rows the ring's x takes longer than the early start saves.
-  if (kRowTiles == 1 && aligned && plan_early(p, false, plan))
-    return launch_planned<T, false>("linear", p, {}, plan, stream);
+  if constexpr (kRowTiles == 1) {
+    const DeviceProperties& device = device_properties();
+    const int64_t shared_bytes = ring_bytes(kRing) + 2 * scratch_bytes;
+    if (starts_early() && aligned && p.in_features % 8 == 0 && p.in_features < kMostFeatures &&
+        p.out_features < kMostFeatures && shared_bytes <= device.shared_bytes) {
+      const int64_t resident =
+          device.multiprocessors * resident_blocks(shared_bytes, kThreads, 128, device);
+      const int64_t turns = divide_up(p.out_features, resident * whole_tile(p));
+      const int64_t columns = divide_up(p.out_features, resident * turns);
+      const int64_t tiles = divide_up(p.out_features, columns);
+      const bool small = divide_up(p.in_features, kWarps * kChunk) * turns <= kSmallRing;
+      const auto kernel = small ? linear_early_kernel<T, kRowTiles, kSmallRing>
+                                : linear_early_kernel<T, kRowTiles, kRing>;
+      return launch_early("linear", kernel, row_grid(tiles < resident ? tiles : resident), kThreads,
+                          shared_bytes - (small ? ring_bytes(kRing - kSmallRing) : 0), stream, p,
+                          int(columns));
+    }
+  }
   launch("linear", aligned ? linear_kernel<T, true, kRowTiles> : linear_kernel<T, false, kRowTiles>,
-         row_grid(divide_up(p.out_features, whole_tile(p))), kThreads, kScratchBytes<kRowTiles>,
-         stream, p);
+         row_grid(divide_up(p.out_features, whole_tile(p))), kThreads, scratch_bytes, stream, p);
 }
 
 template <class T>
@@ -393,32 +288,6 @@ void launch_linear(const LinearParams& p, cudaStream_t stream) {
   if (p.dtype == DType::kBFloat16) return launch_16_bit<BFloat16>(p, stream);
   if (p.dtype == DType::kFloat16) return launch_16_bit<Half>(p, stream);
   throw std::invalid_argument("gemma2_ext::linear: the CUDA kernel takes 16-bit weights");
-}
-
-bool add_rms_norm_linear_fits(const AddRmsNormLinearParams& p) {
-  using namespace cuda;
-  const AddRmsNormParams& norm = p.norm;
-  EarlyPlan plan;
-  return (norm.dtype == DType::kBFloat16 || norm.dtype == DType::kFloat16) &&
-         norm.weight_dtype == norm.dtype && norm.rows == 1 &&
-         norm.hidden_size <= kHeld * kThreads * 8 && is_aligned(norm.x, 0) &&
-         is_aligned(norm.residual, 0) && is_aligned(norm.post_weight, 0) &&
-         is_aligned(norm.pre_weight, 0) && is_aligned(norm.residual_out, 0) &&
-         is_aligned(p.linear.weight, p.linear.weight_stride * 2) &&
-         plan_early(p.linear, true, plan);
-}
-
-void launch_add_rms_norm_linear(const AddRmsNormLinearParams& p, cudaStream_t stream) {
-  using namespace cuda;
-  if (!add_rms_norm_linear_fits(p))
-    throw std::invalid_argument("gemma2_ext::add_rms_norm_linear: no kernel for these tensors");
-  EarlyPlan plan;
-  plan_early(p.linear, true, plan);
-  if (p.norm.dtype == DType::kBFloat16) {
-    launch_planned<BFloat16, true>("add_rms_norm_linear", p.linear, p.norm, plan, stream);
-  } else {
-    launch_planned<Half, true>("add_rms_norm_linear", p.linear, p.norm, plan, stream);
-  }
 }
 
 }  // namespace gemma2

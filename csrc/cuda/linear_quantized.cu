@@ -13,10 +13,10 @@
 // Memory bounds it: 8.5 or 4.5 bits a weight. What keeps it from there is the number of
 // instructions a weight, so widening and scaling are shared as far as the rows of x allow.
 //
-// 1 to 4 rows, linear_few_rows_kernel: x goes to shared memory once. The words of two rows of
-// weight are one load of 8 bytes. Numbers become floats by an exponent put above their bits, two at
-// a time. A tensor core's product has 8 columns: with 1 or 2 rows of x they stand for 4 groups of
-// weights, with 3 or 4 for 2, so that one scaling serves as many. About 1 instruction a weight.
+// 1 to 4 rows, linear_few_rows_kernel: weights come through a ring of each warp in shared memory, x
+// goes there once. Numbers become floats by an exponent put above their bits, two at a time. A
+// tensor core's product has 8 columns: with 1 or 2 rows of x they stand for 4 groups of weights,
+// with 3 or 4 for 2, so that one scaling serves as many. About 2.5 instructions for 32 weights.
 //
 // 5 to 16 rows, linear_rows_kernel: a block takes a block of weights, its warps every kWarps-th
 // chunk of 32 columns. The word of 4 columns that a lane loads is, widened to 16 bits, its operand
@@ -24,7 +24,7 @@
 // 1 and 4v + 2, 4v + 3 for 2t + 8, 2t + 9. A group's sum is scaled in float32. About 3 instructions
 // a weight.
 //
-// linear_few_rows_kernel: at most 80 registers, 57344 bytes of shared memory.
+// linear_few_rows_kernel: at most 80 registers, 136 KiB of shared memory (99 on most devices).
 // linear_rows_kernel: at most 128 registers, 8192 bytes of shared memory.
 // dequantize_kernel: at most 48 registers, 0 bytes of shared memory.
 #include "kernels.h"
@@ -94,7 +94,7 @@ GEMMA2_DEVICE void widen(uint32_t word, uint32_t (&q)[2], Half) {
 
 // A "word" is 4 bytes of data of one row.
 struct Int8 {
-  using Scale = uint16_t;  // of that size
+  using Scale = uint16_t;           // of that size
   static constexpr int kWords = 2;  // of a row in a chunk that one lane has
   static constexpr int kWordsOfRow = 8;
   static constexpr int kGroups = 1;  // in a chunk
@@ -432,8 +432,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
 #pragma unroll 1
     for (int i = lane / kBlockRows; i < Packed::kGroups; i += kWarpSize / kBlockRows) {
       const int64_t group = min(copied_step * Packed::kGroups + i, chunks * kGroups - 1);
-      scales_to[i * kBlockRows] =
-          static_cast<const Scale*>(block.scales)[group * block.rows + row];
+      scales_to[i * kBlockRows] = static_cast<const Scale*>(block.scales)[group * block.rows + row];
     }
   };
   const auto start_copy = [&](unsigned char* stage) {
@@ -498,8 +497,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
   // Of this lane's two columns of sums, 2t and 2t + 1: the row's part of x, and the group.
   const auto x_sum = [&](int j) {
     const int row = min((2 * t + j) % kRows, rows - 1);
-    const unsigned char* at = x_shared + row * plan.x_row_bytes +
-                              plan.phase_steps * plan.warps * kStepBytes;
+    const unsigned char* at =
+        x_shared + row * plan.x_row_bytes + plan.phase_steps * plan.warps * kStepBytes;
     return reinterpret_cast<const float*>(at) + (2 * t + j) / kRows;
   };
   // Where the next step's part of each is: kept, for the compiler would count it out every time.
@@ -550,8 +549,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
         if (own == 0) {
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            products[j] = products[j + 2] =
-                kBias != 0 ? x_sums[j][pass * kAtOnce] : 0.0f;
+            products[j] = products[j + 2] = kBias != 0 ? x_sums[j][pass * kAtOnce] : 0.0f;
           }
         }
 #pragma unroll

@@ -110,10 +110,10 @@ GEMMA2_DEVICE void cp_async(void* shared, const void* global, bool valid) {
 // copy next.
 GEMMA2_DEVICE void cp_async_beside(void* shared, const void* global, bool valid) {
   const int source_bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(
-                   shared_address(shared)),
-               "l"(global), "r"(source_bytes)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+      "l"(global), "r"(source_bytes)
+      : "memory");
 }
 // Closes the group of the copies started since the last commit.
 GEMMA2_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -4,7 +4,6 @@
 #include "../cpu/float64.h"
 #include "../cpu/isa.h"
 #include "cuda.h"
-#include "parts.h"
 
 namespace gemma2 {
 namespace {
@@ -29,8 +28,6 @@ void check_inputs(const char* op, const Tensor& x, const char* residual_name,
   check_same_dtype(op, "pre_weight", pre_weight, "post_weight", post_weight);
   if (!(eps >= 0)) fail(op, "eps must be at least 0, got " + std::to_string(eps));
 }
-
-}  // namespace
 
 void add_rms_norm_out(const Tensor& x, const Tensor& residual, const Tensor& post_weight,
                       const Tensor& pre_weight, double eps, Tensor residual_out, Tensor out) {
@@ -65,8 +62,6 @@ void add_rms_norm_out(const Tensor& x, const Tensor& residual, const Tensor& pos
   parallel_units(p.rows, p.hidden_size * 8,
                  [&](int64_t begin, int64_t end) { kernels.add_rms_norm_rows(p, begin, end); });
 }
-
-namespace {
 
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
                                         const Tensor& post_weight, const Tensor& pre_weight,

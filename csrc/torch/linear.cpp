@@ -12,7 +12,6 @@
 #include "cuda.h"
 #include "gemm.h"
 #include "mm.h"
-#include "parts.h"
 
 namespace gemma2 {
 namespace {
@@ -164,13 +163,9 @@ Tensor new_out(const Tensor& x, const Tensor& weight, ScalarType type) {
   return torch::stable::new_empty(x, {shape.data(), shape.size()}, type);
 }
 
-}  // namespace
-
 void linear_out(const Tensor& x, const Tensor& weight, Tensor out) {
   run("linear", "x", x, weight, 0, out, x.scalar_type());
 }
-
-namespace {
 
 Tensor linear(const Tensor& x, const Tensor& weight) {
   Tensor out = new_out(x, weight, x.scalar_type());
@@ -260,13 +255,9 @@ void linear_then_geglu(const Tensor& x, const Tensor& weight, const Tensor& out)
       torch_call_dispatcher("gemma2_ext::geglu_out", "", stack.data(), TORCH_ABI_VERSION));
 }
 
-}  // namespace
-
 void linear_geglu_out(const Tensor& x, const Tensor& weight, Tensor out) {
   run("linear_geglu", "x", x, weight, 0, out, x.scalar_type(), true);
 }
-
-namespace {
 
 Tensor linear_geglu(const Tensor& x, const Tensor& weight) {
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());

@@ -352,8 +352,6 @@ class Gemma2(nn.Module):
         else:
             residual = F.embedding(input_ids, embedding)
         residual = residual * config.embedding_scale(self.dtype)
-        if residual.is_cuda and input_ids.numel() == 1 and self._is_plain_inference():
-            return self._one_row_layers(residual, attend)
         hidden = ops.rms_norm(residual, layers[0].input_layernorm.weight, config.rms_norm_eps)
         for i, layer in enumerate(layers):
             following = layers[i + 1].input_layernorm if i + 1 < len(layers) else self.norm
@@ -361,41 +359,6 @@ class Gemma2(nn.Module):
                 config, layer, following.weight, residual, hidden, functools.partial(attend, i)
             )
         return hidden
-
-    def _is_plain_inference(self) -> bool:
-        return not torch.is_grad_enabled() and isinstance(self.embed_tokens.weight, Tensor)
-
-    def _one_row_layers(self, residual: Tensor, attend: Any) -> Tensor:
-        """As _layers, each norm inside the product behind it."""
-        config, layers = self.config, cast("list[Layer]", list(self.layers))
-        eps = config.rms_norm_eps
-        hidden = ops.rms_norm(residual, layers[0].input_layernorm.weight, eps)
-        qkv = ops.linear(hidden, layers[0].qkv_proj.weight)
-        for i, layer in enumerate(layers):
-            attended = attend(i, *split_heads(config, qkv)).flatten(-2)
-            attended = ops.linear(attended, layer.o_proj.weight)
-            residual, mlp = ops.add_rms_norm_linear(
-                attended,
-                residual,
-                layer.post_attention_layernorm.weight,
-                layer.pre_feedforward_layernorm.weight,
-                layer.gate_up_proj.weight,
-                eps,
-                geglu=True,
-            )
-            mlp = ops.linear(mlp, layer.down_proj.weight)
-            if i + 1 == len(layers):
-                break
-            residual, qkv = ops.add_rms_norm_linear(
-                mlp,
-                residual,
-                layer.post_feedforward_layernorm.weight,
-                layers[i + 1].input_layernorm.weight,
-                layers[i + 1].qkv_proj.weight,
-                eps,
-            )
-        post_weight = layers[-1].post_feedforward_layernorm.weight
-        return ops.add_rms_norm(mlp, residual, post_weight, self.norm.weight, eps)[1]
 
     def hidden(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """Hidden states behind the final norm, of sequences packed one behind another.
@@ -476,13 +439,6 @@ def _check_packed(
         )
 
 
-def split_heads(config: Gemma2Config, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v, (batch, seqlen, heads, head_dim) each, of their common product."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    qkv = qkv.unflatten(-1, (heads + 2 * kv_heads, config.head_dim))
-    return qkv.split((heads, kv_heads, kv_heads), dim=2)
-
-
 def run_layer(
     config: Gemma2Config,
     layer: Any,
@@ -507,9 +463,13 @@ def run_layer(
     Returns:
         (residual, hidden) for the next layer.
     """
+    batch, seqlen = residual.shape[:2]
     eps, inter = config.rms_norm_eps, config.intermediate_size
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     qkv = ops.linear(hidden, layer.qkv_proj.weight)
-    attended = attend(*split_heads(config, qkv)).flatten(-2)
+    qkv = qkv.view(batch, seqlen, heads + 2 * kv_heads, config.head_dim)
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)
+    attended = attend(q, k, v).reshape(batch, seqlen, heads * config.head_dim)
     attended = ops.linear(attended, layer.o_proj.weight)
     residual, hidden = ops.add_rms_norm(
         attended,

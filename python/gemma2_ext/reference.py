@@ -367,31 +367,6 @@ def linear_geglu(x: Tensor, weight: Tensor) -> Tensor:
     return geglu(gate, up)
 
 
-def add_rms_norm_linear(
-    x: Tensor,
-    residual: Tensor,
-    post_weight: Tensor,
-    pre_weight: Tensor,
-    weight: Tensor,
-    eps: float = 1e-6,
-    geglu: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """`r, normed = add_rms_norm(x, residual, ...)`, and the product of normed with weight.
-
-    Args:
-        x, residual, post_weight, pre_weight, eps: see `add_rms_norm`.
-        weight: (out_features, hidden_size); with `geglu` gate above up, as in `linear_geglu`.
-        geglu: whether the product is `linear_geglu`.
-
-    Returns:
-        (r, product), of x's shape and (..., out_features).
-
-    Source: transformers, Gemma2DecoderLayer.
-    """
-    r, normed = add_rms_norm(x, residual, post_weight, pre_weight, eps)
-    return r, (linear_geglu if geglu else linear)(normed, weight)
-
-
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

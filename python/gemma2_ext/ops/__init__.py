@@ -7,7 +7,6 @@ Layout is (batch, seqlen, heads, head_dim). Each function is also `torch.ops.gem
 from ..quantize import quantize
 from ._common import refuse_cuda_without_kernels
 from .add_rms_norm import add_rms_norm
-from .add_rms_norm_linear import add_rms_norm_linear
 from .attention import attention
 from .attention_cache import attention_cache
 from .attention_paged import attention_paged
@@ -31,7 +30,6 @@ refuse_cuda_without_kernels()
 
 __all__ = [
     "add_rms_norm",
-    "add_rms_norm_linear",
     "attention",
     "attention_cache",
     "attention_paged",
