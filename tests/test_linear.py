@@ -68,6 +68,17 @@ def test_any_shape(rows: int, in_features: int, out_features: int, dtype: torch.
     assert_product(actual, x, weight)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_features", [41, 64])
+def test_a_nan_stays_in_its_row(isa: str, dtype: torch.dtype, in_features: int) -> None:
+    x, weight = operands(42, in_features, 30, dtype)
+    expected = ops.linear(x, weight)
+    x[5] = float("nan")
+    actual = ops.linear(x, weight)
+    assert actual[5].isnan().all()
+    assert_same(actual[[i for i in range(42) if i != 5]], expected[[i for i in range(42) if i != 5]])
+
+
 @pytest.mark.parametrize("rows", [3, 21])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)

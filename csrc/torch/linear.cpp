@@ -21,11 +21,14 @@ namespace {
 // Without it torch widens bf16 to float32 at a quarter of this project's speed or less, and for
 // float32 and float16 this project's GEMM is at least as fast.
 constexpr int64_t kTorchRowsBf16Dot = 32;
-constexpr int64_t kTorchNever = INT64_MAX;
 
-int64_t torch_rows(DType dtype) {
-  if (dtype == DType::kFloat64) return 0;
-  return dtype == DType::kBFloat16 && cpu_isa() == "avx512_bf16" ? kTorchRowsBf16Dot : kTorchNever;
+// Whether that is for products of `rows` rows of `depth` numbers each. Where the processor has AMX,
+// oneDNN reads one number past a row of an odd depth and multiplies it with zero: a NaN there
+// would show.
+bool torch_serves(DType dtype, int64_t rows, int64_t depth) {
+  if (dtype == DType::kFloat64) return true;
+  return dtype == DType::kBFloat16 && cpu_isa() == "avx512_bf16" && rows >= kTorchRowsBf16Dot &&
+         depth % 2 == 0;
 }
 
 #ifdef GEMMA2_WITH_CUDA
@@ -125,7 +128,7 @@ void run(const char* op, const char* name, const Tensor& x, const Tensor& weight
   if (geglu && (x.is_cpu() || dtype == DType::kFloat32 || rows > kLinearCudaRows))
     return linear_then_geglu(x, weight, out);
   if (x.is_cpu() && (softcap == 0 || dtype == DType::kFloat64) && out_type == x.scalar_type() &&
-      rows >= torch_rows(dtype)) {
+      torch_serves(dtype, rows, in_features)) {
     torch_mm_out(as_matrix(x, rows), torch::stable::transpose(weight, 0, 1), out, rows);
     double* y = static_cast<double*>(out.data_ptr());
     for (int64_t i = 0; softcap > 0 && i < rows * out_features; ++i)
@@ -205,7 +208,8 @@ void linear_backward_out(const Tensor& grad_out, const Tensor& x, const Tensor& 
     if (grad_weight) torch::stable::zero_(*grad_weight);
     return;
   }
-  if (!x.is_cpu() || (grad_out.scalar_type() == x.scalar_type() && rows >= torch_rows(dtype))) {
+  if (!x.is_cpu() || (grad_out.scalar_type() == x.scalar_type() &&
+                      torch_serves(dtype, rows, out_features))) {
     Tensor grad = as_matrix(grad_out, rows);
     if (grad.scalar_type() != x.scalar_type()) grad = torch::stable::to(grad, x.scalar_type());
     if (grad_x) torch_mm_out(grad, weight, *grad_x, rows);
