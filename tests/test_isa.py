@@ -12,7 +12,7 @@ import torch
 import gemma2_ext
 from common import ISAS
 
-LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
+LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "avx512_vnni")
 
 
 def run(value: str, code: str) -> subprocess.CompletedProcess[str]:
@@ -60,6 +60,20 @@ def test_set_cpu_isa_takes_effect_at_once() -> None:
         assert gemma2_ext.build_info()["cpu_isa"] == isa
         assert torch.isfinite(gemma2_ext.ops.geglu(torch.ones(9), torch.ones(9))).all()
     gemma2_ext._C.set_cpu_isa(before)
+
+
+@pytest.mark.skipif("avx512_vnni" not in ISAS, reason="Intel's, with AVX512_BF16")
+def test_avx512_vnni_has_floats_from_avx512_and_packed_weights_from_avx512_bf16() -> None:
+    before = gemma2_ext._C.cpu_isa()
+    x, weight = torch.randn(3, 64).bfloat16(), torch.randn(40, 64).bfloat16()
+    packed = gemma2_ext.ops.quantize(weight, "int8")
+    results: dict[str, list[torch.Tensor]] = {}
+    for isa in ("avx512", "avx512_bf16", "avx512_vnni"):
+        gemma2_ext._C.set_cpu_isa(isa)
+        results[isa] = [gemma2_ext.ops.linear(x, w) for w in (weight, packed)]
+    gemma2_ext._C.set_cpu_isa(before)
+    assert torch.equal(results["avx512_vnni"][0], results["avx512"][0])
+    assert torch.equal(results["avx512_vnni"][1], results["avx512_bf16"][1])
 
 
 def test_build_info() -> None:

@@ -76,7 +76,9 @@ def test_a_nan_stays_in_its_row(isa: str, dtype: torch.dtype, in_features: int) 
     x[5] = float("nan")
     actual = ops.linear(x, weight)
     assert actual[5].isnan().all()
-    assert_same(actual[[i for i in range(42) if i != 5]], expected[[i for i in range(42) if i != 5]])
+    assert_same(
+        actual[[i for i in range(42) if i != 5]], expected[[i for i in range(42) if i != 5]]
+    )
 
 
 @pytest.mark.parametrize("rows", [3, 21])

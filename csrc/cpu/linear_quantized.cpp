@@ -299,6 +299,33 @@ struct Int8 {
       total[i % 2] = dot_quads(total[i % 2], w.w[i], (VecI8)broadcast_bits(x.q + 4 * i));
     return fma(to_floats(total[0] + total[1]), w.scale * set(x.scale), sum);
   }
+  // As `dot`, of kBlocks blocks and kRows rows of x.
+  template <int kRows, int kBlocks>
+  static GEMMA2_INLINE void dot_blocks(const Weights (&w)[kBlocks], const X* x,
+                                       VecF (*sums)[kBlocks]) {
+    VecI total[kRows][kBlocks][2];  // of every other four columns, so that no sum waits long
+    GEMMA2_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      GEMMA2_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const VecI8 q = (VecI8)broadcast_bits(x[r].q + 4 * i);
+        GEMMA2_UNROLL
+        for (int b = 0; b < kBlocks; ++b) {
+          VecI& sum = total[r][b][i % 2];
+          if (i < 2) sum = i == 0 ? VecI{} + x[r].offset : VecI{};
+          sum = dot_quads(sum, w[b].w[i], q);
+        }
+      }
+    }
+    GEMMA2_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      GEMMA2_UNROLL
+      for (int b = 0; b < kBlocks; ++b) {
+        const VecF product = to_floats(total[r][b][0] + total[r][b][1]);
+        sums[r][b] = fma(product, w[b].scale * set(x[r].scale), sums[r][b]);
+      }
+    }
+  }
   // One row of x against kVectors vectors of rows of weight, whose data begin at data[v]: as `dot`
   // does it, but with x's part in registers.
   template <int kVectors>
@@ -382,6 +409,33 @@ struct Int4 {
     // Both sums are below 2^14.
     const VecI product = multiply_add_words(join_words(total[0], total[1]), w.scale);
     return fma(to_floats(product), set(x.scale), sum);
+  }
+  template <int kRows, int kBlocks>
+  static GEMMA2_INLINE void dot_blocks(const Weights (&w)[kBlocks], const X* x,
+                                       VecF (*sums)[kBlocks]) {
+    VecI total[kRows][kBlocks][2];
+    GEMMA2_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      GEMMA2_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const VecI8 q = (VecI8)broadcast_bits(x[r].q + 4 * i);
+        GEMMA2_UNROLL
+        for (int b = 0; b < kBlocks; ++b) {
+          VecI& sum = total[r][b][i / 4];
+          if (i % 4 == 0) sum = VecI{} + x[r].offset[i / 4];
+          sum = dot_quads(sum, w[b].w[i], q);
+        }
+      }
+    }
+    GEMMA2_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      GEMMA2_UNROLL
+      for (int b = 0; b < kBlocks; ++b) {
+        const VecI16 both = join_words(total[r][b][0], total[r][b][1]);
+        sums[r][b] =
+            fma(to_floats(multiply_add_words(both, w[b].scale)), set(x[r].scale), sums[r][b]);
+      }
+    }
   }
   template <int kVectors>
   static GEMMA2_INLINE void dot_row(const uint8_t* const (&data)[kVectors],
@@ -510,6 +564,41 @@ void dot_block(const Block<F>& block, int64_t pieces, const typename F::X* x, in
   }
 }
 
+#if defined(GEMMA2_ISA_avx512_bf16)
+
+// Whole blocks that a row of x meets at once, of several rows: their weights fill half the
+// registers. Otherwise reading x takes as long as the products.
+constexpr int kBlocksAtOnce = 2;
+
+// The sums of a chunk of rows with kBlocksAtOnce whole blocks, one behind the other.
+template <class F>
+void dot_blocks(const Block<F>& first, int64_t pieces, const typename F::X* x, int64_t rows,
+                VecF (*sums)[kBlocksAtOnce]) {
+  static_assert(kBlockVectors == 1, "");
+  const int64_t data_stride = kQuantRows * pieces * F::kRowBytes;
+  const int64_t scales_stride = kQuantRows * (pieces * F::kScaleBytes + F::kFactorBytes);
+  const uint8_t *data = first.data, *scales = first.scales;
+  memset(sums, 0, rows * sizeof *sums);
+  for (int64_t i = 0; i < pieces; ++i, x += rows) {
+    typename F::Weights w[kBlocksAtOnce];
+    GEMMA2_UNROLL
+    for (int b = 0; b < kBlocksAtOnce; ++b) {
+      const uint8_t* block = data + b * data_stride;
+      GEMMA2_UNROLL
+      for (int64_t line = 0; line < kQuantRows * F::kRowBytes; line += 64)
+        __builtin_prefetch(block + kPrefetchBytes + line);
+      w[b] = F::load_piece(block, F::load_scales(scales + b * scales_stride), 0);
+    }
+    int64_t r = 0;
+    for (; r + 2 <= rows; r += 2) F::template dot_blocks<2>(w, x + r, sums + r);
+    if (r < rows) F::template dot_blocks<1>(w, x + r, sums + r);
+    data += kQuantRows * F::kRowBytes;
+    scales += kQuantRows * F::kScaleBytes;
+  }
+}
+
+#endif
+
 // Vectors of rows of weight that one row of x meets at once: few enough for the sums of both groups
 // of int4 to stay in registers, many enough to read x seldom.
 constexpr int kRowVectors = 4;
@@ -580,6 +669,22 @@ void dot_units(const LinearParams& p, int64_t begin, int64_t end) {
         finish_block<F>(p, Block<F>(p, b + i), (b + i) * kQuantRows, 0, 1, sums + i);
     }
   }
+#if defined(GEMMA2_ISA_avx512_bf16)
+  VecF wide[kQuantChunk][kBlocksAtOnce];
+  for (;
+       p.rows > 1 && (b + kBlocksAtOnce) * kQuantRows <= p.out_features && b + kBlocksAtOnce <= end;
+       b += kBlocksAtOnce) {
+    for (int64_t chunk = 0; chunk * kQuantChunk < p.rows; ++chunk) {
+      const int64_t rows = chunk_rows(p, chunk);
+      dot_blocks<F>(Block<F>(p, b), pieces, packed_chunk<F>(p, chunk), rows, wide);
+      for (int i = 0; i < kBlocksAtOnce; ++i) {
+        for (int64_t r = 0; r < rows; ++r) sums[r][0] = wide[r][i];
+        finish_block<F>(p, Block<F>(p, b + i), (b + i) * kQuantRows, chunk * kQuantChunk, rows,
+                        sums);
+      }
+    }
+  }
+#endif
   for (; b < end; ++b) {
     const Block<F> block(p, b);
     for (int64_t chunk = 0; chunk * kQuantChunk < p.rows; ++chunk) {

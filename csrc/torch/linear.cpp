@@ -27,8 +27,9 @@ constexpr int64_t kTorchRowsBf16Dot = 32;
 // would show.
 bool torch_serves(DType dtype, int64_t rows, int64_t depth) {
   if (dtype == DType::kFloat64) return true;
-  return dtype == DType::kBFloat16 && cpu_isa() == "avx512_bf16" && rows >= kTorchRowsBf16Dot &&
-         depth % 2 == 0;
+  const std::string isa = cpu_isa();
+  return dtype == DType::kBFloat16 && (isa == "avx512_bf16" || isa == "avx512_vnni") &&
+         rows >= kTorchRowsBf16Dot && depth % 2 == 0;
 }
 
 #ifdef GEMMA2_WITH_CUDA
@@ -208,8 +209,8 @@ void linear_backward_out(const Tensor& grad_out, const Tensor& x, const Tensor& 
     if (grad_weight) torch::stable::zero_(*grad_weight);
     return;
   }
-  if (!x.is_cpu() || (grad_out.scalar_type() == x.scalar_type() &&
-                      torch_serves(dtype, rows, out_features))) {
+  if (!x.is_cpu() ||
+      (grad_out.scalar_type() == x.scalar_type() && torch_serves(dtype, rows, out_features))) {
     Tensor grad = as_matrix(grad_out, rows);
     if (grad.scalar_type() != x.scalar_type()) grad = torch::stable::to(grad, x.scalar_type());
     if (grad_x) torch_mm_out(grad, weight, *grad_x, rows);
