@@ -32,9 +32,9 @@ GEMMA2_CUDA_KERNELS(GEMMA2_DECLARE)
 #undef GEMMA2_DECLARE
 
 // Whether what this thread launches may start before the kernels in front of it have ended (from
-// sm_90 on): then weights (of norms too), inv_freq, positions, key_lengths, block tables, and keys
-// and values before a row's last seqlen_q are read early, so no kernel that may still be running
-// may write them. All else is read and written in the order of the launches.
+// sm_90 on): then weights (of norms too), inv_freq, positions, key_lengths, key_starts, cu_seqlens,
+// block tables, and keys and values before a row's last seqlen_q are read early, so no kernel that
+// may still be running may write them. All else is read and written in the order of the launches.
 inline thread_local bool early_launches = false;
 
 // Floats that launch_attention wants at p.partial on the current device, 0 for none; of p's shapes

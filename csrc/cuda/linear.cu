@@ -57,8 +57,8 @@ GEMMA2_DEVICE void weight_rows(const LinearParams& p, int64_t tile, int columns,
   rows[1] = static_cast<const T*>(p.weight) + row_1 * p.weight_stride + 8 * (lane % 4);
 }
 
-// This lane's part of the chunk of x at column k. kWhole: in_features is a multiple of 8.
-template <class T, bool kAligned, bool kWhole, int kRowTiles>
+// This lane's part of the chunk of x at column k.
+template <class T, bool kAligned, int kRowTiles>
 GEMMA2_DEVICE void load_x(const LinearParams& p, int64_t k, Vector16 (&v)[kRowTiles]) {
   const int lane = threadIdx.x % kWarpSize, g = lane / 4;
   k += 8 * (lane % 4);
@@ -67,9 +67,7 @@ GEMMA2_DEVICE void load_x(const LinearParams& p, int64_t k, Vector16 (&v)[kRowTi
   for (int i = 0; i < kRowTiles; ++i) {
     v[i] = Vector16{};
     if (g + 8 * i >= p.rows) continue;
-    const T* from = x + 8 * i * p.x_stride;
-    v[i] = kWhole ? load_whole<kAligned>(from, p.in_features - k)
-                  : load_vector<kAligned>(from, p.in_features - k);
+    v[i] = load_vector<kAligned>(x + 8 * i * p.x_stride, p.in_features - k);
   }
 }
 
@@ -144,8 +142,7 @@ __global__ void __launch_bounds__(kThreads, 2) linear_kernel(const LinearParams 
           w[i][1] = load_16_once(rows[1] + k);
         }
 #pragma unroll
-        for (int i = 0; i < kUnroll; ++i)
-          load_x<T, true, false>(p, (chunk + i * kWarps) * kChunk, x[i]);
+        for (int i = 0; i < kUnroll; ++i) load_x<T, true>(p, (chunk + i * kWarps) * kChunk, x[i]);
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i) multiply<T>(sums, w[i], x[i]);
       }
@@ -156,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, 2) linear_kernel(const LinearParams 
       Vector16 w[2], x[kRowTiles];
       w[0] = load_vector<kAligned>(rows[0] + k, n);
       w[1] = load_vector<kAligned>(rows[1] + k, n);
-      load_x<T, kAligned, false>(p, k, x);
+      load_x<T, kAligned>(p, k, x);
       multiply<T>(sums, w, x);
     }
     finish_tile<T>(p, tile, columns, sums, reinterpret_cast<float*>(shared_memory()));

@@ -16,7 +16,7 @@
 // 1 to 4 rows, linear_few_rows_kernel: weights come through a ring of each warp in shared memory, x
 // goes there once. Numbers become floats by an exponent put above their bits, two at a time. A
 // tensor core's product has 8 columns: with 1 or 2 rows of x they stand for 4 groups of weights,
-// with 3 or 4 for 2, so that one scaling serves as many. About 2.5 instructions for 32 weights.
+// with 3 or 4 for 2, so that one scaling serves as many. About 2.7 instructions for 32 weights.
 //
 // 5 to 16 rows, linear_rows_kernel: a block takes a block of weights, its warps every kWarps-th
 // chunk of 32 columns. The word of 4 columns that a lane loads is, widened to 16 bits, its operand

@@ -78,13 +78,6 @@ GEMMA2_DEVICE uint32_t load_4_once(const void* p) {
   asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
   return v;
 }
-GEMMA2_DEVICE Vector8 load_8_once(const void* p) {
-  Vector8 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
-               : "=r"(v.words[0]), "=r"(v.words[1])
-               : "l"(p));
-  return v;
-}
 GEMMA2_DEVICE void store_16(void* p, const Vector16& v) {
   *static_cast<uint4*>(p) = make_uint4(v.words[0], v.words[1], v.words[2], v.words[3]);
 }

@@ -133,7 +133,6 @@ inline Vector8 load_8(const void* p) {
   memcpy(&v, p, 8);
   return v;
 }
-inline Vector8 load_8_once(const void* p) { return load_8(p); }
 inline uint32_t load_4_once(const void* p) {
   emulation::check_access(p, 4);
   uint32_t v;
