@@ -3,11 +3,12 @@
 // the dtype, as in transformers; the rest is in float32.
 //
 // A block a row, one launch for what torch does in about a dozen. x and residual are read once,
-// into registers, as far as kHeld vectors a thread reach (6144 16-bit elements); beyond, x is read
-// twice and residual_out again. Memory bounds it: 8 bytes an element in 16 bits, weights from the
-// cache; of many rows three warps or so have one each, so that an SM has 75 KiB on the way.
+// into registers, as far as kHeld vectors a thread reach (6144 16-bit elements of few rows, 9216 of
+// many); beyond, x is read twice and residual_out again. Memory bounds it: 8 bytes an element in 16
+// bits, weights from the cache; of many rows one warp or two have one each, so that an SM has 110
+// KiB on the way.
 //
-// add_rms_norm_kernel: at most 96 registers, 256 bytes of shared memory.
+// add_rms_norm_kernel: at most 168 registers, 256 bytes of shared memory.
 #include "kernels.h"
 #include "vector.cuh"
 
@@ -16,9 +17,9 @@ namespace cuda {
 namespace {
 
 // Vectors of x, and of residual, in a thread's registers: of few rows and of many.
-constexpr int kHeldOfFew = 1, kHeldOfMany = 3;
+constexpr int kHeldOfFew = 1, kHeldOfMany = 9;
 // Of blocks, one or three of which a multiprocessor has registers for.
-constexpr int max_threads(int held) { return held == kHeldOfFew ? 768 : 192; }
+constexpr int max_threads(int held) { return held == kHeldOfFew ? 768 : 128; }
 
 // Walks the vectors of a row that belong to this thread, the held ones first: f(at, i), i the
 // number of a held one, or -1.

@@ -2,12 +2,16 @@
 // of q and k (batch, seqlen, heads, head_dim); with a cache, k and v go into slot
 // position % capacity of it, and a position below 0 is padding: neither rotated nor written.
 //
-// A block a token: its cosines and sines are computed once, into shared memory, for all heads; then
-// a thread takes a vector of each half of a head at a time. Angle, cosine and sine in float32, one
+// A thread takes a vector of each half of a head at a time. Angle, cosine and sine in float32, one
 // rounding at the end. Memory bounds it: 4 bytes an element of q, k and (with a cache) v in 16
 // bits. Source: transformers, apply_rotary_pos_emb.
 //
+// Few tokens: a block a token, whose cosines and sines are computed once, into shared memory. Many:
+// a thread has one vector's columns of a token in all heads, several on the way at once; its angles
+// stay in registers, and no barrier is met.
+//
 // rope_kernel: at most 64 registers, 4 head_dim bytes of shared memory.
+// rope_many_kernel: at most 102 registers, no shared memory.
 #include "kernels.h"
 #include "vector.cuh"
 
@@ -21,14 +25,78 @@ GEMMA2_DEVICE int64_t offset(const HeadsView& t, int64_t batch, int64_t token, i
   return batch * t.batch_stride + token * t.seqlen_stride + head * t.head_stride;
 }
 
+// A token's place among the tensors; a position below 0 is padding where there is a cache.
+struct Token {
+  int64_t batch, index, slot;
+  bool padding;
+
+  GEMMA2_DEVICE Token(const RopeParams& p, int64_t unit, int64_t position)
+      : batch(unit / p.seqlen), index(unit % p.seqlen), slot(index), padding(false) {
+    if (p.capacity == 0) return;
+    padding = position < 0;
+    slot = padding ? 0 : position % p.capacity;
+  }
+  // Of q, k and, with a cache, v.
+  GEMMA2_DEVICE int heads(const RopeParams& p) const {
+    const int64_t k_heads = padding ? 0 : p.num_kv_heads;
+    return int(p.num_heads + k_heads + (p.capacity > 0 ? k_heads : 0));
+  }
+};
+
+GEMMA2_DEVICE int64_t position_of(const RopeParams& p, int64_t unit) {
+  return p.positions[unit / p.seqlen * p.positions_batch_stride + unit % p.seqlen];
+}
+
 // Vectors of both halves of one head, `n` columns of which exist.
-template <class T>
+template <class T, bool kAligned>
 struct Pair {
   T* to;
   int column;
   int n;
   bool rotated;
   Vector16 halves[2];
+
+  GEMMA2_DEVICE void load(const RopeParams& p, const Token& token, int head, int first_column) {
+    const int half = int(p.head_dim / 2);
+    const T* from;
+    column = first_column;
+    n = half - column;
+    rotated = !token.padding;
+    const auto at = [&](const HeadsView& view, int64_t row) {
+      return static_cast<T*>(view.data) + offset(view, token.batch, row, head) + column;
+    };
+    if (head < int(p.num_heads)) {
+      from = at(p.q, token.index);
+      to = at(p.q_out, token.index);
+    } else if ((head -= int(p.num_heads)) < int(p.num_kv_heads)) {
+      from = at(p.k, token.index);
+      to = at(p.capacity > 0 ? p.k_cache : p.k_out, token.slot);
+    } else {
+      head -= int(p.num_kv_heads);
+      from = at(p.v, token.index);
+      to = at(p.v_cache, token.slot);
+      rotated = false;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) halves[h] = load_whole<kAligned>(from + h * half, n);
+  }
+  GEMMA2_DEVICE void rotate(const float (&c)[kVectorSize<T>], const float (&s)[kVectorSize<T>]) {
+    constexpr int kSize = kVectorSize<T>;
+    float x1[kSize], x2[kSize], y1[kSize], y2[kSize];
+    unpack(halves[0], x1, T{});
+    unpack(halves[1], x2, T{});
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      y1[j] = x1[j] * c[j] - x2[j] * s[j];
+      y2[j] = x2[j] * c[j] + x1[j] * s[j];
+    }
+    halves[0] = pack_vector(y1, T{});
+    halves[1] = pack_vector(y2, T{});
+  }
+  GEMMA2_DEVICE void store(int half) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) store_vector<kAligned>(to + h * half, n, halves[h]);
+  }
 };
 
 template <class T, bool kAligned>
@@ -37,88 +105,87 @@ __global__ void __launch_bounds__(kMaxThreads, 5) rope_kernel(const RopeParams p
   float* cosines = reinterpret_cast<float*>(shared_memory());
   const int half = int(p.head_dim / 2), vectors = (half + kSize - 1) / kSize;
   float* sines = cosines + half;
-  const bool cached = p.capacity > 0;
   allow_next_kernel();
   // Nothing of a step in front writes positions: the first token's angles are computed early.
   const auto make_angles = [&](int64_t position) {
     for (int j = threadIdx.x; j < half; j += blockDim.x)
       sincosf(float(position) * p.inv_freq[j], sines + j, cosines + j);
   };
-  const auto position_of = [&](int64_t unit) {
-    return p.positions[unit / p.seqlen * p.positions_batch_stride + unit % p.seqlen];
-  };
   const int64_t units = p.batch * p.seqlen;
-  int64_t position = blockIdx.x < units ? position_of(blockIdx.x) : 0;
+  int64_t position = blockIdx.x < units ? position_of(p, blockIdx.x) : 0;
   make_angles(position);
   wait_for_previous_kernels();
 
   for (int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
-    const int64_t b = unit / p.seqlen, token = unit % p.seqlen;
-    if (unit != blockIdx.x) position = position_of(unit);
-    const bool padding = cached && position < 0;
-    const int64_t slot = cached ? (padding ? 0 : position % p.capacity) : token;
-    const int64_t k_heads = padding ? 0 : p.num_kv_heads, v_heads = cached ? k_heads : 0;
-    const int pairs = int(p.num_heads + k_heads + v_heads) * vectors;
-
-    const auto load = [&](int i) {
-      Pair<T> pair;
-      const T* from;
-      int head = i / vectors;
-      pair.column = i % vectors * kSize;
-      pair.n = half - pair.column;
-      pair.rotated = !padding;
-      if (head < int(p.num_heads)) {
-        from = static_cast<const T*>(p.q.data) + offset(p.q, b, token, head);
-        pair.to = static_cast<T*>(p.q_out.data) + offset(p.q_out, b, token, head);
-      } else if ((head -= int(p.num_heads)) < int(p.num_kv_heads)) {
-        const HeadsView& to = cached ? p.k_cache : p.k_out;
-        from = static_cast<const T*>(p.k.data) + offset(p.k, b, token, head);
-        pair.to = static_cast<T*>(to.data) + offset(to, b, slot, head);
-      } else {
-        head -= int(p.num_kv_heads);
-        from = static_cast<const T*>(p.v.data) + offset(p.v, b, token, head);
-        pair.to = static_cast<T*>(p.v_cache.data) + offset(p.v_cache, b, slot, head);
-        pair.rotated = false;
-      }
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        pair.halves[h] = load_whole<kAligned>(from + h * half + pair.column, pair.n);
-      return pair;
-    };
-    const auto finish = [&](Pair<T>& pair) {
-      if (pair.rotated) {
-        float x1[kSize], x2[kSize], y1[kSize], y2[kSize];
-        unpack(pair.halves[0], x1, T{});
-        unpack(pair.halves[1], x2, T{});
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) {
-          const bool there = j < pair.n;
-          const float c = there ? cosines[pair.column + j] : 0.0f;
-          const float s =
-              there ? (p.inverse ? -sines[pair.column + j] : sines[pair.column + j]) : 0.0f;
-          y1[j] = x1[j] * c - x2[j] * s;
-          y2[j] = x2[j] * c + x1[j] * s;
-        }
-        pair.halves[0] = pack_vector(y1, T{});
-        pair.halves[1] = pack_vector(y2, T{});
-      }
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        store_vector<kAligned>(pair.to + h * half + pair.column, pair.n, pair.halves[h]);
-    };
-
+    if (unit != blockIdx.x) position = position_of(p, unit);
+    const Token token(p, unit, position);
+    const int pairs = token.heads(p) * vectors;
     // The first pair is on its way while the angles are computed.
     int i = threadIdx.x;
-    Pair<T> pair;
-    if (i < pairs) pair = load(i);
+    Pair<T, kAligned> pair;
+    const auto load = [&] { pair.load(p, token, i / vectors, i % vectors * kSize); };
+    if (i < pairs) load();
     if (unit != blockIdx.x) make_angles(position);
     __syncthreads();
     while (i < pairs) {
-      finish(pair);
+      if (pair.rotated) {
+        float c[kSize], s[kSize];
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) {
+          const bool there = j < pair.n;
+          c[j] = there ? cosines[pair.column + j] : 0.0f;
+          s[j] = there ? (p.inverse ? -sines[pair.column + j] : sines[pair.column + j]) : 0.0f;
+        }
+        pair.rotate(c, s);
+      }
+      pair.store(half);
       i += blockDim.x;
-      if (i < pairs) pair = load(i);
+      if (i < pairs) load();
     }
     __syncthreads();  // the angles are written again for the next token
+  }
+}
+
+constexpr int kManyThreads = 128;
+
+// lanes: threads a token.
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kManyThreads, 5)
+    rope_many_kernel(const RopeParams p, const int lanes) {
+  constexpr int kSize = kVectorSize<T>, kAtOnce = 4;  // heads
+  const int half = int(p.head_dim / 2);
+  const int tokens = kManyThreads / lanes, first = int(threadIdx.x) / lanes;
+  const int64_t units = p.batch * p.seqlen;
+  if (first >= tokens) return;
+  for (int64_t unit = int64_t(blockIdx.x) * tokens + first; unit < units;
+       unit += int64_t(gridDim.x) * tokens) {
+    const int64_t position = position_of(p, unit);
+    const Token token(p, unit, position);
+    const int heads = token.heads(p);
+    for (int column = int(threadIdx.x) % lanes * kSize; column < half; column += lanes * kSize) {
+      float c[kSize], s[kSize];
+      for (int head = 0; head < heads; head += kAtOnce) {
+        Pair<T, kAligned> pairs[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (head + i < heads) pairs[i].load(p, token, head + i, column);
+        }
+        if (head == 0) {  // while the first heads are on their way
+#pragma unroll
+          for (int j = 0; j < kSize; ++j) {
+            const float frequency = column + j < half ? p.inv_freq[column + j] : 0.0f;
+            sincosf(float(position) * frequency, s + j, c + j);
+            if (p.inverse) s[j] = -s[j];
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (head + i >= heads) break;
+          if (pairs[i].rotated) pairs[i].rotate(c, s);
+          pairs[i].store(half);
+        }
+      }
+    }
   }
 }
 
@@ -135,11 +202,18 @@ void launch_rope(const RopeParams& p, cudaStream_t stream) {
                 is_aligned(view->data, view->seqlen_stride * sizeof(T)) &&
                 is_aligned(view->data, view->head_stride * sizeof(T));
     }
+    const int64_t vectors = divide_up(p.head_dim / 2, kVectorSize<T>);
+    const int64_t units = p.batch * p.seqlen;
+    if (are_many_rows(units)) {
+      const int lanes = int(vectors < kManyThreads ? vectors : kManyThreads);
+      launch("rope", aligned ? rope_many_kernel<T, true> : rope_many_kernel<T, false>,
+             row_grid(divide_up(units, kManyThreads / lanes)), kManyThreads, 0, stream, p, lanes);
+      return;
+    }
     const int64_t heads = p.num_heads + p.num_kv_heads * (p.capacity > 0 ? 2 : 1);
-    const int64_t pairs = heads * divide_up(p.head_dim / 2, kVectorSize<T>);
-    const int64_t threads = divide_up(pairs, kWarpSize) * kWarpSize;
-    launch_early("rope", aligned ? rope_kernel<T, true> : rope_kernel<T, false>,
-                 row_grid(p.batch * p.seqlen), int(threads < kMaxThreads ? threads : kMaxThreads),
+    const int64_t threads = divide_up(heads * vectors, kWarpSize) * kWarpSize;
+    launch_early("rope", aligned ? rope_kernel<T, true> : rope_kernel<T, false>, row_grid(units),
+                 int(threads < kMaxThreads ? threads : kMaxThreads),
                  p.head_dim * int64_t(sizeof(float)), stream, p);
   });
 }

@@ -11,6 +11,8 @@ from gemma2_ext import reference
 from host_cuda.emulator import assert_needed, check_schedules, guarded, launch, places
 
 BATCH, SEQLEN, HEADS, KV_HEADS = 2, 3, 4, 2
+# Many tokens have a kernel of their own; how many that is hangs on the device.
+FEW_AND_MANY = pytest.mark.parametrize("multiprocessors", [4, 0], ids=["few", "many"])
 
 
 def inputs(head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,25 +66,29 @@ def rope_append_cache(
     return q_out, *caches
 
 
+@FEW_AND_MANY
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [2, 6, 18, 64, 256])
-def test_value(dtype: torch.dtype, head_dim: int) -> None:
+@pytest.mark.parametrize("head_dim", [2, 6, 18, 64, 256, 2056])
+def test_value(dtype: torch.dtype, head_dim: int, multiprocessors: int) -> None:
     q, k, _ = inputs(head_dim, dtype)
     positions = torch.tensor([[0, 1, 8191], [-5, 100000, 4097]])
-    q_out, k_out = check_schedules(lambda **options: rope(q, k, positions, **options))
+    q_out, k_out = check_schedules(
+        lambda **options: rope(q, k, positions, multiprocessors=multiprocessors, **options)
+    )
     assert_accurate(q_out, lambda q, k, p: reference.rope(q, k, p)[0], q, k, positions)
     assert_accurate(k_out, lambda q, k, p: reference.rope(q, k, p)[1], q, k, positions)
 
 
+@FEW_AND_MANY
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_full_cache_and_ring(dtype: torch.dtype) -> None:
+def test_full_cache_and_ring(dtype: torch.dtype, multiprocessors: int) -> None:
     q, k, v = inputs(64, dtype)
     positions = torch.tensor([[-1, 6, 7], [3, 4, 5]])  # padding in row 0
     right_q, right_k = rope(q, k, positions)
     for capacity in (8, 4):
         q_out, k_cache, v_cache = check_schedules(
             lambda capacity=capacity, **options: rope_append_cache(
-                q, k, v, positions, capacity, **options
+                q, k, v, positions, capacity, multiprocessors=multiprocessors, **options
             )
         )
         assert torch.equal(q_out[0, 0], q[0, 0])
@@ -98,25 +104,42 @@ def test_full_cache_and_ring(dtype: torch.dtype) -> None:
         assert torch.equal(v_cache, expected_v)
 
 
-def test_the_inverse_takes_it_back() -> None:
+@FEW_AND_MANY
+def test_the_inverse_takes_it_back(multiprocessors: int) -> None:
     q, k, _ = inputs(64, torch.float32)
     positions = torch.tensor([[0, 1, 8191], [-5, 1000, 4097]])
-    outs = rope(*rope(q, k, positions), positions, inverse=True)
+    options = {"multiprocessors": multiprocessors}
+    outs = rope(*rope(q, k, positions, **options), positions, inverse=True, **options)
     torch.testing.assert_close(outs[0], q)
     torch.testing.assert_close(outs[1], k)
 
 
-def test_strides() -> None:
+@FEW_AND_MANY
+def test_strides(multiprocessors: int) -> None:
+    options = {"multiprocessors": multiprocessors}
     stacked = torch.randn(BATCH, SEQLEN, HEADS + 2 * KV_HEADS, 64).bfloat16()
     q, k, _ = stacked.split((HEADS, KV_HEADS, KV_HEADS), dim=2)
     positions = torch.arange(SEQLEN)
-    expected = rope(q.contiguous(), k.contiguous(), positions)
+    expected = rope(q.contiguous(), k.contiguous(), positions, **options)
     moved = torch.randn(q.numel() + 1).bfloat16()[1:].view(q.shape).copy_(q)
     for outs in (
-        rope(q, k, positions),
-        rope(moved, k, positions),
-        rope(q, k, positions, offset=1),
-        rope(q.transpose(1, 2).contiguous().transpose(1, 2), k, positions),
+        rope(q, k, positions, **options),
+        rope(moved, k, positions, **options),
+        rope(q, k, positions, offset=1, **options),
+        rope(q.transpose(1, 2).contiguous().transpose(1, 2), k, positions, **options),
+    ):
+        assert torch.equal(outs[0], expected[0])
+        assert torch.equal(outs[1], expected[1])
+
+
+def test_many_tokens_in_steps_of_the_grid() -> None:
+    q, k, _ = inputs(256, torch.bfloat16)
+    q, k = (t.repeat(1, 7, 1, 1) for t in (q, k))
+    positions = torch.arange(21)
+    expected = rope(q, k, positions)
+    for outs in (
+        rope(q, k, positions, multiprocessors=0, max_blocks=2),
+        check_schedules(lambda **options: rope(q, k, positions, multiprocessors=0, **options)),
     ):
         assert torch.equal(outs[0], expected[0])
         assert torch.equal(outs[1], expected[1])
