@@ -349,18 +349,34 @@ GEMMA2_INLINE bool not_finite(const T* row, int64_t n) {
 
 // ---- inner loops
 
-// All lines of a row of K or V.
-template <class T>
+// Rows of K or V in front of those at work that are fetched into the second-level cache:
+// the processor alone fetches too late, and a fetch into the first cache halves the speed.
+constexpr int64_t kAhead = 16;
+
+GEMMA2_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+// Whether a step of kLanes words takes a whole line of a row, so that it can fetch a later row's;
+// else that is fetched line by line before.
+template <class Word, class T>
+constexpr bool kLineAStep = kLanes * kPerWord<Word> * sizeof(T) == 64;
+template <class Word, class T>
 GEMMA2_INLINE void prefetch_row(const T* row, int64_t n) {
-  for (int64_t d = 0; d < n; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + d);
+  if (kLineAStep<Word, T>) return;
+  for (int64_t d = 0; d < n; d += 64 / int64_t(sizeof(T))) prefetch(row + d);
+}
+template <class Word, class T>
+GEMMA2_INLINE void prefetch_step(const T* row, int64_t d) {
+  if (kLineAStep<Word, T>) prefetch(row + d);
 }
 
-// reduce_sum of each of the vectors, with the same order of additions.
+// reduce_sum of each of the vectors, with the same order of additions: a lane's halves are added as
+// two vectors become one.
 GEMMA2_INLINE VecF reduce_sums(VecF (&v)[kLanes]) {
-  transpose(v);
   GEMMA2_UNROLL
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  for (int half = kLanes / 2; half; half /= 2) {
+    GEMMA2_UNROLL
+    for (int i = 0; i < half; ++i)
+      v[i] = interleave_lower(v[i], v[i + half]) + interleave_upper(v[i], v[i + half]);
+  }
   return v[0];
 }
 
@@ -398,40 +414,49 @@ __attribute__((noinline)) void multiply_tile(const Word* a, const float* b, int6
   }
 }
 
-// s[r, j] = q[r] . k[j] for kRows rows and the n keys. kKeys keys at a time: their sums hide the
-// latency of an addition and fill whole vectors. `next` is what will be read after them.
-template <int kRows, class T>
-void dot_keys(const float* q, const KeyRows<T>& k, const KeyRows<T>& next, int64_t n,
-              int64_t head_dim, float* s) {
+// s[r, j] = q[r] . k[j] for kRows rows of `depth` words and the n keys. kKeys keys together fill
+// whole vectors of sums, kAtOnce of them go through their rows side by side, to hide the latency of
+// an addition. Pairs have so short a row that the next key's hides it: their keys come in the order
+// of memory, which the processor fetches fastest.
+template <int kRows, class Word, class T>
+void dot_keys(const float* q, const KeyRows<T>& k, int64_t n, int64_t depth, float* s) {
   constexpr int kVecs = kLanes < 8 ? 2 : 1, kKeys = kVecs * kLanes / kRows;
-  const int64_t whole = head_dim / kLanes * kLanes;
+  constexpr int kSums = kRows == 1 ? 8 : 4, kFewer = kKeys < kSums ? kKeys : kSums;
+  constexpr int kAtOnce = kPerWord<Word> > 1 ? 1 : kFewer;
+  const int64_t whole = depth / kLanes * kLanes;
   for (int64_t j = 0; j < n; j += kKeys) {
-    const T* rows[kKeys];
     VecF sum[kVecs][kLanes];  // (kRows, kKeys)
     GEMMA2_UNROLL
     for (int i = 0; i < kVecs * kLanes; ++i) sum[i / kLanes][i % kLanes] = zero();
     GEMMA2_UNROLL
-    for (int i = 0; i < kKeys; ++i) rows[i] = k.row(min64(j + i, n - 1));
-    GEMMA2_UNROLL
-    for (int i = 0; i < kKeys; ++i) prefetch_row(next.row(min64(j + i, n - 1)), head_dim);
-    const auto step = [&](int64_t d, auto load_key) __attribute__((always_inline)) {
-      VecF query[kRows];
+    for (int first = 0; first < kKeys; first += kAtOnce) {
+      const T *rows[kAtOnce], *later[kAtOnce];
       GEMMA2_UNROLL
-      for (int r = 0; r < kRows; ++r) query[r] = load(q + r * kQueryStride + d);
-      GEMMA2_UNROLL
-      for (int i = 0; i < kKeys; ++i) {
-        const VecF key = load_key(rows[i]);
-        GEMMA2_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-          VecF& to = sum[(r * kKeys + i) / kLanes][(r * kKeys + i) % kLanes];
-          to = fma(query[r], key, to);
-        }
+      for (int i = 0; i < kAtOnce; ++i) {
+        rows[i] = k.row(min64(j + first + i, n - 1));
+        later[i] = k.row(j + first + i + kAhead);
+        prefetch_row<Word>(later[i], depth * kPerWord<Word>);
       }
-    };
-    for (int64_t d = 0; d < whole; d += kLanes)
-      step(d, [&](const T* row) { return load(row + d); });
-    if (whole < head_dim)
-      step(whole, [&](const T* row) { return load_n(row + whole, head_dim - whole); });
+      const auto step = [&](int64_t d, int64_t words) __attribute__((always_inline)) {
+        VecF query[kRows];
+        GEMMA2_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) prefetch_step<Word>(later[i], d * kPerWord<Word>);
+        GEMMA2_UNROLL
+        for (int r = 0; r < kRows; ++r) query[r] = load(q + r * kQueryStride + d);
+        GEMMA2_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+          const VecF key = load_words(Word{}, rows[i], d, words);
+          GEMMA2_UNROLL
+          for (int r = 0; r < kRows; ++r) {
+            const int at = r * kKeys + first + i;
+            VecF& to = sum[at / kLanes][at % kLanes];
+            to = multiply_add(Word{}, query[r], key, to);
+          }
+        }
+      };
+      for (int64_t d = 0; d < whole; d += kLanes) step(d, d + kLanes);
+      if (whole < depth) step(whole, depth);
+    }
     float sums[kVecs * kLanes];
     GEMMA2_UNROLL
     for (int i = 0; i < kVecs; ++i) store(sums + i * kLanes, reduce_sums(sum[i]));
@@ -444,16 +469,20 @@ void dot_keys(const float* q, const KeyRows<T>& k, const KeyRows<T>& next, int64
 template <int kRows, int kKeys, class T>
 GEMMA2_INLINE void add_some_values(const float* w, const KeyRows<T>& v, int64_t j, int64_t head_dim,
                                    float* o, int64_t o_stride) {
-  const T* rows[kKeys];
+  const T *rows[kKeys], *later[kKeys];
   VecF weight[kRows][kKeys];
   GEMMA2_UNROLL
   for (int i = 0; i < kKeys; ++i) {
     rows[i] = v.row(j + i);
+    later[i] = v.row(j + i + kAhead);
+    prefetch_row<float>(later[i], head_dim);
     GEMMA2_UNROLL
     for (int r = 0; r < kRows; ++r) weight[r][i] = set(w[r * kScoreStride + j + i]);
   }
   const auto step = [&](int64_t d, auto load_value) __attribute__((always_inline)) {
     VecF value[kKeys];
+    GEMMA2_UNROLL
+    for (int i = 0; i < kKeys; ++i) prefetch_step<float>(later[i], d);
     GEMMA2_UNROLL
     for (int i = 0; i < kKeys; ++i) value[i] = load_value(rows[i]);
     GEMMA2_UNROLL
@@ -470,21 +499,85 @@ GEMMA2_INLINE void add_some_values(const float* w, const KeyRows<T>& v, int64_t 
     step(whole, [&](const T* row) { return load_n(row + whole, head_dim - whole); });
 }
 
-// o[r] += sum over the n keys of w[r, j] v[j], for kRows rows.
+// o[r] += sum over the n keys of w[r, first + j] v[j], for kRows rows.
 template <int kRows, class T>
-void add_values(const float* w, const KeyRows<T>& v, const KeyRows<T>& next, int64_t n,
-                int64_t head_dim, float* o, int64_t o_stride) {
+GEMMA2_INLINE void add_values(float, const float* w, const KeyRows<T>& v, int64_t first, int64_t n,
+                              int64_t head_dim, float* o, int64_t o_stride) {
   constexpr int kKeys = kRows == 4 ? 2 : 4;
+  w += first;
   int64_t j = 0;
-  for (; j + kKeys <= n; j += kKeys) {
-    for (int i = 0; i < kKeys; ++i) prefetch_row(next.row(j + i), head_dim);
-    add_some_values<kRows, kKeys>(w, v, j, head_dim, o, o_stride);
-  }
-  for (; j < n; ++j) {
-    prefetch_row(next.row(j), head_dim);
-    add_some_values<kRows, 1>(w, v, j, head_dim, o, o_stride);
-  }
+  for (; j + kKeys <= n; j += kKeys) add_some_values<kRows, kKeys>(w, v, j, head_dim, o, o_stride);
+  for (; j < n; ++j) add_some_values<kRows, 1>(w, v, j, head_dim, o, o_stride);
 }
+
+#if defined(GEMMA2_ISA_avx512_bf16)
+
+// The pairs (a[i], b[i]) of two rows' elements, of the lower and of the upper half.
+typedef uint16_t VecPairs __attribute__((vector_size(kLanes * 4)));
+GEMMA2_INLINE void pair_rows(VecF a, VecF b, VecF& lower, VecF& upper) {
+  VecPairs low, high;
+  for (int i = 0; i < kLanes; ++i) {
+    low[2 * i] = uint16_t(i), low[2 * i + 1] = uint16_t(2 * kLanes + i);
+    high[2 * i] = uint16_t(kLanes + i), high[2 * i + 1] = uint16_t(3 * kLanes + i);
+  }
+#if defined(__AVX512BW__)
+  lower = (VecF)_mm512_permutex2var_epi16((__m512i)a, (__m512i)low, (__m512i)b);
+  upper = (VecF)_mm512_permutex2var_epi16((__m512i)a, (__m512i)high, (__m512i)b);
+#else
+  VecPairs first, second;
+  for (int i = 0; i < 2 * kLanes; ++i) {
+    first[i] = low[i] < 2 * kLanes ? ((VecPairs)a)[low[i]] : ((VecPairs)b)[low[i] - 2 * kLanes];
+    second[i] = high[i] < 2 * kLanes ? ((VecPairs)a)[high[i]] : ((VecPairs)b)[high[i] - 2 * kLanes];
+  }
+  lower = (VecF)first, upper = (VecF)second;
+#endif
+}
+
+// What stands for the key that a pair lacks.
+alignas(64) constexpr BFloat16 kNoValue[256] = {};
+
+// As add_values, with a pair of weights w[r] for the values j and j + 1, of which one outside [0,
+// n) is not read. One pair at a time: so values come in the order of memory.
+template <int kRows>
+GEMMA2_INLINE void add_pair(const Pair* w, const KeyRows<BFloat16>& v, int64_t j, int64_t n,
+                            int64_t head_dim, float* o, int64_t o_stride) {
+  const BFloat16 *rows[2], *later[2];
+  GEMMA2_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    rows[i] = j + i >= 0 && j + i < n ? v.row(j + i) : kNoValue;
+    later[i] = v.row(j + i + kAhead);
+  }
+  VecF weight[kRows];
+  GEMMA2_UNROLL
+  for (int r = 0; r < kRows; ++r) weight[r] = broadcast(w[r * kScoreStride]);
+  const int64_t depth = head_dim / 2;
+  const auto step = [&](int64_t d, int64_t words) __attribute__((always_inline)) {
+    GEMMA2_UNROLL
+    for (int i = 0; i < 2; ++i) prefetch_step<Pair>(later[i], 2 * d);
+    VecF lower, upper;
+    pair_rows(load_words(Pair{}, rows[0], d, words), load_words(Pair{}, rows[1], d, words), lower,
+              upper);
+    GEMMA2_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      float* to = o + r * o_stride + 2 * d;
+      store(to, multiply_add(Pair{}, weight[r], lower, load(to)));
+      store(to + kLanes, multiply_add(Pair{}, weight[r], upper, load(to + kLanes)));
+    }
+  };
+  const int64_t whole = depth / kLanes * kLanes;
+  for (int64_t d = 0; d < whole; d += kLanes) step(d, d + kLanes);
+  if (whole < depth) step(whole, depth);
+}
+
+template <int kRows>
+GEMMA2_INLINE void add_values(Pair, const float* w, const KeyRows<BFloat16>& v, int64_t first,
+                              int64_t n, int64_t head_dim, float* o, int64_t o_stride) {
+  const Pair* pairs = (const Pair*)w + first / 2;
+  int64_t j = -(first & 1);  // the first pair's first key
+  for (; j < n; j += 2, ++pairs) add_pair<kRows>(pairs, v, j, n, head_dim, o, o_stride);
+}
+
+#endif
 
 }  // namespace
 }  // namespace GEMMA2_ISA

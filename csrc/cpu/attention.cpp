@@ -112,6 +112,7 @@ void finish_unit(const AttentionWork& w, const Unit<T>& u, const float* o, int64
 
 template <class T>
 struct Stream {
+  using Word = typename Packed<T>::Word;
   const AttentionParams& p;
   const Unit<T>& u;
   ScoreScale scale;
@@ -121,15 +122,14 @@ struct Stream {
 
   // n keys, of which the first is number `first` of its block.
   template <int kRows>
-  void block(int64_t r, int64_t first, int64_t n, const KeyRows<T>& k, const KeyRows<T>& v,
-             const KeyRows<T>& next) {
-    dot_keys<kRows>(q + r * kQueryStride, k, v, n, p.head_dim, s + first);
+  void block(int64_t r, int64_t first, int64_t n, const KeyRows<T>& k, const KeyRows<T>& v) {
+    dot_keys<kRows, Word>(q + r * kQueryStride, k, n, p.head_dim / kPerWord<Word>, s + first);
     for (int i = 0; i < kRows; ++i) {
-      const float factor = softmax_row<float>(s + i * kScoreStride, kKeyBlock, first, first + n,
-                                              scale, largest[r + i], sum[r + i]);
+      const float factor = softmax_row<Word>(s + i * kScoreStride, kKeyBlock, first, first + n,
+                                             scale, largest[r + i], sum[r + i]);
       if (factor != 1.0f) scale_row(o + (r + i) * o_stride, p.head_dim, factor);
     }
-    add_values<kRows>(s + first, v, next, n, p.head_dim, o + r * o_stride, o_stride);
+    add_values<kRows>(Word{}, s, v, first, n, p.head_dim, o + r * o_stride, o_stride);
   }
 
   // Rows [row_begin, row_end) meet keys [begin, end) of one block, all of which they see.
@@ -137,17 +137,17 @@ struct Stream {
     if (begin >= end) return;
     const KeyRows<T> k = key_rows(p, u.k, p.k.seqlen_stride, begin);
     const KeyRows<T> v = key_rows(p, u.v, p.v.seqlen_stride, begin);
-    const KeyRows<T> next = key_rows(p, u.k, p.k.seqlen_stride, end);
     const int64_t first = begin % kKeyBlock, n = end - begin;
     int64_t r = row_begin;
-    for (; r + 4 <= row_end; r += 4) block<4>(r, first, n, k, v, next);
-    for (; r + 2 <= row_end; r += 2) block<2>(r, first, n, k, v, next);
-    for (; r < row_end; ++r) block<1>(r, first, n, k, v, next);
+    for (; r + 4 <= row_end; r += 4) block<4>(r, first, n, k, v);
+    for (; r + 2 <= row_end; r += 2) block<2>(r, first, n, k, v);
+    for (; r < row_end; ++r) block<1>(r, first, n, k, v);
   }
 };
 
 template <class T>
 void stream_unit(const AttentionWork& w, const Unit<T>& u) {
+  using Word = typename Packed<T>::Word;
   const AttentionParams& p = w.p;
   float* q = w.scratch;
   float* s = q + w.block_rows * kQueryStride;
@@ -157,10 +157,10 @@ void stream_unit(const AttentionWork& w, const Unit<T>& u) {
   for (int64_t r = 0; r < u.rows; ++r) {
     stream.largest[r] = -INFINITY;
     const T* row = query_row(p, u, r);
-    for (int64_t d = 0; d < p.head_dim; d += kLanes) {
-      store(q + r * kQueryStride + d, load_words(0.0f, row, d, p.head_dim));
-      store(o + r * o_stride + d, zero());
-    }
+    const int64_t depth = p.head_dim / kPerWord<Word>;
+    for (int64_t d = 0; d < depth; d += kLanes)
+      store(q + r * kQueryStride + d, load_words(Word{}, row, d, depth));
+    for (int64_t d = 0; d < o_stride; d += kLanes) store(o + r * o_stride + d, zero());
   }
 
   // Keys that all rows see serve all rows at once. A block of which some rows see a part is taken
