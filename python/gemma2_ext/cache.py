@@ -54,7 +54,7 @@ def cache_bytes(
     return 2 * batch_size * slots * row
 
 
-def _room(sizes: list[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+def cache_room(sizes: list[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Flat tensors of so many elements, uninitialized; on the CPU and large ones in huge pages.
 
     Decoding reads every page once a token: with 4 KiB pages it waits for their addresses.
@@ -130,7 +130,9 @@ class KVCache:
                 )
                 for layer in range(config.num_hidden_layers)
             ]
-            room = _room([math.prod(shape) for shape in shapes] * 2, dtype, torch.device(device))
+            room = cache_room(
+                [math.prod(shape) for shape in shapes] * 2, dtype, torch.device(device)
+            )
             tensors = [
                 flat.view(shape).transpose(1, 2)
                 for flat, shape in zip(room, shapes * 2, strict=True)

@@ -6,6 +6,7 @@ pass the soft-cap: a peer that drops it is wrong, and called so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops, reference
+from ..cache import cache_room
 from ._common import Setting, forward_backward, number_of_sets, peer
 from ._harness import Case, Unavailable, compare_tensors
 
@@ -59,16 +61,16 @@ def _case(setting: Setting, shape: Shape) -> Case:
         "window": shape.window,
     }
 
-    def make() -> tuple[Tensor, Tensor, Tensor]:
-        q = setting.randn(1, shape.queries, heads, head_dim, scale=24.0)
-        k, v = (setting.randn(1, shape.keys, kv_heads, head_dim) for _ in range(2))
-        return q, k, v
-
     seen = min(shape.keys, (shape.window or shape.keys) + shape.queries - 1)
     reads = (shape.queries * heads + 2 * seen * kv_heads) * head_dim * setting.dtype.itemsize
     writes = shape.queries * heads * head_dim * setting.dtype.itemsize
     sets = number_of_sets(reads)
-    inputs = [make() for _ in range(sets)]
+    if setting.phase == "decode":
+        caches = _caches(setting, shape, 2 * sets)
+    else:
+        caches = [setting.randn(1, shape.keys, kv_heads, head_dim) for _ in range(2 * sets)]
+    queries = [setting.randn(1, shape.queries, heads, head_dim, scale=24.0) for _ in range(sets)]
+    inputs = list(zip(queries, caches[::2], caches[1::2], strict=True))
     training = setting.phase == "training"
     products = 2 if not training else 2 + 5
     what = f"window {shape.window}" if shape.window else "global"
@@ -96,6 +98,15 @@ def _case(setting: Setting, shape: Shape) -> Case:
         operations=products * 2 * shape.visible_pairs() * heads * head_dim,
         arithmetic=setting.arithmetic,
     )
+
+
+def _caches(setting: Setting, shape: Shape, count: int) -> list[Tensor]:
+    """Keys or values, placed as KVCache has them."""
+    config = setting.config
+    shape_of_one = (1, config.num_key_value_heads, shape.keys, config.head_dim)
+    device = torch.device(setting.device)
+    room = cache_room([math.prod(shape_of_one)] * count, setting.dtype, device)
+    return [flat.normal_().view(shape_of_one).transpose(1, 2) for flat in room]
 
 
 def _checker(
