@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# performance.sh: measures all ops and the model on this machine's CPU, where nothing else should run, and writes
-# docs/performance.md with its pictures. Results are kept in benchmarks/results/cpu-*.json: those that are there are
-# not measured again, and where it is interrupted it goes on the next time. Beside a torch whose bfloat16 products
-# are slow it takes an hour.
+# performance.sh [NAME]: measures all ops and the model on this machine's CPU, where nothing else should run, and writes
+# docs/performance.md (or performance-NAME.md) with its pictures. Results are kept in benchmarks/results/NAME-*.json
+# (cpu-*.json): those that are there are not measured again, and where it is interrupted it goes on the next time. Beside a
+# torch whose bfloat16 products are slow it takes an hour.
 set -euo pipefail
 cd -P "$(dirname "$0")/.."
+name=${1:-cpu}
+page=docs/performance${1:+-$1}
 files=()
 bench() { # NAME ARGUMENT...
-  local file=benchmarks/results/cpu-$1.json
+  local file=benchmarks/results/$name-$1.json
   shift
   [[ -e $file ]] || .venv/bin/python -m gemma2_ext bench --json "$file" "$@"
   files+=("$file")
@@ -25,4 +27,4 @@ else
   echo "performance.sh: the losses are left out: they take 40 GB of memory" >&2
 fi
 .venv/bin/python -m gemma2_ext bench --load "${files[@]}" \
-  --plot docs/images/performance.png --roofline docs/images/roofline.png --report docs/performance.md >/dev/null
+  --plot "docs/images/$name.png" --roofline "docs/images/$name-roofline.png" --report "$page.md" >/dev/null

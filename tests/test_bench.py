@@ -172,8 +172,12 @@ def test_a_page_has_every_side() -> None:
 
 def test_pictures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    _report.plot_bars([result(0.002)], tmp_path / "bars.png")
+    of = _report.plot_bars([result(0.002)], tmp_path / "bars.png")
+    assert of == {"geglu": tmp_path / "bars.png"}
     assert (tmp_path / "bars.png").stat().st_size > 1000
+    of = _report.plot_bars([result(0.002), replace(result(0.002), op="rope")], tmp_path / "b.svg")
+    assert of == {"geglu": tmp_path / "b-geglu.svg", "rope": tmp_path / "b-rope.svg"}
+    assert all(path.stat().st_size > 1000 for path in of.values())
     with pytest.raises(ValueError, match="a roofline needs a case that multiplies"):
         _report.plot_roofline([result(0.002)], tmp_path / "roof.png")
     multiplies = replace(result(0.002), operations=1000, peak=1e6)
@@ -217,7 +221,7 @@ def test_command(small: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert cli.main([*again, "--plot", str(tmp_path / "images" / "bars.png")]) == 0
     assert "no change beyond noise" in capsys.readouterr().out
     assert page.read_text().startswith("# Performance")
-    assert "![bars](images/bars.png)" in page.read_text()
+    assert "## rope\n\n![rope](images/bars.png)" in page.read_text()
     assert cli.main(["bench", "--load", str(path), str(path), "--json", str(page)]) == 0
     assert page.read_text().count('"op": "rope"') == 2 * path.read_text().count('"op": "rope"')
     page.write_text(path.read_text().replace('"threads": ', '"threads": 9'))

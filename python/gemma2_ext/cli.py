@@ -222,7 +222,12 @@ def add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
         "--load", type=Path, nargs="+", metavar="FILE", help="show these, measure nothing"
     )
     command.add_argument("--compare", type=Path, metavar="FILE", help="an earlier run's JSON")
-    command.add_argument("--plot", type=Path, metavar="FILE", help="bars, as PNG or SVG")
+    command.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="bars, as PNG or SVG; a file an op where there are several",
+    )
     command.add_argument("--roofline", type=Path, metavar="FILE", help="likewise")
     command.add_argument("--report", type=Path, metavar="FILE", help="a page in Markdown")
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -568,14 +573,15 @@ def run_bench(args: argparse.Namespace) -> None:
         args.json.write_text(_report.to_json(results, machine), encoding="utf-8")
     if earlier is not None:
         print("\n".join(_report.compare(earlier, results)))
-    if args.plot:
-        _report.plot_bars(results, args.plot)
+    plots = _report.plot_bars(results, args.plot) if args.plot else {}
     if args.roofline:
         _report.plot_roofline(results, args.roofline)
     if args.report:
         folder = args.report.parent
-        pictures = [os.path.relpath(p, folder) for p in (args.plot, args.roofline) if p]
-        args.report.write_text(_report.markdown(machine, results, pictures), encoding="utf-8")
+        pictures = [os.path.relpath(args.roofline, folder)] if args.roofline else []
+        picture_of = {op: os.path.relpath(path, folder) for op, path in plots.items()}
+        page = _report.markdown(machine, results, pictures, picture_of)
+        args.report.write_text(page, encoding="utf-8")
 
 
 def run_quantize(args: argparse.Namespace) -> None:

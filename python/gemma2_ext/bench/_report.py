@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,8 +200,23 @@ def _pyplot() -> Any:
     return plt
 
 
-def plot_bars(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
-    """Bars: each side's share of the limit (its speed relative to ours where none is measured)."""
+def plot_bars(results: Sequence[Result], path: str | os.PathLike[str]) -> dict[str, Path]:
+    """Bars: each side's share of the limit (its speed relative to ours where none is measured).
+
+    Returns:
+        The picture of each op: `path`, or of several ops `path` with each one's name before the
+        suffix.
+    """
+    path = Path(path)
+    names = list(dict.fromkeys(result.op for result in results))
+    several = len(names) > 1
+    pictures = {op: path.with_stem(f"{path.stem}-{op}") if several else path for op in names}
+    for op, picture in pictures.items():
+        _plot_op([result for result in results if result.op == op], picture)
+    return pictures
+
+
+def _plot_op(results: Sequence[Result], path: Path) -> None:
     plt = _pyplot()
     names: list[str] = []
     for result in results:
@@ -220,10 +235,11 @@ def plot_bars(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
             axes.text(100 * share, y, note, va="center", fontsize=6)
             y += 1
         ticks.append((top + y - 1) / 2)
-        labels.append(f"{result.op}, {result.phase}\n{result.shape}, {result.dtype}")
+        labels.append(f"{result.shape}\n{result.dtype}, {result.phase}")
         y += 0.8
     axes.set_yticks(ticks, labels, fontsize=6)
     axes.invert_yaxis()
+    axes.set_title(results[0].op, fontsize=9)
     axes.set_xlabel("percent of the limit measured in the same run (without one: of our speed)")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colors[name]) for name in names]
     axes.legend(handles, names, fontsize=7, loc="lower right")
@@ -265,8 +281,20 @@ def plot_roofline(results: Sequence[Result], path: str | os.PathLike[str]) -> No
     plt.close(figure)
 
 
-def markdown(machine: dict[str, Any], results: Sequence[Result], pictures: Sequence[str]) -> str:
-    """A page of tables, one an op, from results."""
+def markdown(
+    machine: dict[str, Any],
+    results: Sequence[Result],
+    pictures: Sequence[str] = (),
+    picture_of: Mapping[str, str] | None = None,
+) -> str:
+    """A page of tables, one an op, from results.
+
+    Args:
+        machine: as from `machine_facts`.
+        results: of one machine.
+        pictures: of all ops, as paths from the page.
+        picture_of: of one op each, by its name.
+    """
     facts = ", ".join(f"{name} {value}" for name, value in machine.items())
     text = [
         "# Performance",
@@ -281,7 +309,10 @@ def markdown(machine: dict[str, Any], results: Sequence[Result], pictures: Seque
     for picture in pictures:
         text += [f"![{Path(picture).stem}]({picture})", ""]
     for op in dict.fromkeys(result.op for result in results):
-        text += [f"## {op}", "", "| case | side | time | rate | of the limit | to ours |"]
+        text += [f"## {op}", ""]
+        if picture_of and op in picture_of:
+            text += [f"![{op}]({picture_of[op]})", ""]
+        text += ["| case | side | time | rate | of the limit | to ours |"]
         text += ["|---|---|---|---|---|---|"]
         for result in (r for r in results if r.op == op):
             case = f"{result.shape}, {result.dtype}, {result.phase}"
