@@ -349,11 +349,10 @@ GEMMA2_INLINE bool not_finite(const T* row, int64_t n) {
 
 // ---- inner loops
 
-// Rows of K or V in front of those at work that are fetched into the second-level cache:
-// the processor alone fetches too late, and a fetch into the first cache halves the speed.
+// Rows of K or V in front of those at work that are prefetched: the processor alone fetches too
+// late.
 constexpr int64_t kAhead = 16;
 
-GEMMA2_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 // Whether a step of kLanes words takes a whole line of a row, so that it can fetch a later row's;
 // else that is fetched line by line before.
 template <class Word, class T>

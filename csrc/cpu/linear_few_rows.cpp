@@ -89,7 +89,7 @@ void dot_tile(const T* w, const T* next, int64_t w_stride, const typename Math<T
   for (; k + kStep <= n; k += kStep) {
     // The processor's own prefetcher starts anew at every row.
     GEMMA2_UNROLL
-    for (int c = 0; c < kColumns; ++c) __builtin_prefetch(next + c * w_stride + k);
+    for (int c = 0; c < kColumns; ++c) prefetch(next + c * w_stride + k);
     step(w + k, w_stride);
   }
   if (k < n) {

@@ -550,8 +550,8 @@ void dot_block(const Block<F>& block, int64_t pieces, const typename F::X* x, in
     for (int64_t i = 0; i < pieces; ++i, x += rows) {
       GEMMA2_UNROLL
       for (int64_t b = 0; b < kQuantRows * F::kRowBytes; b += 64)
-        __builtin_prefetch(data + kPrefetchBytes + b);
-      __builtin_prefetch(scales + kPrefetchBytes / 8);
+        prefetch(data + kPrefetchBytes + b);
+      prefetch(scales + kPrefetchBytes / 8);
       add_piece<F>(data, scales, x, rows, sums);
       data += kQuantRows * F::kRowBytes;
       scales += kQuantRows * F::kScaleBytes;
@@ -586,7 +586,7 @@ void dot_blocks(const Block<F>& first, int64_t pieces, const typename F::X* x, i
       const uint8_t* block = data + b * data_stride;
       GEMMA2_UNROLL
       for (int64_t line = 0; line < kQuantRows * F::kRowBytes; line += 64)
-        __builtin_prefetch(block + kPrefetchBytes + line);
+        prefetch(block + kPrefetchBytes + line);
       w[b] = F::load_piece(block, F::load_scales(scales + b * scales_stride), 0);
     }
     int64_t r = 0;
@@ -621,7 +621,7 @@ void dot_row_blocks(const Block<F>& first, int64_t pieces, const typename F::X* 
       const uint8_t* block = data + b * data_stride;
       GEMMA2_UNROLL
       for (int64_t line = 0; line < kQuantRows * F::kRowBytes; line += 64)
-        __builtin_prefetch(block + kPrefetchBytes + line);
+        prefetch(block + kPrefetchBytes + line);
       GEMMA2_UNROLL
       for (int v = 0; v < kBlockVectors; ++v) at[b * kBlockVectors + v] = block + v * kLanes * 4;
       unpacked[b] = F::load_scales(scales + b * scales_stride);

@@ -27,8 +27,8 @@ void memory_run(const ProbeParams& p, int64_t offset) {
     GEMMA2_UNROLL
     for (int64_t at = i; at < kProbeRun; at += kPart) {
       // The same line of the next run. (Past the last one a prefetch does no harm.)
-      __builtin_prefetch(a + at + kProbeRun);
-      if (kTwo) __builtin_prefetch(b + at + kProbeRun);
+      prefetch(a + at + kProbeRun);
+      if (kTwo) prefetch(b + at + kProbeRun);
       GEMMA2_UNROLL
       for (int v = 0; v < kVectors; ++v) {
         const int64_t vector = at + v * 4 * kLanes;

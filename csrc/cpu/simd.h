@@ -37,6 +37,10 @@ struct Half {
   uint16_t bits;
 };
 
+// Fetches p's line into the second-level cache; p may lie behind what can be read. Into the first
+// cache a stream comes more slowly: by one thread of a Zen 4 23 GB/s for 29.
+GEMMA2_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 GEMMA2_INLINE VecF set(float x) { return x - VecF{}; }
 GEMMA2_INLINE VecF zero() { return VecF{}; }
 
