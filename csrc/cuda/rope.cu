@@ -11,7 +11,7 @@
 // stay in registers, and no barrier is met.
 //
 // rope_kernel: at most 64 registers, 4 head_dim bytes of shared memory.
-// rope_many_kernel: at most 102 registers, no shared memory.
+// rope_many_kernel: at most 128 registers, no shared memory.
 #include "kernels.h"
 #include "vector.cuh"
 
@@ -100,7 +100,7 @@ struct Pair {
 };
 
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kMaxThreads, 5) rope_kernel(const RopeParams p) {
+__global__ void __launch_bounds__(kMaxThreads, 4) rope_kernel(const RopeParams p) {
   constexpr int kSize = kVectorSize<T>;
   float* cosines = reinterpret_cast<float*>(shared_memory());
   const int half = int(p.head_dim / 2), vectors = (half + kSize - 1) / kSize;
@@ -150,7 +150,7 @@ constexpr int kManyThreads = 128;
 
 // lanes: threads a token.
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kManyThreads, 5)
+__global__ void __launch_bounds__(kManyThreads, 4)
     rope_many_kernel(const RopeParams p, const int lanes) {
   constexpr int kSize = kVectorSize<T>, kAtOnce = 4;  // heads
   const int half = int(p.head_dim / 2);
