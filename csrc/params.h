@@ -142,7 +142,10 @@ struct RopeParams {
   HeadsView q_out, k_out;      // k_out: where k_cache is null
   HeadsView v;                 // with a cache only
   HeadsView k_cache, v_cache;  // (batch, capacity, num_kv_heads, head_dim), seqlen_stride a slot
-  int64_t capacity;            // 0: no cache
+  // int8 caches: the factor of each head's row, (batch, capacity, num_kv_heads) floats; else null.
+  // CPU only, head_dim up to 256.
+  HeadsView k_scales, v_scales;
+  int64_t capacity;          // 0: no cache
   const int64_t* positions;  // (batch, seqlen), seqlen contiguous. With a cache, below 0: padding,
                              // which is neither rotated nor written to the cache
   int64_t positions_batch_stride;  // 0: the same positions for every row of the batch
@@ -157,6 +160,9 @@ struct RopeParams {
 struct AttentionParams {
   HeadsView q, out;  // (batch, seqlen_q, num_heads, head_dim)
   HeadsView k, v;    // (batch, seqlen_k or capacity, num_kv_heads, head_dim)
+  // CPU: where k and v are int8, the factor of each of their rows, (batch, capacity, num_kv_heads)
+  // floats; else null.
+  HeadsView k_scales, v_scales;
   float* lse;  // (batch, num_heads, seqlen_q), seqlen_q contiguous, natural logarithm; may be null.
                // Of doubles for float64, as the gradients of it
   int64_t lse_batch_stride, lse_head_stride;

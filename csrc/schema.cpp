@@ -27,11 +27,13 @@ STABLE_TORCH_LIBRARY(gemma2_ext, m) {
       "Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, *, float scale, "
       "float? softcap, int? window, bool causal, Tensor(a!) out, Tensor(b!)? lse) -> ()");
   m.def(
-      "attention_cache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor key_lengths, *, "
+      "attention_cache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor key_lengths, "
+      "Tensor? k_scales=None, Tensor? v_scales=None, *, "
       "float scale, float? softcap=None, int? window=None) -> Tensor");
   m.def(
-      "attention_cache_out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor key_lengths, *, "
-      "float scale, float? softcap, int? window, Tensor(a!) out) -> ()");
+      "attention_cache_out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor key_lengths, "
+      "Tensor? k_scales, Tensor? v_scales, *, float scale, float? softcap, int? window, Tensor(a!) "
+      "out) -> ()");
   m.def(
       "attention_paged(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, "
       "Tensor key_lengths, *, float scale, float? softcap=None, int? window=None) -> Tensor");
@@ -137,10 +139,12 @@ STABLE_TORCH_LIBRARY(gemma2_ext, m) {
       "Tensor(b!) k_out) -> ()");
   m.def(
       "rope_append_cache(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor(a!) k_cache, "
-      "Tensor(b!) v_cache, float theta=10000.0) -> Tensor");
+      "Tensor(b!) v_cache, float theta=10000.0, Tensor(c!)? k_scales=None, "
+      "Tensor(d!)? v_scales=None) -> Tensor");
   m.def(
       "rope_append_cache_out(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor(a!) k_cache, "
-      "Tensor(b!) v_cache, float theta, Tensor(c!) q_out) -> ()");
+      "Tensor(b!) v_cache, float theta, Tensor(c!)? k_scales, Tensor(d!)? v_scales, "
+      "Tensor(e!) q_out) -> ()");
 
   m.def(
       "rms_norm_backward(Tensor grad_out, Tensor x, Tensor weight, float eps) "

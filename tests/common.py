@@ -134,13 +134,14 @@ def with_strides(t: Tensor, kind: str) -> Tensor:
     "strided" (a last dimension with stride 2), "unaligned" (one element past alignment)."""
     if kind == "contiguous" or t.dim() == 0:
         return t.contiguous()
+    unused = float("nan") if t.is_floating_point() else 77
     if kind == "sliced":
-        wide = torch.full((*t.shape[:-1], t.shape[-1] + 5), float("nan"), dtype=t.dtype)
+        wide = torch.full((*t.shape[:-1], t.shape[-1] + 5), unused, dtype=t.dtype)
         view = wide[..., 2 : 2 + t.shape[-1]]
     elif kind == "strided":
-        view = torch.full((*t.shape, 2), float("nan"), dtype=t.dtype)[..., 0]
+        view = torch.full((*t.shape, 2), unused, dtype=t.dtype)[..., 0]
     elif kind == "unaligned":
-        flat = torch.full((t.numel() + 1,), float("nan"), dtype=t.dtype)
+        flat = torch.full((t.numel() + 1,), unused, dtype=t.dtype)
         view = flat[1:].view(t.shape)
     else:
         raise ValueError(kind)

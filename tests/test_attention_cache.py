@@ -143,7 +143,7 @@ def test_every_element_is_written(isa: str) -> None:
     q, k, v = random_qkv(2, 2, 700)
     lengths = torch.tensor([700, 3])
     out = torch.full_like(q, NAN)
-    OUT_OP(q, k, v, lengths, scale=0.1, softcap=None, window=None, out=out)
+    OUT_OP(q, k, v, lengths, None, None, scale=0.1, softcap=None, window=None, out=out)
     assert torch.equal(out, ops.attention_cache(q, k, v, lengths, scale=0.1))
 
 
@@ -161,6 +161,94 @@ def test_independent_of_threads(isa: str, seqlen_q: int) -> None:
     assert torch.equal(results[0], results[2])
 
 
+def int8_rows(lengths: list[int], capacity: int, heads: int, head_dim: int) -> tuple[Tensor, ...]:
+    """A ring of int8 and its scales, each head's slots contiguous as KVCache has them; scales are
+    powers of two, so that the products are exact in every dtype, and NaN in slots never written."""
+    shape = (len(lengths), heads, capacity)
+    data = torch.randint(-127, 128, (*shape, head_dim), dtype=torch.int8).transpose(1, 2)
+    scales = torch.ldexp(torch.ones(shape), torch.randint(-9, -5, shape)).transpose(1, 2)
+    for b, length in enumerate(lengths):
+        scales[b, length:] = NAN
+    return data, scales
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [8, 40, 256])
+@pytest.mark.parametrize("seqlen_q", [1, 3, 30])
+def test_int8(isa: str, dtype: torch.dtype, head_dim: int, seqlen_q: int) -> None:
+    # A whole cache, and a ring that has wrapped: its keys in the order of their positions.
+    for lengths, options in (([29, 299, 300], {}), ([700, 317, 31], {"window": 250})):
+        k8, k_scales = int8_rows(lengths, 300, 2, head_dim)
+        v8, v_scales = int8_rows(lengths, 300, 2, head_dim)
+        q = (torch.randn(3, seqlen_q, 4, head_dim) * 2).to(dtype)
+        key_lengths = torch.tensor(lengths)
+        actual = ops.attention_cache(
+            *(q, k8, v8, key_lengths),
+            **{"scale": 0.2, "softcap": 5.0, "k_scales": k_scales, "v_scales": v_scales},
+            **options,
+        )
+        k, v = (torch.zeros(3, max(lengths), 2, head_dim, dtype=dtype) for _ in range(2))
+        for b, length in enumerate(lengths):
+            positions = torch.arange(max(0, length - 300), length)
+            slots = positions % 300
+            k[b, positions] = (k8[b, slots] * k_scales[b, slots, :, None]).to(dtype)
+            v[b, positions] = (v8[b, slots] * v_scales[b, slots, :, None]).to(dtype)
+        reference = reference_of(scale=0.2, softcap=5.0, key_lengths=key_lengths, **options)
+        # Scores and weights are multiplied by the scales: a rounding each.
+        assert_accurate(actual, reference, q, k, v, roundings=3)
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 15, 30])
+def test_int8_strides_splits_and_threads(isa: str, seqlen_q: int) -> None:
+    q = torch.randn(2, seqlen_q, 4, 40).bfloat16()
+    lengths = [1400, 2100]
+    k8, k_scales = int8_rows([2000, 2000], 1500, 2, 40)
+    v8, v_scales = int8_rows([2000, 2000], 1500, 2, 40)
+    key_lengths = torch.tensor(lengths)
+    options: dict[str, Any] = {"scale": 0.1, "window": 1300}
+
+    def run(*tensors: Tensor) -> Tensor:
+        q, k, v, k_scales, v_scales = tensors
+        scales = {"k_scales": k_scales, "v_scales": v_scales}
+        return ops.attention_cache(q, k, v, key_lengths, **scales, **options)
+
+    expected = run(q, k8, v8, k_scales, v_scales)
+    wide = ops.attention_cache(
+        q.float(), k8 * k_scales[..., None], v8 * v_scales[..., None], key_lengths, **options
+    )
+    torch.testing.assert_close(expected.float(), wide, rtol=1.6e-2, atol=1e-3)
+    tensors = (q, k8, v8, k_scales, v_scales)
+    assert torch.equal(run(*(t.contiguous() for t in tensors)), expected)
+    for layout in LAYOUTS:
+        assert torch.equal(run(*(with_strides(t, layout) for t in tensors)), expected)
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(run(*tensors), expected)
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 30])
+def test_int8_hides_what_is_not_seen(isa: str, seqlen_q: int) -> None:
+    q = torch.randn(1, seqlen_q, 4, 64)
+    k8, k_scales = int8_rows([90], 90, 2, 64)
+    v8, v_scales = int8_rows([90], 90, 2, 64)
+    unseen = slice(0, 90 - seqlen_q + 1 - 20)
+    k_scales[:, unseen], v_scales[:, unseen] = NAN, NAN
+    options: dict[str, Any] = {"scale": 0.1, "window": 20}
+
+    def run() -> Tensor:
+        scales = {"k_scales": k_scales, "v_scales": v_scales}
+        return ops.attention_cache(q, k8, v8, torch.tensor([90]), **scales, **options)
+
+    assert torch.isfinite(run()).all()
+    k_scales[:, 89, 0] = NAN  # of one key head, seen by the last query
+    out = run()
+    assert out[:, -1, :2].isnan().all()
+    assert torch.isfinite(out[:, -1, 2:]).all()
+    assert torch.isfinite(out[:, :-1]).all()
+
+
 @pytest.mark.parametrize("shape", [(0, 1, 4), (2, 0, 4), (2, 3, 0)])
 def test_empty(isa: str, shape: tuple[int, int, int]) -> None:
     q, k, v = random_qkv(*shape)
@@ -174,7 +262,11 @@ def test_opcheck(dtype: torch.dtype) -> None:
     lengths = torch.tensor([70, 25])
     options = {"scale": 0.1, "softcap": 5.0, "window": 26}
     opcheck(OP, (q, k, v, lengths), options)
-    opcheck(OUT_OP, (q, k, v, lengths), {**options, "out": torch.empty_like(q)})
+    opcheck(OUT_OP, (q, k, v, lengths, None, None), {**options, "out": torch.empty_like(q)})
+    (k8, k_scales), (v8, v_scales) = (int8_rows([30, 25], 30, 2, 16) for _ in range(2))
+    int8 = (q, k8, v8, lengths, k_scales, v_scales)
+    opcheck(OP, int8, options)
+    opcheck(OUT_OP, int8, {**options, "out": torch.empty_like(q)})
 
 
 def test_compile_without_graph_breaks() -> None:
@@ -185,6 +277,13 @@ def test_compile_without_graph_breaks() -> None:
         return ops.attention_cache(q, k, v, lengths, scale=0.1, softcap=5.0, window=4) * 2
 
     torch.testing.assert_close(torch.compile(f, fullgraph=True)(q), f(q))
+    (k, k_scales), (v, v_scales) = (int8_rows([30, 25], 30, 2, 64) for _ in range(2))
+
+    def g(q: Tensor) -> Tensor:
+        scales = {"k_scales": k_scales, "v_scales": v_scales}
+        return ops.attention_cache(q, k, v, lengths, scale=0.1, **scales) * 2
+
+    torch.testing.assert_close(torch.compile(g, fullgraph=True)(q), g(q))
 
 
 def test_backward_refuses() -> None:
@@ -235,4 +334,32 @@ def test_errors() -> None:
     error("softcap must be positive and finite, got nan", q, k, v, lengths, softcap=NAN)
     error("window must be at least 1, got 0", q, k, v, lengths, window=0)
     with pytest.raises(ValueError, match="attention_cache: out must have q's shape"):
-        OUT_OP(q, k, v, lengths, scale=0.1, softcap=None, window=None, out=q[:1].clone())
+        out = q[:1].clone()
+        OUT_OP(q, k, v, lengths, None, None, scale=0.1, softcap=None, window=None, out=out)
+    (k8, k_scales), (v8, v_scales) = (int8_rows([5, 5], 5, 2, 64) for _ in range(2))
+    both = {"k_scales": k_scales, "v_scales": v_scales}
+    needed = "k_scales and v_scales must be given with caches of int8, and only with them, got "
+    error(needed + "no k_scales, no v_scales and a k_cache of Char", q, k8, v8, lengths)
+    error(needed + "k_scales, no v_scales", q, k8, v8, lengths, k_scales=k_scales)
+    error(needed + "k_scales, v_scales and a k_cache of Float", q, k, v, lengths, **both)
+    error("v_cache must have k_cache's dtype Char, got Float", q, k8, v, lengths, **both)
+    error("v_cache must have k_cache's shape", q, k8, v8[:, 1:], lengths, **both)
+    error(
+        r"v_scales must have shape \(batch, capacity, num_kv_heads\) = .*, got \(2, 4, 2\)",
+        *(q, k8, v8, lengths),
+        k_scales=k_scales,
+        v_scales=v_scales[:, 1:],
+    )
+    error(
+        "k_scales must be float32, got Half",
+        *(q, k8, v8, lengths),
+        k_scales=k_scales.half(),
+        v_scales=v_scales,
+    )
+    error(
+        r"v_scales must be a torch\.Tensor, got int",
+        *(q, k8, v8, lengths),
+        k_scales=k_scales,
+        v_scales=1,
+        kind=TypeError,
+    )

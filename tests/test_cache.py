@@ -27,6 +27,51 @@ def test_a_long_context_costs_little_more_than_half() -> None:
     assert layer_capacity(config, 1, 1 << 17) == 1 << 17
 
 
+def test_int8_holds_a_byte_an_element_and_a_scale_a_row() -> None:
+    config = Gemma2Config.gemma2_2b()
+    cache = KVCache(config, 2, 512, dtype=torch.int8)
+    assert cache.nbytes == cache_bytes(config, 2, 512, torch.int8) == 2 * 2 * 26 * 512 * 4 * 260
+    assert cache.key_scales[3].shape == (2, 512, 4)
+    assert cache.key_scales[3].transpose(1, 2).is_contiguous()
+    assert KVCache(config, 1, 16).key_scales == []
+
+
+@pytest.mark.parametrize("seqlen", [1, 7, 40])
+def test_int8_gives_nearly_the_same_logits(seqlen: int) -> None:
+    model = tiny.small_model()
+    ids = tiny.random_ids(model.config, 2, 120)
+    mask = torch.ones(2, 120, dtype=torch.int64)
+    mask[1, :50] = 0
+    cache = model.new_cache(2, 128, torch.int8)
+    pieces = [
+        model(ids[:, i : i + seqlen], mask[:, i : i + seqlen], cache=cache)
+        for i in range(50, 120, seqlen)
+    ]
+    expected = model(ids[:, 50:], mask[:, 50:])
+    error = (torch.cat(pieces, 1) - expected).norm() / expected.norm()
+    assert 0 < error < 0.02
+    # Taken back and given again: the same.
+    cache.rewind(5)
+    again = model(ids[:, 115:], cache=cache)
+    torch.testing.assert_close(again, torch.cat(pieces, 1)[:, -5:], rtol=1e-3, atol=1e-3)
+
+
+def test_a_models_caches_are_of_its_cache_dtype() -> None:
+    model = tiny.small_model()
+    ids = tiny.random_ids(model.config, 1, 20)
+    model.cache_dtype = torch.int8
+    assert model.new_cache(1, 32).keys[0].dtype == torch.int8
+    assert model.new_cache(1, 32, model.dtype).keys[0].dtype == model.dtype
+    drawn = model.generate(ids, max_new_tokens=8)
+    cache = model.new_cache(1, 64, torch.int8)
+    assert torch.equal(drawn, model.generate(ids, max_new_tokens=8, cache=cache))
+    assert torch.equal(drawn, model.generate(ids, max_new_tokens=8, draft="ngram"))
+    with pytest.raises(ValueError, match="must have the model's dtype torch.float32 or int8, got"):
+        model.new_cache(1, 32, torch.float16)
+    with pytest.raises(NotImplementedError, match="int8 is for the CPU only, got device meta"):
+        KVCache(model.config, 1, 32, dtype=torch.int8, device="meta")
+
+
 def test_errors() -> None:
     config = tiny.small_config()
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):

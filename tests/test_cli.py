@@ -458,6 +458,11 @@ def test_perplexity(shakespeare, main, tmp_path: Path):
     assert json.loads(out)["nll"] == pytest.approx(first.nll)
     assert json.loads(out)["num_bytes"] == len(tokenizer.decode(ids[:21]).encode())
 
+    _, out, _ = main("perplexity", file, "--cache", "int8", "--json")
+    small = Gemma2.from_pretrained(shipped_model(), cache_dtype=torch.int8)
+    assert json.loads(out)["nll"] == pytest.approx(perplexity(small, ids).nll)
+    assert json.loads(out)["nll"] != pytest.approx(perplexity(model, ids).nll, rel=1e-6)
+
     _, out, _ = main("perplexity", file, "--sliding-window", 4, "--json")
     narrow = Gemma2.from_pretrained(shipped_model(), sliding_window=4)
     assert json.loads(out)["nll"] == pytest.approx(perplexity(narrow, ids).nll)
@@ -531,6 +536,9 @@ def test_info_needs_no_weights(main, tmp_path: Path):
     assert memory["cache_bytes"] < memory["cache_without_rings_bytes"] == 2 * 26 * 2 * 8192 * 2048
     assert memory["total_bytes"] == memory["weights_bytes"] + memory["cache_bytes"]
     assert memory["available_bytes"] > 0
+
+    _, out, _ = main(*args, "--cache", "int8", "--json")
+    assert json.loads(out)["memory"]["cache_bytes"] == cache_bytes(config, 2, 8192, torch.int8)
 
     _, out, _ = main(*args)
     assert "2,614,341,888 parameters" in out

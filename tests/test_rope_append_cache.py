@@ -137,7 +137,7 @@ def test_every_element_is_written(isa: str) -> None:
     q, k, v = inputs(2, 5, 4, 2, 22, torch.float32)
     positions = torch.tensor([[-1, 0, 1, 2, 3], [4, 5, 6, 7, 8]])
     q_out = torch.full(q.shape, NAN)
-    OUT_OP(q, k, v, positions, *new_caches(k, 5), 10000.0, q_out)
+    OUT_OP(q, k, v, positions, *new_caches(k, 5), 10000.0, None, None, q_out)
     assert torch.equal(q_out, ops.rope_append_cache(q, k, v, positions, *new_caches(k, 5)))
 
 
@@ -160,6 +160,74 @@ def test_independent_of_threads(isa: str) -> None:
     torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+def int8_caches(k: Tensor, capacity: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Caches of int8 and their scales, each head's slots contiguous; 99 and NaN where unwritten."""
+    shape = (k.shape[0], k.shape[2], capacity, k.shape[3])
+    caches = [torch.full(shape, 99, dtype=torch.int8).transpose(1, 2) for _ in range(2)]
+    scales = [torch.full(shape[:3], NAN).transpose(1, 2) for _ in range(2)]
+    return caches, scales
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [2, 8, 22, 130, 256])
+def test_int8(isa: str, dtype: torch.dtype, head_dim: int) -> None:
+    q, k, v = inputs(2, 5, 4, 2, head_dim, dtype)
+    k[0, 1, 0] *= 1000  # a row's scale is its own
+    v[1, 2, 1] = 0
+    positions = torch.tensor([[-1, 5, 6, 7, 8], [3, 4, 5, 6, 7]])
+    caches, scales = int8_caches(k, 7)
+    out = ops.rope_append_cache(q, k, v, positions, *caches, 500.0, *scales)
+    rotated = [reference.rope(t.float(), t.float(), positions.clamp(0), 500.0)[0] for t in (q, k)]
+    assert torch.equal(out, ops.rope_append_cache(q, k, v, positions, *new_caches(k, 7), 500.0))
+    written = torch.zeros(2, 7, dtype=torch.bool)
+    for b, i in (positions >= 0).nonzero().tolist():
+        slot = int(positions[b, i]) % 7
+        written[b, slot] = True
+        for cache, scale, row in zip(caches, scales, (rotated[1], v.float()), strict=True):
+            expected = row[b, i].abs().amax(-1) / 127
+            torch.testing.assert_close(scale[b, slot], expected, rtol=1e-5, atol=1e-9)
+            # Half a step, and the rounding of what is rounded.
+            error = (cache[b, slot] * scale[b, slot, :, None] - row[b, i]).abs()
+            assert (error <= 0.5001 * expected[:, None]).all()
+    for cache, scale in zip(caches, scales, strict=True):
+        assert (cache[~written] == 99).all()
+        assert scale[~written].isnan().all()
+        assert scale[written].isfinite().all()
+    assert scales[1][1, 5, 1] == 0
+
+
+def test_int8_of_rows_that_are_not_finite(isa: str) -> None:
+    q, k, v = inputs(1, 4, 2, 1, 40, torch.float32)
+    k[0, 0, 0, 39], k[0, 1, 0, 3], v[0, 2, 0, 7] = NAN, float("inf"), -float("inf")
+    v[0, 3] = 1e-40
+    caches, scales = int8_caches(k, 4)
+    ops.rope_append_cache(q, k, v, torch.arange(4), *caches, 10000.0, *scales)
+    assert scales[0][0, :, 0].isnan().tolist() == [True, True, False, False]
+    assert scales[1][0, :, 0].isnan().tolist() == [False, False, True, False]
+    assert scales[1][0, 3, 0] == 0
+
+
+def test_int8_token_by_token_and_by_any_layout(isa: str) -> None:
+    q, k, v = inputs(2, 23, 2, 1, 16, torch.bfloat16)
+    whole, whole_scales = int8_caches(k, 7)
+    single, single_scales = int8_caches(k, 7)
+    gaps = [torch.zeros(2, 7, 3, 30, dtype=torch.int8)[:, :, 1:2, 5:21] for _ in range(2)]
+    gap_scales = [torch.zeros(2, 7, 2, 2)[:, :, :1, 1] for _ in range(2)]
+    for begin in range(0, 23, 7):
+        part = slice(begin, begin + 7)
+        pieces = (q[:, part], k[:, part], v[:, part], torch.arange(23)[part])
+        ops.rope_append_cache(*pieces, *whole, 10000.0, *whole_scales)
+        ops.rope_append_cache(*pieces, *gaps, 10000.0, *gap_scales)
+    for p in range(23):
+        now = slice(p, p + 1)
+        pieces = (q[:, now], k[:, now], v[:, now], torch.tensor([p]))
+        ops.rope_append_cache(*pieces, *single, 10000.0, *single_scales)
+    results = (*whole, *whole_scales), (*single, *single_scales), (*gaps, *gap_scales)
+    for a, b, c in zip(*results, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
 
 
 @settings(max_examples=50, deadline=None)
@@ -185,7 +253,10 @@ def test_opcheck(dtype: torch.dtype) -> None:
     caches = [torch.zeros(2, 8, 2, 16, dtype=dtype) for _ in range(2)]
     opcheck(OP, (q, k, v, torch.arange(3), *caches, 10000.0))
     q_out = torch.empty(q.shape, dtype=dtype)
-    opcheck(OUT_OP, (q, k, v, torch.arange(3), *caches, 10000.0, q_out))
+    opcheck(OUT_OP, (q, k, v, torch.arange(3), *caches, 10000.0, None, None, q_out))
+    caches, scales = int8_caches(k, 8)
+    opcheck(OP, (q, k, v, torch.arange(3), *caches, 10000.0, *scales))
+    opcheck(OUT_OP, (q, k, v, torch.arange(3), *caches, 10000.0, *scales, q_out))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -203,6 +274,23 @@ def test_compile_without_graph_breaks(backend: str) -> None:
     torch.testing.assert_close(actual, expected)
     for c, e in zip(compiled, eager, strict=True):
         torch.testing.assert_close(c, e, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_int8_compiles_without_graph_breaks(backend: str) -> None:
+    q, k, v = inputs(2, 3, 4, 2, 16, torch.float32)
+    (caches, scales), (expected, expected_scales) = int8_caches(k, 8), int8_caches(k, 8)
+    positions = torch.arange(3)
+
+    def step(k: Tensor, caches: list[Tensor], scales: list[Tensor]) -> Tensor:
+        out = ops.rope_append_cache(q, k * 2, v, positions, *caches, 10000.0, *scales)
+        return out + scales[0][:, :3].sum()
+
+    eager = step(k, expected, expected_scales)
+    actual = torch.compile(step, fullgraph=True, backend=backend)(k, caches, scales)
+    torch.testing.assert_close(actual, eager)
+    for a, e in zip((*caches, *scales), (*expected, *expected_scales), strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("which", range(5))
@@ -228,8 +316,8 @@ def test_errors() -> None:
     call = ops.rope_append_cache
     with pytest.raises(TypeError, match=r"rope_append_cache: v must be a torch\.Tensor, got int"):
         call(q, k, 0, positions, k_cache, v_cache)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="k_cache must be float32, .*, got torch.int8"):
-        call(q, k, v, positions, k_cache.to(torch.int8), v_cache)
+    with pytest.raises(TypeError, match="k_cache must be float32, .*, got torch.uint8"):
+        call(q, k, v, positions, k_cache.to(torch.uint8), v_cache)
     with pytest.raises(TypeError, match="positions must be int32 or int64, got torch.bool"):
         call(q, k, v, positions > 0, k_cache, v_cache)
     with pytest.raises(ValueError, match="v_cache must have k's dtype Float, got BFloat16"):
@@ -254,6 +342,22 @@ def test_errors() -> None:
         call(q[..., 1:], k[..., 1:], v[..., 1:], positions, k_cache, v_cache)
     with pytest.raises(ValueError, match=r"positions must have shape .*, got \(2,\)"):
         call(q, k, v, positions[1:], k_cache, v_cache)
+    caches, scales = int8_caches(k, 8)
+    needed = "k_scales and v_scales must be given with caches of int8, and only with them, got "
+    with pytest.raises(ValueError, match=needed + "no k_scales, no v_scales and a k_cache of Char"):
+        call(q, k, v, positions, *caches)
+    with pytest.raises(ValueError, match=needed + "k_scales, v_scales and a k_cache of Float"):
+        call(q, k, v, positions, k_cache, v_cache, 10000.0, *scales)
+    with pytest.raises(ValueError, match="v_cache must have k_cache's dtype Char, got Float"):
+        call(q, k, v, positions, caches[0], v_cache, 10000.0, *scales)
+    with pytest.raises(ValueError, match=r"k_scales must have shape .* = \(2, 8, 2\), got"):
+        call(q, k, v, positions, *caches, 10000.0, scales[0][:, 1:], scales[1])
+    with pytest.raises(ValueError, match="v_scales must be float32, got Double"):
+        call(q, k, v, positions, *caches, 10000.0, scales[0], scales[1].double())
+    q, k, v = inputs(1, 1, 2, 1, 258, torch.float32)
+    caches, scales = int8_caches(k, 1)
+    with pytest.raises(ValueError, match="head_dim must be at most 256 with an int8 cache, got 25"):
+        call(q, k, v, torch.arange(1), *caches, 10000.0, *scales)
 
 
 def test_two_tokens_never_share_a_slot() -> None:

@@ -239,6 +239,30 @@ struct KeyRows {
   }
 };
 
+// Whether rows are stored as int8 with a factor each.
+template <class K>
+constexpr bool kScaled = false;
+template <>
+constexpr bool kScaled<int8_t> = true;
+
+// A block of scores or weights times its keys' factors.
+GEMMA2_INLINE void multiply_row(float* s, const float* factors) {
+  for (int64_t j = 0; j < kKeyBlock; j += kLanes) store(s + j, load(s + j) * load(factors + j));
+}
+
+// n int8 rows times their factors, one behind another.
+template <class T>
+GEMMA2_INLINE void widen_rows(const KeyRows<int8_t>& from, const float* factors, int64_t n,
+                              int64_t head_dim, T* to) {
+  for (int64_t j = 0; j < n; ++j, to += head_dim) {
+    const int8_t* row = from.row(j);
+    const VecF factor = set(factors[j]);
+    int64_t d = 0;
+    for (; d + kLanes <= head_dim; d += kLanes) store(to + d, load(row + d) * factor);
+    if (d < head_dim) store_n(to + d, load_n(row + d, head_dim - d) * factor, head_dim - d);
+  }
+}
+
 // The lower and the upper halves of a and b, element by element in turn.
 #if GEMMA2_LANES == 4
 #define GEMMA2_LOWER 0, 4, 1, 5

@@ -6,8 +6,9 @@
 // the keys that its rows see, a block at a time, with the online softmax; no row is longer than a
 // block in memory. Many rows: K and V blocks are packed and meet the rows in register tiles
 // (arithmetic bounds it). Few rows, as in decoding: keys are read once where they lie (memory
-// bounds it), and the keys are split over units. Source: FlashAttention-2 (arXiv 2307.08691),
-// Flash-Decoding.
+// bounds it), and the keys are split over units. int8 keys (K is their type, T that of queries)
+// become T where they are packed; for few rows scores and weights take their factors instead.
+// Source: FlashAttention-2 (arXiv 2307.08691), Flash-Decoding.
 #include "attention-inl.h"
 #include "kernels.h"
 
@@ -16,20 +17,19 @@ namespace GEMMA2_ISA {
 namespace {
 
 // One unit's share of the problem.
-template <class T>
 struct Unit : Sequence {
   int64_t split;
   int64_t row_begin, rows;     // rows of the group, position * group + head
   int64_t key_begin, key_end;  // keys that some row sees, of this split
-  const T *k, *v;              // of the sequence and head
+  const void *k, *v;           // of the sequence and head
 
   GEMMA2_INLINE int64_t query(int64_t r) const { return Sequence::query(row_begin + r); }
   GEMMA2_INLINE int64_t head(int64_t r) const { return Sequence::head(row_begin + r); }
 };
 
 // Returns false where the unit has no rows, as the blocks past the end of a short sequence.
-template <class T>
-bool make_unit(const AttentionWork& w, int64_t index, Unit<T>& u) {
+template <class K>
+bool make_unit(const AttentionWork& w, int64_t index, Unit& u) {
   const AttentionParams& p = w.p;
   u.split = index % w.splits, index /= w.splits;
   const int64_t kv_head = index % p.num_kv_heads;
@@ -40,9 +40,9 @@ bool make_unit(const AttentionWork& w, int64_t index, Unit<T>& u) {
   u.rows = min64(w.block_rows, u.seqlen_q * u.group - u.row_begin);
   if (u.rows <= 0) return false;
 
-  u.k = (const T*)p.k.data + u.batch * p.k.batch_stride + u.k_offset * p.k.seqlen_stride +
+  u.k = (const K*)p.k.data + u.batch * p.k.batch_stride + u.k_offset * p.k.seqlen_stride +
         u.kv_head * p.k.head_stride;
-  u.v = (const T*)p.v.data + u.batch * p.v.batch_stride + u.k_offset * p.v.seqlen_stride +
+  u.v = (const K*)p.v.data + u.batch * p.v.batch_stride + u.k_offset * p.v.seqlen_stride +
         u.kv_head * p.v.head_stride;
   u.key_begin = first_key(p, u, u.query(0));
   u.key_end = end_key(p, u, u.query(u.rows - 1));
@@ -54,15 +54,41 @@ bool make_unit(const AttentionWork& w, int64_t index, Unit<T>& u) {
   return true;
 }
 
-template <class T>
-GEMMA2_INLINE KeyRows<T> key_rows(const AttentionParams& p, const T* base, int64_t stride,
+template <class K>
+GEMMA2_INLINE KeyRows<K> key_rows(const AttentionParams& p, const void* base, int64_t stride,
                                   int64_t key) {
-  if (!p.capacity) return {base, stride, key, INT64_MAX};
-  return {base, stride, key % p.capacity, p.capacity};
+  if (!p.capacity) return {(const K*)base, stride, key, INT64_MAX};
+  return {(const K*)base, stride, key % p.capacity, p.capacity};
+}
+
+// The factors of n int8 rows from `key` on.
+GEMMA2_INLINE void load_factors(const AttentionParams& p, const Unit& u, const HeadsView& scales,
+                                int64_t key, int64_t n, float* to) {
+  const float* base =
+      (const float*)scales.data + u.batch * scales.batch_stride + u.kv_head * scales.head_stride;
+  const KeyRows<float> rows = key_rows<float>(p, base, scales.seqlen_stride, key);
+  for (int64_t j = 0; j < n; ++j) to[j] = *rows.row(j);
+}
+
+// Rows of T from `key` on; int8 ones are written to `room` (kKeyBlock, head_dim), n of them.
+template <class T>
+GEMMA2_INLINE KeyRows<T> rows_as(T, const AttentionParams& p, const Unit&, const void* base,
+                                 const HeadsView& view, const HeadsView&, int64_t key, int64_t,
+                                 T*) {
+  return key_rows<T>(p, base, view.seqlen_stride, key);
+}
+template <class T>
+GEMMA2_INLINE KeyRows<T> rows_as(int8_t, const AttentionParams& p, const Unit& u, const void* base,
+                                 const HeadsView& view, const HeadsView& scales, int64_t key,
+                                 int64_t n, T* room) {
+  float factors[kKeyBlock];
+  load_factors(p, u, scales, key, n, factors);
+  widen_rows(key_rows<int8_t>(p, base, view.seqlen_stride, key), factors, n, p.head_dim, room);
+  return {room, p.head_dim, 0, INT64_MAX};
 }
 
 template <class T>
-GEMMA2_INLINE const T* query_row(const AttentionParams& p, const Unit<T>& u, int64_t r) {
+GEMMA2_INLINE const T* query_row(const AttentionParams& p, const Unit& u, int64_t r) {
   return (const T*)p.q.data + u.batch * p.q.batch_stride +
          (u.q_offset + u.query(r)) * p.q.seqlen_stride + u.head(r) * p.q.head_stride;
 }
@@ -70,8 +96,8 @@ GEMMA2_INLINE const T* query_row(const AttentionParams& p, const Unit<T>& u, int
 // Divides a row of output by its sum and stores it, with the logarithm of the sum: largest is in
 // units of ln 2. A row without keys has sum 0: it gives 0 and -inf.
 template <class T>
-void finish_row(const AttentionParams& p, const Unit<T>& u, int64_t r, const float* o,
-                float largest, float sum) {
+void finish_row(const AttentionParams& p, const Unit& u, int64_t r, const float* o, float largest,
+                float sum) {
   const int64_t i = u.q_offset + u.query(r);
   T* out = (T*)p.out.data + u.batch * p.out.batch_stride + i * p.out.seqlen_stride +
            u.head(r) * p.out.head_stride;
@@ -92,13 +118,13 @@ void finish_row(const AttentionParams& p, const Unit<T>& u, int64_t r, const flo
 
 // The unit's result: to out, or to its split's part.
 template <class T>
-void finish_unit(const AttentionWork& w, const Unit<T>& u, const float* o, int64_t o_stride,
+void finish_unit(const AttentionWork& w, const Unit& u, const float* o, int64_t o_stride,
                  const float* largest, const float* sum) {
   const int64_t head_dim = w.p.head_dim;
   const int64_t part = (u.batch * w.p.num_kv_heads + u.kv_head) * w.splits + u.split;
   for (int64_t r = 0; r < u.rows; ++r) {
     if (w.splits == 1) {
-      finish_row(w.p, u, r, o + r * o_stride, largest[r], sum[r]);
+      finish_row<T>(w.p, u, r, o + r * o_stride, largest[r], sum[r]);
     } else {
       float* to = w.partial + (part * w.block_rows + r) * (head_dim + 2);
       memcpy(to, o + r * o_stride, head_dim * 4);
@@ -110,24 +136,27 @@ void finish_unit(const AttentionWork& w, const Unit<T>& u, const float* o, int64
 
 // ---- few rows
 
-template <class T>
+template <class K>
 struct Stream {
-  using Word = typename Packed<T>::Word;
+  using Word = typename Packed<K>::Word;
   const AttentionParams& p;
-  const Unit<T>& u;
+  const Unit& u;
   ScoreScale scale;
   float *q, *s, *o;
   int64_t o_stride;
   float largest[kAttentionStreamRows], sum[kAttentionStreamRows];
+  float k_factors[kKeyBlock], v_factors[kKeyBlock];  // of int8 rows, 0 past those at work
 
   // n keys, of which the first is number `first` of its block.
   template <int kRows>
-  void block(int64_t r, int64_t first, int64_t n, const KeyRows<T>& k, const KeyRows<T>& v) {
+  void block(int64_t r, int64_t first, int64_t n, const KeyRows<K>& k, const KeyRows<K>& v) {
     dot_keys<kRows, Word>(q + r * kQueryStride, k, n, p.head_dim / kPerWord<Word>, s + first);
     for (int i = 0; i < kRows; ++i) {
+      if (kScaled<K>) multiply_row(s + i * kScoreStride, k_factors);
       const float factor = softmax_row<Word>(s + i * kScoreStride, kKeyBlock, first, first + n,
                                              scale, largest[r + i], sum[r + i]);
       if (factor != 1.0f) scale_row(o + (r + i) * o_stride, p.head_dim, factor);
+      if (kScaled<K>) multiply_row(s + i * kScoreStride, v_factors);
     }
     add_values<kRows>(Word{}, s, v, first, n, p.head_dim, o + r * o_stride, o_stride);
   }
@@ -135,9 +164,15 @@ struct Stream {
   // Rows [row_begin, row_end) meet keys [begin, end) of one block, all of which they see.
   void keys(int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
     if (begin >= end) return;
-    const KeyRows<T> k = key_rows(p, u.k, p.k.seqlen_stride, begin);
-    const KeyRows<T> v = key_rows(p, u.v, p.v.seqlen_stride, begin);
+    const KeyRows<K> k = key_rows<K>(p, u.k, p.k.seqlen_stride, begin);
+    const KeyRows<K> v = key_rows<K>(p, u.v, p.v.seqlen_stride, begin);
     const int64_t first = begin % kKeyBlock, n = end - begin;
+    if (kScaled<K>) {
+      memset(k_factors, 0, sizeof k_factors);
+      memset(v_factors, 0, sizeof v_factors);
+      load_factors(p, u, p.k_scales, begin, n, k_factors + first);
+      load_factors(p, u, p.v_scales, begin, n, v_factors + first);
+    }
     int64_t r = row_begin;
     for (; r + 4 <= row_end; r += 4) block<4>(r, first, n, k, v);
     for (; r + 2 <= row_end; r += 2) block<2>(r, first, n, k, v);
@@ -145,18 +180,18 @@ struct Stream {
   }
 };
 
-template <class T>
-void stream_unit(const AttentionWork& w, const Unit<T>& u) {
-  using Word = typename Packed<T>::Word;
+template <class T, class K>
+void stream_unit(const AttentionWork& w, const Unit& u) {
+  using Word = typename Packed<K>::Word;
   const AttentionParams& p = w.p;
   float* q = w.scratch;
   float* s = q + w.block_rows * kQueryStride;
   float* o = s + w.block_rows * kScoreStride;
   const int64_t o_stride = attention_padded_dim(p.head_dim);
-  Stream<T> stream{p, u, score_scale(p), q, s, o, o_stride, {}, {}};
+  Stream<K> stream{p, u, score_scale(p), q, s, o, o_stride, {}, {}, {}, {}};
   for (int64_t r = 0; r < u.rows; ++r) {
     stream.largest[r] = -INFINITY;
-    const T* row = query_row(p, u, r);
+    const T* row = query_row<T>(p, u, r);
     const int64_t depth = p.head_dim / kPerWord<Word>;
     for (int64_t d = 0; d < depth; d += kLanes)
       store(q + r * kQueryStride + d, load_words(Word{}, row, d, depth));
@@ -178,13 +213,13 @@ void stream_unit(const AttentionWork& w, const Unit<T>& u) {
       stream.keys(r, r + u.group, max64(begin, first_key(p, u, i)), min64(end, end_key(p, u, i)));
     }
   }
-  finish_unit(w, u, o, o_stride, stream.largest, stream.sum);
+  finish_unit<T>(w, u, o, o_stride, stream.largest, stream.sum);
 }
 
 // ---- many rows
 
-template <class T>
-void tile_unit(const AttentionWork& w, const Unit<T>& u) {
+template <class T, class K>
+void tile_unit(const AttentionWork& w, const Unit& u) {
   using Word = typename Packed<T>::Word;
   constexpr int kStep = kPerWord<Word>;
   const AttentionParams& p = w.p;
@@ -195,6 +230,8 @@ void tile_unit(const AttentionWork& w, const Unit<T>& u) {
   float* o = s + w.block_rows * kScoreStride;
   float* k_packed = o + w.block_rows * o_stride;
   float* v_packed = k_packed + kKeyBlock * head_dim;
+  T* k_room = (T*)(v_packed + kKeyBlock * o_stride);  // of int8 keys and values
+  T* v_room = k_room + kKeyBlock * head_dim;
 
   const ScoreScale scale = score_scale(p);
   const int64_t rows = (u.rows + kTileRows - 1) / kTileRows * kTileRows;
@@ -202,7 +239,7 @@ void tile_unit(const AttentionWork& w, const Unit<T>& u) {
   int64_t first[kRowBlock], end[kRowBlock];  // keys that a row sees
   for (int64_t r = 0; r < rows; ++r) {
     const bool inside = r < u.rows;
-    const T* row = inside ? query_row(p, u, r) : nullptr;
+    const T* row = inside ? query_row<T>(p, u, r) : nullptr;
     for (int64_t d = 0; d < depth; d += kLanes)
       store(q + r * kQueryStride + d, inside ? load_words(Word{}, row, d, depth) : zero());
     for (int64_t d = 0; d < o_stride; d += kLanes) store(o + r * o_stride + d, zero());
@@ -215,8 +252,8 @@ void tile_unit(const AttentionWork& w, const Unit<T>& u) {
 
   for (int64_t j = u.key_begin; j < u.key_end; j += kKeyBlock) {
     const int64_t n = min64(kKeyBlock, u.key_end - j);
-    const KeyRows<T> k = key_rows(p, u.k, p.k.seqlen_stride, j);
-    const KeyRows<T> v = key_rows(p, u.v, p.v.seqlen_stride, j);
+    const KeyRows<T> k = rows_as<T>(K{}, p, u, u.k, p.k, p.k_scales, j, n, k_room);
+    const KeyRows<T> v = rows_as<T>(K{}, p, u, u.v, p.v, p.v_scales, j, n, v_room);
     // Some row does not see all of the block. Then a value that is not finite must not pass through
     // the product, where a weight of 0 does not hide it.
     const bool edge = first[rows - 1] > j || end[0] < j + n;
@@ -277,7 +314,19 @@ void tile_unit(const AttentionWork& w, const Unit<T>& u) {
       }
     }
   }
-  finish_unit(w, u, o, o_stride, largest, sum);
+  finish_unit<T>(w, u, o, o_stride, largest, sum);
+}
+
+template <class T, class K>
+void units(const AttentionWork& w, int64_t begin, int64_t end) {
+  for (int64_t index = begin; index < end; ++index) {
+    Unit u;
+    if (!make_unit<K>(w, index, u)) continue;
+    if (w.stream)
+      stream_unit<T, K>(w, u);
+    else
+      tile_unit<T, K>(w, u);
+  }
 }
 
 }  // namespace
@@ -285,14 +334,10 @@ void tile_unit(const AttentionWork& w, const Unit<T>& u) {
 void attention_units(const AttentionWork& w, int64_t begin, int64_t end) {
   dispatch_dtype(w.p.dtype, [&](auto t) {
     using T = decltype(t);
-    for (int64_t index = begin; index < end; ++index) {
-      Unit<T> u;
-      if (!make_unit(w, index, u)) continue;
-      if (w.stream)
-        stream_unit(w, u);
-      else
-        tile_unit(w, u);
-    }
+    if (w.p.k_scales.data)
+      units<T, int8_t>(w, begin, end);
+    else
+      units<T, T>(w, begin, end);
   });
 }
 
@@ -302,8 +347,8 @@ void attention_combine(const AttentionWork& w, int64_t begin, int64_t end) {
     using T = decltype(t);
     const int64_t stride = w.p.head_dim + 2;
     for (int64_t index = begin; index < end; ++index) {
-      Unit<T> u;
-      if (!make_unit(w, index * w.splits, u)) continue;
+      Unit u;
+      if (!make_unit<T>(w, index * w.splits, u)) continue;
       for (int64_t r = 0; r < u.rows; ++r) {
         // The first split takes the sum.
         float* total = w.partial + (index * w.splits * w.block_rows + r) * stride;
@@ -325,7 +370,7 @@ void attention_combine(const AttentionWork& w, int64_t begin, int64_t end) {
         }
         float row[256];
         memcpy(row, total, w.p.head_dim * 4);
-        finish_row(w.p, u, r, row, largest, sum);
+        finish_row<T>(w.p, u, r, row, largest, sum);
       }
     }
   });

@@ -92,22 +92,6 @@ GEMMA2_INLINE VecI dot_quads(VecI sum, VecU8 a, VecI8 b) {
 }
 #endif
 
-// kLanes bytes, widened. (The language's own conversion goes byte by byte.)
-GEMMA2_INLINE VecI load_bytes(const int8_t* p) {
-#if defined(__AVX512F__)
-  return (VecI)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
-#elif defined(__AVX2__)
-  VecI v;
-  for (int i = 0; i < kLanes / 8; ++i)
-    integer_part(v, i) = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8 * i)));
-  return v;
-#else
-  VecI v;
-  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
-  return v;
-#endif
-}
-
 // kLanes integers that fit, narrowed.
 template <class T>
 GEMMA2_INLINE void store_integers(T* p, VecI v) {

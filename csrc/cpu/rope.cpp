@@ -4,8 +4,11 @@
 //
 // A unit is a token: unit u is token u % seqlen of row u / seqlen. Its cosines and sines are
 // computed once, kColumns at a time, for all of its heads; the backward is the rotation by the
-// negative angle. Angle, cosine and sine in float32, one
-// rounding at the end. Memory bounds it. Source: transformers, apply_rotary_pos_emb.
+// negative angle. Angle, cosine and sine in float32, one rounding at the end, to int8 with a factor
+// for each head's row where the cache is of that. Memory bounds it. Source: transformers,
+// apply_rotary_pos_emb.
+#include <math.h>
+
 #include "kernels.h"
 #include "simd.h"
 
@@ -20,8 +23,8 @@ GEMMA2_INLINE int64_t offset(const HeadsView& t, int64_t batch, int64_t token, i
 }
 
 // n columns of both halves of one head.
-template <class T>
-GEMMA2_INLINE void rotate(const T* x, T* out, const float* cosines, const float* sines,
+template <class T, class Out>
+GEMMA2_INLINE void rotate(const T* x, Out* out, const float* cosines, const float* sines,
                           int64_t half, int64_t n) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -36,6 +39,35 @@ GEMMA2_INLINE void rotate(const T* x, T* out, const float* cosines, const float*
     store_n(out + i, x1 * c - x2 * s, n - i);
     store_n(out + half + i, x2 * c + x1 * s, n - i);
   }
+}
+
+// Writes a row of floats as int8 times the returned factor: the largest magnitude over 127. A row
+// that is not finite gets a NaN as factor.
+GEMMA2_INLINE float quantize_row(const float* x, int64_t n, int8_t* out) {
+  VecF largest = zero(), difference = zero();
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const VecF v = i + kLanes <= n ? load(x + i) : load_n(x + i, n - i);
+    largest = max(largest, abs(v));
+    difference += v - v;
+  }
+  const float most = reduce_max(largest);
+  const bool finite = reduce_sum(difference) == 0.0f;
+  if (!finite || most < 0x1p-100f) {  // the inverse of less would overflow
+    memset(out, 0, n);
+    return finite ? 0.0f : NAN;
+  }
+  const VecF inverse = set(127.0f / most);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t count = n - i < kLanes ? n - i : kLanes;
+    const VecI q =
+        to_int(round_small((count == kLanes ? load(x + i) : load_n(x + i, count)) * inverse));
+    for (int64_t j = 0; j < count; ++j) out[i + j] = int8_t(q[j]);
+  }
+  return most / 127.0f;
+}
+
+GEMMA2_INLINE float* scale_at(const HeadsView& scales, int64_t batch, int64_t slot, int64_t head) {
+  return (float*)scales.data + offset(scales, batch, slot, head);
 }
 
 template <class T>
@@ -68,12 +100,27 @@ void rope_token(const RopeParams& p, int64_t b, int64_t token) {
              (T*)p.q_out.data + offset(p.q_out, b, token, h) + begin, cosines, sines, half, n);
     }
     for (int64_t h = 0; h < p.num_kv_heads; ++h) {
+      if (p.k_scales.data) {  // head_dim is at most two times kColumns: this is all of it
+        float row[2 * kColumns];
+        rotate((const T*)p.k.data + offset(p.k, b, token, h), row, cosines, sines, half, n);
+        *scale_at(p.k_scales, b, slot, h) =
+            quantize_row(row, p.head_dim, (int8_t*)p.k_cache.data + offset(p.k_cache, b, slot, h));
+        continue;
+      }
       rotate((const T*)p.k.data + offset(p.k, b, token, h) + begin,
              (T*)k_out.data + offset(k_out, b, slot, h) + begin, cosines, sines, half, n);
     }
   }
   if (!cached) return;
   for (int64_t h = 0; h < p.num_kv_heads; ++h) {
+    if (p.v_scales.data) {
+      float row[2 * kColumns];
+      const T* v = (const T*)p.v.data + offset(p.v, b, token, h);
+      for (int64_t i = 0; i < p.head_dim; ++i) row[i] = to_float(v[i]);
+      *scale_at(p.v_scales, b, slot, h) =
+          quantize_row(row, p.head_dim, (int8_t*)p.v_cache.data + offset(p.v_cache, b, slot, h));
+      continue;
+    }
     memcpy((T*)p.v_cache.data + offset(p.v_cache, b, slot, h),
            (const T*)p.v.data + offset(p.v, b, token, h), head_bytes);
   }

@@ -59,6 +59,7 @@ GEMMA2_INLINE uint32_t float_to_bits(float x) {
 }
 
 GEMMA2_INLINE float to_float(float x) { return x; }
+GEMMA2_INLINE float to_float(int8_t x) { return x; }
 GEMMA2_INLINE float to_float(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
 GEMMA2_INLINE float to_float(Half x) {
 #if defined(__F16C__)
@@ -148,6 +149,23 @@ GEMMA2_INLINE VecF load(const BFloat16* p) {
   memcpy(&h, p, sizeof h);
   return (VecF)(widen(h) << 16);
 }
+// Bytes, widened. (The language's own conversion goes byte by byte.)
+GEMMA2_INLINE VecI load_bytes(const int8_t* p) {
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+  return (VecI)_mm512_maskz_cvtepi8_epi32(__mmask16(-1), bytes);
+#elif defined(__AVX2__)
+  VecI v;
+  for (int i = 0; i < kLanes / 8; ++i)
+    ((__m256i*)&v)[i] = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8 * i)));
+  return v;
+#else
+  VecI v;
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+GEMMA2_INLINE VecF load(const int8_t* p) { return __builtin_convertvector(load_bytes(p), VecF); }
 GEMMA2_INLINE void store(float* p, VecF v) { memcpy(p, &v, sizeof v); }
 // The nearest bfloat16, ties to even, in the upper half; the lower half is what rounding left.
 GEMMA2_INLINE VecU round_bits(VecF v) {

@@ -205,6 +205,7 @@ void run(const AttentionParams& p, const Tensor& like) {
   const int64_t padded_dim = attention_padded_dim(p.head_dim);
   int64_t scratch = w.block_rows * (kAttentionQueryStride + kAttentionScoreStride + padded_dim);
   if (!stream) scratch += kAttentionKeyBlock * (p.head_dim + padded_dim);
+  if (!stream && p.k_scales.data) scratch += 2 * kAttentionKeyBlock * p.head_dim;
   scratch = (scratch + 31) / 32 * 32;
   int64_t partial = w.splits > 1 ? heads * w.splits * w.block_rows * (p.head_dim + 2) : 0;
   const Tensor memory =
@@ -588,13 +589,19 @@ void attention_varlen_backward_out(const Tensor& grad_out, const Tensor& grad_ls
 }
 
 void attention_cache_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                         const Tensor& key_lengths, double scale, std::optional<double> softcap,
-                         std::optional<int64_t> window, Tensor out) {
+                         const Tensor& key_lengths, std::optional<Tensor> k_scales,
+                         std::optional<Tensor> v_scales, double scale,
+                         std::optional<double> softcap, std::optional<int64_t> window, Tensor out) {
   const char* op = "attention_cache";
   AttentionParams p{};
   p.dtype = dtype_of(op, "q", q);
   check_batched(op, "k_cache", "capacity", q, k_cache);
-  check_keys(op, "k_cache", k_cache, "v_cache", v_cache, q);
+  if (check_scales(op, k_cache, v_cache, k_scales, v_scales)) {
+    check_device(op, "k_cache", k_cache, "q", q);
+    p.k_scales = scales_view(*k_scales), p.v_scales = scales_view(*v_scales);
+  } else {
+    check_keys(op, "k_cache", k_cache, "v_cache", v_cache, q);
+  }
   p.batch = q.size(0), p.seqlen_q = q.size(1), p.num_heads = q.size(2), p.head_dim = q.size(3);
   p.capacity = k_cache.size(1), p.num_kv_heads = k_cache.size(2);
   check_common(op, p, scale, softcap, window, true);
@@ -630,10 +637,12 @@ void attention_cache_out(const Tensor& q, const Tensor& k_cache, const Tensor& v
 }
 
 Tensor attention_cache(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                       const Tensor& key_lengths, double scale, std::optional<double> softcap,
+                       const Tensor& key_lengths, std::optional<Tensor> k_scales,
+                       std::optional<Tensor> v_scales, double scale, std::optional<double> softcap,
                        std::optional<int64_t> window) {
   Tensor out = torch::stable::new_empty(q, q.sizes());
-  attention_cache_out(q, k_cache, v_cache, key_lengths, scale, softcap, window, out);
+  attention_cache_out(q, k_cache, v_cache, key_lengths, k_scales, v_scales, scale, softcap, window,
+                      out);
   return out;
 }
 

@@ -172,6 +172,48 @@ inline HeadsView heads_view(const Tensor& t) {
   return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
+// A (batch, capacity, heads) tensor.
+inline HeadsView scales_view(const Tensor& t) {
+  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+inline bool is_int8(const Tensor& t) { return t.scalar_type() == ScalarType::Char; }
+
+// Whether k_cache, (batch, capacity, num_kv_heads, head_dim), and v_cache are int8, with k_scales
+// and v_scales beside them, which are checked.
+inline bool check_scales(const char* op, const Tensor& k_cache, const Tensor& v_cache,
+                         const std::optional<Tensor>& k_scales,
+                         const std::optional<Tensor>& v_scales) {
+  const bool scaled = is_int8(k_cache);
+  if (k_scales.has_value() != scaled || v_scales.has_value() != scaled) {
+    fail(op, std::string("k_scales and v_scales must be given with caches of int8, and only with "
+                         "them, got ") +
+                 (k_scales ? "k_scales" : "no k_scales") + ", " +
+                 (v_scales ? "v_scales" : "no v_scales") + " and a k_cache of " +
+                 torch::headeronly::toString(k_cache.scalar_type()));
+  }
+  if (!scaled) return false;
+  if (!k_cache.is_cpu()) fail(op, "caches of int8 must be on the CPU, got " + device_name(k_cache));
+  check_like(op, "v_cache", v_cache, "k_cache", k_cache);
+  const auto check = [&](const char* name, const Tensor& t) {
+    check_device(op, name, t, "k_cache", k_cache);
+    if (t.scalar_type() != ScalarType::Float) {
+      fail(op, std::string(name) + " must be float32, got " +
+                   torch::headeronly::toString(t.scalar_type()));
+    }
+    bool fits = t.dim() == 3;
+    for (int64_t i = 0; fits && i < 3; ++i) fits = t.size(i) == k_cache.size(i);
+    if (!fits) {
+      fail(op, std::string(name) + " must have shape (batch, capacity, num_kv_heads) = (" +
+                   std::to_string(k_cache.size(0)) + ", " + std::to_string(k_cache.size(1)) + ", " +
+                   std::to_string(k_cache.size(2)) + "), got " + to_string(t));
+    }
+  };
+  check("k_scales", *k_scales);
+  check("v_scales", *v_scales);
+  return true;
+}
+
 // A thread's share of the runs of parallel_units: [front, back), in one word. Its thread takes them
 // from the front, one after another as they lie in memory; others take from the back.
 class alignas(64) Share {

@@ -160,7 +160,7 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& 
 
 void check_cache(const char* op, const char* name, const Tensor& cache, const Tensor& k) {
   check_device(op, name, cache, "k", k);
-  check_same_dtype(op, name, cache, "k", k);
+  if (!is_int8(cache)) check_same_dtype(op, name, cache, "k", k);
   if (cache.dim() != 4 || cache.size(0) != k.size(0) || cache.size(2) != k.size(2) ||
       cache.size(3) != k.size(3)) {
     fail(op, std::string(name) + " must have shape (batch, capacity, num_kv_heads, head_dim) = (" +
@@ -196,6 +196,7 @@ void check_slots(const char* op, const RopeParams& p) {
 
 void rope_append_cache_out(const Tensor& q, const Tensor& k, const Tensor& v,
                            const Tensor& positions, Tensor k_cache, Tensor v_cache, double theta,
+                           std::optional<Tensor> k_scales, std::optional<Tensor> v_scales,
                            Tensor q_out) {
   const char* op = "rope_append_cache";
   const Tensor wide_positions = check_inputs(op, q, k, positions, theta, Dtypes::kCommon);
@@ -204,6 +205,7 @@ void rope_append_cache_out(const Tensor& q, const Tensor& k, const Tensor& v,
   check_same_shape(op, "v", v, "k", k);
   check_cache(op, "k_cache", k_cache, k);
   check_cache(op, "v_cache", v_cache, k);
+  const bool scaled = check_scales(op, k_cache, v_cache, k_scales, v_scales);
   check_same_shape(op, "v_cache", v_cache, "k_cache", k_cache);
   check_out(op, "q_out", q_out, "q", q);
   if (q.numel() + k.numel() == 0) return;
@@ -215,15 +217,23 @@ void rope_append_cache_out(const Tensor& q, const Tensor& k, const Tensor& v,
   p.k_cache = heads_view(k_cache);
   p.v_cache = heads_view(v_cache);
   p.capacity = k_cache.size(1);
+  if (scaled) {
+    if (p.head_dim > 256) {
+      fail(op,
+           "head_dim must be at most 256 with an int8 cache, got " + std::to_string(p.head_dim));
+    }
+    p.k_scales = scales_view(*k_scales), p.v_scales = scales_view(*v_scales);
+  }
   if (p.capacity == 0) fail(op, "k_cache must have at least one slot, got " + to_string(k_cache));
   if (positions.is_cpu()) check_slots(op, p);
   run(p, q);
 }
 
 Tensor rope_append_cache(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& positions,
-                         Tensor k_cache, Tensor v_cache, double theta) {
+                         Tensor k_cache, Tensor v_cache, double theta,
+                         std::optional<Tensor> k_scales, std::optional<Tensor> v_scales) {
   Tensor q_out = torch::stable::new_empty(q, q.sizes());
-  rope_append_cache_out(q, k, v, positions, k_cache, v_cache, theta, q_out);
+  rope_append_cache_out(q, k, v, positions, k_cache, v_cache, theta, k_scales, v_scales, q_out);
   return q_out;
 }
 

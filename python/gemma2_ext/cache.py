@@ -29,6 +29,8 @@ MAX_CHUNK = 512
 # Least slack: what speculative decoding may take back where the window is tiny.
 MIN_SLACK = 16
 HUGE_PAGE = 2 << 20
+# Of a head's row of a token in an int8 cache.
+SCALE_BYTES = 4
 # Smaller caches stay in the processor's.
 HUGE_PAGES_FROM = 32 << 20
 
@@ -50,8 +52,8 @@ def cache_bytes(
 ) -> int:
     """Bytes of a KVCache of these sizes, without making one."""
     slots = sum(layer_capacity(config, i, max_length) for i in range(config.num_hidden_layers))
-    row = config.num_key_value_heads * config.head_dim * dtype.itemsize
-    return 2 * batch_size * slots * row
+    row = config.head_dim * dtype.itemsize + (SCALE_BYTES if dtype == torch.int8 else 0)
+    return 2 * batch_size * slots * config.num_key_value_heads * row
 
 
 def cache_room(sizes: list[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -82,16 +84,20 @@ class KVCache:
         config: the model's.
         batch_size: rows.
         max_length: tokens a row may hold, at most config.max_position_embeddings.
-        dtype: of keys and values, the model's.
+        dtype: of keys and values: the model's, or int8 (on the CPU): a byte an element, and each
+            head's row of a token its own scale, see `ops.rope_append_cache`.
         device: where they live.
 
     Attributes:
         keys, values: one tensor a layer, (batch, capacity, num_key_value_heads, head_dim), of which
             each head's slots are contiguous.
+        key_scales, value_scales: of an int8 cache one tensor a layer, (batch, capacity,
+            num_key_value_heads) float32; empty otherwise.
         lengths: (batch,) int64 on the CPU, tokens held by each row.
 
     Raises:
         ValueError: batch_size or max_length is below 1, or max_length exceeds the model's context.
+        NotImplementedError: int8 on a GPU.
     """
 
     def __init__(
@@ -112,6 +118,9 @@ class KVCache:
                 f"KVCache: max_length must be between 1 and max_position_embeddings = {context}, "
                 f"got {max_length}"
             )
+        device = torch.device(device)
+        if dtype == torch.int8 and device.type != "cpu":
+            raise NotImplementedError(f"KVCache: int8 is for the CPU only, got device {device}")
         self.config = config
         self.batch_size = batch_size
         self.max_length = max_length
@@ -130,14 +139,17 @@ class KVCache:
                 )
                 for layer in range(config.num_hidden_layers)
             ]
-            room = cache_room(
-                [math.prod(shape) for shape in shapes] * 2, dtype, torch.device(device)
-            )
+            room = cache_room([math.prod(shape) for shape in shapes] * 2, dtype, device)
             tensors = [
                 flat.view(shape).transpose(1, 2)
                 for flat, shape in zip(room, shapes * 2, strict=True)
             ]
             self.keys, self.values = tensors[: len(shapes)], tensors[len(shapes) :]
+            scales = [
+                torch.empty(shape[:3]).transpose(1, 2)
+                for shape in (shapes * 2 if dtype == torch.int8 else [])
+            ]
+            self.key_scales, self.value_scales = scales[: len(shapes)], scales[len(shapes) :]
             self.lengths = torch.zeros(batch_size, dtype=torch.int64)
         # One past the last position ever written: older ones may have lost their slot to it.
         self._written = torch.zeros(batch_size, dtype=torch.int64)
@@ -149,8 +161,15 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        return sum(t.nbytes for t in (*self.keys, *self.values))
+        """Bytes of keys and values, and of their scales."""
+        tensors = (*self.keys, *self.values, *self.key_scales, *self.value_scales)
+        return sum(t.nbytes for t in tensors)
+
+    def scales(self, layer: int) -> dict[str, Tensor]:
+        """What `ops.rope_append_cache` and `ops.attention_cache` take beside keys and values."""
+        if not self.key_scales:
+            return {}
+        return {"k_scales": self.key_scales[layer], "v_scales": self.value_scales[layer]}
 
     def check_room(self, counts: Tensor) -> None:
         """Whether `counts` (batch,) more tokens fit.

@@ -84,6 +84,9 @@ def build_parser() -> argparse.ArgumentParser:
         choices=FORMATS,
         help="pack the weights while they are read; default: as stored",
     )
+    group.add_argument(
+        "--cache", choices=("int8",), help="keep the KV cache in 8 bits; default: as activations"
+    )
     group.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     group.add_argument(
         "--sliding-window", type=whole_number(1), metavar="N", help="in place of the model's"
@@ -355,6 +358,7 @@ def load_model(args: argparse.Namespace) -> Gemma2:
         device=args.device,
         quantize=args.quantize,
         sliding_window=args.sliding_window,
+        cache_dtype=torch.int8 if args.cache else None,
         progress=sys.stderr is not None and sys.stderr.isatty(),
     )
 
@@ -607,9 +611,11 @@ def run_info(args: argparse.Namespace) -> None:
     format = format or args.quantize
     max_length = sequence_length(args, config)
     full = replace(config, layer_types=(GLOBAL,) * config.num_hidden_layers)
-    weights, cache = (
+    cache_dtype = torch.int8 if args.cache else dtype
+    weights, cache, without_rings = (
         memory_needed(config, dtype, format),
-        cache_bytes(config, args.batch, max_length, dtype),
+        cache_bytes(config, args.batch, max_length, cache_dtype),
+        cache_bytes(full, args.batch, max_length, cache_dtype),
     )
     info = {
         "build": build_info(),
@@ -626,7 +632,7 @@ def run_info(args: argparse.Namespace) -> None:
             "max_length": max_length,
             "weights_bytes": weights,
             "cache_bytes": cache,
-            "cache_without_rings_bytes": cache_bytes(full, args.batch, max_length, dtype),
+            "cache_without_rings_bytes": without_rings,
             "total_bytes": weights + cache,
             "available_bytes": available_memory(),
         },

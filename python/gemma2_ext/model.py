@@ -81,6 +81,10 @@ class Gemma2(nn.Module):
 
     Parameters do not ask for gradients; `requires_grad_(True)` changes that.
 
+    Attributes:
+        config: the configuration.
+        cache_dtype: of the caches that `new_cache` makes: None (the activations') or torch.int8.
+
     Raises:
         ValueError: a weight is missing, unknown, or of another shape or dtype.
     """
@@ -99,6 +103,7 @@ class Gemma2(nn.Module):
             raise ValueError("Gemma2: dtype is for weights that are drawn; convert the given ones")
         check_fused(weights, config)
         self.config = config
+        self.cache_dtype: torch.dtype | None = None
         self.embed_tokens = Weight(weights["embed_tokens.weight"])
         self.layers = nn.ModuleList(
             Layer(weights, f"layers.{i}") for i in range(config.num_hidden_layers)
@@ -114,6 +119,7 @@ class Gemma2(nn.Module):
         quantize: Format | None = None,
         *,
         sliding_window: int | None = None,
+        cache_dtype: torch.dtype | None = None,
         progress: bool = False,
     ) -> Gemma2:
         """Loads a Hugging Face folder: config.json and model.safetensors, single or in shards.
@@ -127,6 +133,8 @@ class Gemma2(nn.Module):
                 read, some rows at a time. None: as the folder has them, which may be packed
                 already (`gemma2-ext quantize`).
             sliding_window: keys that a local layer sees, in place of the configuration's.
+            cache_dtype: torch.int8 for KV caches in 8 bits (CPU only), wherever `new_cache`,
+                `generate` or `stream` makes one; None: in the activations' dtype.
             progress: whether to show a progress bar on stderr.
 
         Raises:
@@ -134,6 +142,10 @@ class Gemma2(nn.Module):
                 each names the file, the field or tensor, what was expected and what was found.
         """
         device = check_device(device)
+        if cache_dtype == torch.int8 and device.type != "cpu":
+            raise NotImplementedError(
+                f"Gemma2: cache_dtype torch.int8 is for the CPU only, got device {device}"
+            )
         config = Gemma2Config.from_pretrained(folder)
         if sliding_window is not None:
             config = replace(config, sliding_window=sliding_window)
@@ -141,6 +153,7 @@ class Gemma2(nn.Module):
             folder, config, dtype=dtype, device=device, quantize=quantize, progress=progress
         )
         model = cls(config, weights)
+        model.cache_dtype = cache_dtype
         return model if device.type == "cpu" else model.to(device)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -169,9 +182,25 @@ class Gemma2(nn.Module):
         """Where the weights are."""
         return self.norm.weight.device
 
-    def new_cache(self, batch_size: int = 1, max_length: int | None = None) -> KVCache:
-        """An empty cache for this model; max_length None: the whole context."""
-        return KVCache(self.config, batch_size, max_length, dtype=self.dtype, device=self.device)
+    def new_cache(
+        self,
+        batch_size: int = 1,
+        max_length: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> KVCache:
+        """An empty cache for this model; max_length None: the whole context.
+
+        dtype: torch.int8, or the model's; None: `cache_dtype`, and where that is None the model's.
+
+        Raises:
+            ValueError: another dtype; else as `KVCache`.
+        """
+        dtype = dtype or self.cache_dtype or self.dtype
+        if dtype not in (self.dtype, torch.int8):
+            raise ValueError(
+                f"Gemma2: a cache must have the model's dtype {self.dtype} or int8, got {dtype}"
+            )
+        return KVCache(self.config, batch_size, max_length, dtype=dtype, device=self.device)
 
     def forward(
         self,
@@ -254,7 +283,8 @@ class Gemma2(nn.Module):
                 raise ValueError(
                     f"Gemma2: the cache has {cache.batch_size} rows, input_ids {input_ids.shape[0]}"
                 )
-            if cache.keys[0].dtype != self.dtype or len(cache.keys) != len(self.layers):
+            known = cache.keys[0].dtype in (self.dtype, torch.int8)
+            if not known or len(cache.keys) != len(self.layers):
                 raise ValueError("Gemma2: the cache was made for another model")
 
     def _forward_whole(self, input_ids: Tensor, counts: Tensor, last_only: bool) -> Tensor:
@@ -329,8 +359,8 @@ class Gemma2(nn.Module):
         config = self.config
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = cache.keys[layer], cache.values[layer]
-            q = ops.rope_append_cache(q, k, v, positions, keys, values, config.rope_theta)
+            keys, values, scales = cache.keys[layer], cache.values[layer], cache.scales(layer)
+            q = ops.rope_append_cache(q, k, v, positions, keys, values, config.rope_theta, **scales)
             return ops.attention_cache(
                 q,
                 keys,
@@ -339,6 +369,7 @@ class Gemma2(nn.Module):
                 scale=config.softmax_scale,
                 softcap=config.attn_logit_softcapping,
                 window=config.sliding_window if config.is_local(layer) else None,
+                **scales,
             )
 
         return self._layers(input_ids, attend)

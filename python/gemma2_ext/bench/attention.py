@@ -1,4 +1,5 @@
-"""attention: eager, SDPA (which has no soft-cap), flex_attention compiled with soft-cap and window.
+"""attention: eager, SDPA (which has no soft-cap), flex_attention compiled with soft-cap and window;
+the decode of a cache of int8, which has no peer.
 
 Prefill: a causal sequence. Decode: one query over a long cache. Inputs are drawn so that scores
 pass the soft-cap: a peer that drops it is wrong, and called so.
@@ -46,6 +47,8 @@ def cases(setting: Setting) -> Iterator[Case]:
         for window in (None, config.sliding_window if length > config.sliding_window else 512):
             queries = 1 if setting.phase == "decode" else length
             yield _case(setting, Shape(queries, length, window))
+        if setting.phase == "decode" and setting.device == "cpu":
+            yield _int8_case(setting, length)
 
 
 def _case(setting: Setting, shape: Shape) -> Case:
@@ -100,13 +103,67 @@ def _case(setting: Setting, shape: Shape) -> Case:
     )
 
 
-def _caches(setting: Setting, shape: Shape, count: int) -> list[Tensor]:
-    """Keys or values, placed as KVCache has them."""
+def _caches(
+    setting: Setting, shape: Shape, count: int, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """Keys or values, placed as KVCache has them; zeros where another dtype is asked for."""
     config = setting.config
     shape_of_one = (1, config.num_key_value_heads, shape.keys, config.head_dim)
     device = torch.device(setting.device)
-    room = cache_room([math.prod(shape_of_one)] * count, setting.dtype, device)
-    return [flat.normal_().view(shape_of_one).transpose(1, 2) for flat in room]
+    room = cache_room([math.prod(shape_of_one)] * count, dtype or setting.dtype, device)
+    fill = (lambda flat: flat.zero_()) if dtype else (lambda flat: flat.normal_())
+    return [fill(flat).view(shape_of_one).transpose(1, 2) for flat in room]
+
+
+def _int8_case(setting: Setting, length: int) -> Case:
+    """One query of a global layer over a cache of int8."""
+    config, shape = setting.config, Shape(1, length, None)
+    heads, kv_heads, head_dim = (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+    )
+    facts: dict[str, Any] = {
+        "scale": config.softmax_scale,
+        "softcap": config.attn_logit_softcapping,
+    }
+    reads = 2 * length * kv_heads * (head_dim + 4)
+    sets = number_of_sets(reads)
+    lengths = torch.tensor([length])
+    wide = _caches(setting, shape, 2 * sets)
+    narrow = _caches(setting, shape, 2 * sets, torch.int8)
+    scales = [torch.zeros(1, kv_heads, length).transpose(1, 2) for _ in range(2 * sets)]
+    queries = [setting.randn(1, 1, heads, head_dim, scale=24.0) for _ in range(sets)]
+    for i in range(0, 2 * sets, 2):
+        (k, v), (k8, v8), (k_scales, v_scales) = (t[i : i + 2] for t in (wide, narrow, scales))
+        ops.rope_append_cache(k, k, v, torch.arange(length), k8, v8, 10000.0, k_scales, v_scales)
+
+    def ours(i: int) -> Tensor:
+        k, v = narrow[2 * i : 2 * i + 2]
+        k_scales, v_scales = scales[2 * i : 2 * i + 2]
+        return ops.attention_cache(
+            queries[i], k, v, lengths, k_scales=k_scales, v_scales=v_scales, **facts
+        )
+
+    def check(result: Tensor) -> str | None:
+        k, v = (narrow[i].float() * scales[i][..., None] for i in range(2))
+        answer = reference.attention(queries[0].float(), k, v, **facts)
+        assert isinstance(answer, Tensor)
+        return compare_tensors(result, answer, setting.dtype)
+
+    return Case(
+        op="attention",
+        shape=f"1 x {length}, {heads}/{kv_heads} heads of {head_dim}, global, int8 cache",
+        **setting.facts,
+        ours=ours,
+        peers={},
+        check=check,
+        sets=sets,
+        reads=reads,
+        writes=heads * head_dim * setting.dtype.itemsize,
+        operations=4 * length * heads * head_dim,
+        arithmetic=setting.arithmetic,
+    )
 
 
 def _checker(

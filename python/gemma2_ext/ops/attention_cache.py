@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import check_integers, check_tensor, refuse_backward, through_dispatcher
+from ._common import (
+    check_cache,
+    check_integers,
+    check_tensor,
+    refuse_backward,
+    through_dispatcher,
+)
 
 _op = torch.ops.gemma2_ext.attention_cache.default
 _out_op = torch.ops.gemma2_ext.attention_cache_out.default
@@ -20,6 +26,8 @@ def attention_cache(
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """`softmax(mask(softcap * tanh(scale * q k^T / softcap))) v` over the keys of a cache.
 
@@ -30,13 +38,16 @@ def attention_cache(
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), float32, bfloat16 or float16, any strides;
             head_dim a multiple of 8 from 8 to 256.
-        k_cache: (batch, capacity, num_kv_heads, head_dim), q's dtype, num_kv_heads a divisor of
-            num_heads.
+        k_cache: (batch, capacity, num_kv_heads, head_dim), q's dtype or, on the CPU, int8 as
+            `rope_append_cache` writes it; num_kv_heads a divisor of num_heads.
         v_cache: k_cache's shape and dtype.
         key_lengths: (batch,) int32 or int64, positions written so far, q's own included.
         scale: of the scores, query_pre_attn_scalar ** -0.5 in Gemma 2.
         softcap: bound of the scaled scores, or None.
         window: number of keys that a query sees, itself included, or None for all.
+        k_scales: (batch, capacity, num_kv_heads) float32, any strides, what the rows of an int8
+            k_cache are multiplied by; None otherwise.
+        v_scales: likewise of v_cache.
 
     Returns:
         A contiguous tensor of q's shape and dtype; 0 where a position is negative (padding).
@@ -46,19 +57,20 @@ def attention_cache(
         ValueError: shapes, dtypes or devices do not fit; scale or softcap is no positive number;
             window is below 1; key_lengths is negative, or exceeds the capacity where there is no
             window or window + seqlen_q - 1 exceeds it too, as keys that are seen are overwritten
-            (not checked on a GPU: the last `capacity` keys are all that a query sees).
-        NotImplementedError: a gradient is asked for.
+            (not checked on a GPU: the last `capacity` keys are all that a query sees); scales are
+            missing or too many.
+        NotImplementedError: a gradient is asked for, or a cache of int8 is on a GPU.
 
     Source: FlashAttention-2 (arXiv 2307.08691); Flash-Decoding for the split over keys.
     """
     check_tensor("attention_cache", "q", q)
-    check_tensor("attention_cache", "k_cache", k_cache)
-    check_tensor("attention_cache", "v_cache", v_cache)
+    check_cache("attention_cache", k_cache, v_cache, k_scales, v_scales)
     check_integers("attention_cache", "key_lengths", key_lengths, required=True)
+    inputs = (q, k_cache, v_cache, key_lengths, k_scales, v_scales)
     if through_dispatcher(q, k_cache, v_cache):
-        return _op(q, k_cache, v_cache, key_lengths, scale=scale, softcap=softcap, window=window)
+        return _op(*inputs, scale=scale, softcap=softcap, window=window)
     out = q.new_empty(q.shape)
-    _out_op(q, k_cache, v_cache, key_lengths, scale=scale, softcap=softcap, window=window, out=out)
+    _out_op(*inputs, scale=scale, softcap=softcap, window=window, out=out)
     return out
 
 
@@ -68,6 +80,8 @@ def _(
     k_cache: Tensor,
     v_cache: Tensor,
     key_lengths: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
     *,
     scale: float,
     softcap: float | None = None,
@@ -82,6 +96,8 @@ def _(
     k_cache: Tensor,
     v_cache: Tensor,
     key_lengths: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     *,
     scale: float,
     softcap: float | None,
