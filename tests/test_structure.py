@@ -147,6 +147,7 @@ def test_imports_run_one_way() -> None:
         *("_C", "quantize", "ops", "nn", "reference", "config", "device", "weights", "packed"),
         *(
             "cache",
+            "decode_calls",
             "decode_graph",
             "speculative",
             "generate",

@@ -27,6 +27,7 @@ from . import generate as _generate
 from . import ops
 from .cache import KVCache
 from .config import Gemma2Config
+from .decode_calls import calls_for
 from .device import check_device
 from .packed import load_checkpoint
 from .quantize import Format, QuantizedWeight
@@ -356,6 +357,8 @@ class Gemma2(nn.Module):
         self, input_ids: Tensor, positions: Tensor, key_lengths: Tensor, cache: KVCache
     ) -> Tensor:
         """The layers over tokens at these places of the cache; touches nothing on the host."""
+        if calls := calls_for(self, cache, input_ids):
+            return calls.run(self._embed(input_ids), positions, key_lengths)
         config = self.config
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -377,12 +380,7 @@ class Gemma2(nn.Module):
     def _layers(self, input_ids: Tensor, attend: Any) -> Tensor:
         """All layers and the final norm: (batch, seqlen) -> (batch, seqlen, hidden_size)."""
         config, layers = self.config, cast("list[Layer]", list(self.layers))
-        embedding = self.embed_tokens.weight
-        if isinstance(embedding, QuantizedWeight):
-            residual = embedding.rows(input_ids, self.dtype)
-        else:
-            residual = F.embedding(input_ids, embedding)
-        residual = residual * config.embedding_scale(self.dtype)
+        residual = self._embed(input_ids)
         hidden = ops.rms_norm(residual, layers[0].input_layernorm.weight, config.rms_norm_eps)
         for i, layer in enumerate(layers):
             following = layers[i + 1].input_layernorm if i + 1 < len(layers) else self.norm
@@ -390,6 +388,15 @@ class Gemma2(nn.Module):
                 config, layer, following.weight, residual, hidden, functools.partial(attend, i)
             )
         return hidden
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        """The scaled rows of the embedding."""
+        embedding = self.embed_tokens.weight
+        if isinstance(embedding, QuantizedWeight):
+            rows = embedding.rows(input_ids, self.dtype)
+        else:
+            rows = F.embedding(input_ids, embedding)
+        return rows * self.config.embedding_scale(self.dtype)
 
     def hidden(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """Hidden states behind the final norm, of sequences packed one behind another.
