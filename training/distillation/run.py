@@ -58,13 +58,13 @@ def resized(shape: Gemma2Config, parameters: int) -> Gemma2Config:
     return replace(shape, intermediate_size=inner)
 
 
-SIZES = {"small": config(32, 2, 96), "medium": config(48, 3, 144), "large": config(64, 4, 192)}
+SIZES = {"small": config(32, 2, 96), "medium": config(64, 4, 192), "large": config(112, 6, 336)}
 MIDDLE = SIZES["medium"].num_parameters
 # Against the medium one, whose queries share keys and values by two.
 SHAPES = {
-    "mha": resized(config(48, 3, 1, kv_heads=4), MIDDLE),
-    "deep": resized(config(40, 6, 1), MIDDLE),
-    "wide": resized(config(56, 2, 1), MIDDLE),
+    "mha": resized(config(64, 4, 1, kv_heads=4), MIDDLE),
+    "deep": resized(config(52, 7, 1), MIDDLE),
+    "wide": resized(config(80, 2, 1), MIDDLE),
 }
 TEACHER = replace(config(192, 8, 512), head_dim=48, query_pre_attn_scalar=48)
 
@@ -99,20 +99,36 @@ class Runs:
     def train(self, name: str, student: Gemma2Config, seed: int, distil: bool) -> None:
         """One run; its result goes to results/NAME.json."""
         path = self.results / f"{name}.json"
+        args = self.args
+        setting = {
+            "seed": seed,
+            "parameters": student.num_parameters,
+            "config": student.to_dict(),
+            "steps": args.steps,
+            "step_tokens": args.step_tokens,
+            "learning_rate": args.learning_rate,
+            "top_k": args.top_k,
+        }
         if path.exists():
+            stored = json.loads(path.read_text())
+            if any(stored[key] != json.loads(json.dumps(setting[key])) for key in setting):
+                raise SystemExit(f"{path} is of a run with other settings: move it away")
             return
         folder, work = self.work / name, self.work
         student.save_pretrained(work / f"{name}.config")
-        args = self.args
+        kind = ["train", "--model"]
+        if distil:
+            kind = ["distill", *(() if args.top_k else ("--teacher", self.teacher)), "--student"]
         command = [
-            *(("distill", "--student") if distil else ("train", "--model")),
+            *kind,
             work / f"{name}.config/config.json",
-            *("--data", work / "taught.tokens", "--fixed-cuts"),
+            *(("--data", work / "taught.tokens", "--fixed-cuts") if args.top_k else ()),
+            *(() if args.top_k else ("--data", work / "train.tokens")),
             *("--eval-data", work / "eval.txt", "--tokenizer", self.teacher),
             *("--sequence-length", LENGTH, "--batch-tokens", args.step_tokens),
             *("--steps", args.steps, "--learning-rate", args.learning_rate, "--dtype", "float32"),
             *("--warm-up", args.steps // 10, "--seed", seed, "--out", folder, "--resume"),
-            *("--evaluate-every", max(1, args.steps // 3), "--checkpoint-every", args.steps),
+            *("--evaluate-every", max(1, args.steps // 8), "--checkpoint-every", args.steps),
         ]
         began = time.perf_counter()
         result = json.loads(self.command(*command, "--json"))
@@ -121,13 +137,8 @@ class Runs:
         record = {
             "name": name,
             "objective": "distillation" if distil else "cross-entropy",
-            "seed": seed,
-            "parameters": student.num_parameters,
-            "config": student.to_dict(),
-            "steps": args.steps,
-            "step_tokens": args.step_tokens,
+            **setting,
             "tokens": result["tokens"],
-            "learning_rate": args.learning_rate,
             "held_out_loss": result["held_out_loss"],
             "held_out_perplexity": result["held_out_perplexity"],
             "held_out_bits_per_byte": result["held_out_bits_per_byte"],
@@ -143,7 +154,7 @@ class Runs:
         print(f"{name}: {record.get('held_out_perplexity', '')}", flush=True)
 
     def prepare(self) -> None:
-        """Text, teacher, and what the teacher says about the text."""
+        """Text, teacher, and with --top-k what the teacher says about the text."""
         args, work = self.args, self.work
         train, held_out = split(args.data.read_text(encoding="utf-8"), args.eval_bytes)
         (work / "train.txt").write_text(train, encoding="utf-8")
@@ -163,7 +174,7 @@ class Runs:
                 *("--steps", args.teacher_steps, "--warm-up", 100, "--dtype", "float32"),
                 *("--seed", 0, "--resume"),
             )
-        if not (work / "taught.tokens").exists():
+        if args.top_k and not (work / "taught.tokens").exists():
             self.command(
                 *("teach", "--teacher", self.teacher, "--data", tokens, "--top-k", args.top_k),
                 *("--sequence-length", LENGTH, "--dtype", "float32"),
@@ -252,10 +263,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, help="folder for work/ and results/")
     parser.add_argument("--teacher", type=Path, help="default: shipped, or trained on --data")
     parser.add_argument("--teacher-steps", type=int, default=750)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--step-tokens", type=int, default=1024)
-    parser.add_argument("--learning-rate", type=float, default=6e-3)
-    parser.add_argument("--top-k", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument(
+        "--top-k", type=int, help="teach by the stored K most probable words; default: by all"
+    )
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--eval-bytes", type=int, default=30000)
     parser.add_argument("--threads", type=int, default=1)
