@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma2_ext import Gemma2, cli, reference
+from gemma2_ext import Gemma2, cli, ops, reference
 from gemma2_ext.models import shipped_model
 from gemma2_ext.tokenizer import Tokenizer
 from gemma2_ext.training import data
 from gemma2_ext.training.module import new_weights
+from gemma2_ext.training.teacher import _words as teacher_words
 from tiny import random_weights
 from training_common import TEXT, metrics, run, student, train_arguments
 
@@ -109,10 +110,12 @@ def teach(tmp_path: Path, folder: Path, *args: object) -> Path:
 
 def test_what_is_stored_is_what_the_teacher_says(tmp_path: Path) -> None:
     folder = teacher_folder(tmp_path / "teacher")
-    path = teach(tmp_path, folder, "--top-k", 8, "--sequence-length", 32, "--batch-tokens", 70)
+    options = ("--sequence-length", 32, "--batch-tokens", 70)
+    path = teach(tmp_path, folder, "--top-k", 8, "--tail", 0, *options)
     shard = data.open_shard(path, TOKENIZER)
     assert shard.top_ids is not None and shard.top_log_probs is not None
-    assert shard.teacher == {"name": str(folder), "top_k": 8, "sequence_length": 32}
+    facts = {"name": str(folder), "top_k": 8, "tail": 0, "sequence_length": 32}
+    assert shard.teacher == facts
     teacher = Gemma2.from_pretrained(folder)
     batch = data.Batches([shard], 2, 2048, 32, 64, seed=3, shift=False).get(0, 1)
     expected = torch.cat(logits_of(teacher, batch)).log_softmax(-1).topk(8)
@@ -120,6 +123,55 @@ def test_what_is_stored_is_what_the_teacher_says(tmp_path: Path) -> None:
     assert (batch.top_ids == expected.indices).float().mean() > 0.99
     torch.testing.assert_close(batch.top_log_probs, expected.values, rtol=1e-3, atol=1e-3)
     assert np.array_equal(shard.tokens[batch.rows], batch.targets)
+
+
+def test_words_drawn_from_the_tail(tmp_path: Path) -> None:
+    folder = teacher_folder(tmp_path / "teacher")
+    options = ("--top-k", 40, "--sequence-length", 32)
+    first = data.open_shard(teach(tmp_path, folder, *options), TOKENIZER)
+    assert first.teacher["tail"] == 10
+    assert first.top_ids is not None and first.top_log_probs is not None
+    ids, log_probs = first.top_ids.copy(), first.top_log_probs.astype(np.float64)
+    assert np.allclose(np.exp(log_probs).sum(-1), 1, atol=2e-3)
+    assert (log_probs[:, 30:] == log_probs[:, 30:31]).all()
+    for row in ids:
+        assert not set(row[:30]) & set(row[30:])
+    again = data.open_shard(teach(tmp_path, folder, *options), TOKENIZER)
+    assert np.array_equal(again.top_ids, ids)
+    other = data.open_shard(teach(tmp_path, folder, *options, "--seed", 1), TOKENIZER)
+    assert np.array_equal(other.top_ids[:, :30], ids[:, :30])
+    assert not np.array_equal(other.top_ids, ids)
+
+
+def test_the_mean_over_the_draws_is_the_whole_distribution() -> None:
+    # 4000 draws of the same place: within 5 standard errors, the loss and the gradient.
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(50) * 2
+    hidden = torch.randn(1, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(50, 8, dtype=torch.float64)
+    ids, log_probs = teacher_words(logits.expand(4000, 50), 6, 3, generator)
+    whole = -(logits.double().softmax(-1) * (hidden @ weight.T).log_softmax(-1)).sum()
+    (expected,) = torch.autograd.grad(whole, hidden)
+    rows = hidden.expand(4000, 8)
+    losses = ops.linear_distillation_topk(rows, weight, ids, log_probs.double(), reduction="none")
+    error = losses.std() / 4000**0.5
+    assert abs(losses.mean() - whole) < 5 * error
+    assert error < 0.02 * whole
+    (grad,) = torch.autograd.grad(losses.mean(), hidden)
+    torch.testing.assert_close(grad, expected, rtol=0.1, atol=0.02)
+    # Without draws the six best stand for all, and the gradient is another.
+    few = ops.linear_distillation_topk(hidden, weight, ids[:1, :6], log_probs[:1, :6].double())
+    (biased,) = torch.autograd.grad(few, hidden)
+    assert (biased - expected).norm() > 5 * (grad - expected).norm()
+
+
+def test_a_teacher_without_a_tail() -> None:
+    logits = torch.full((2, 12), -1e4)
+    logits[0, 3], logits[1] = 5.0, 0.0
+    ids, log_probs = teacher_words(logits, 2, 4, torch.Generator().manual_seed(0))
+    assert ids.shape == log_probs.shape == (2, 6)
+    assert (log_probs[0, 2:] == -float("inf")).all()
+    torch.testing.assert_close(log_probs[1].exp().sum(), torch.tensor(1.0))
 
 
 def test_a_stored_teacher_teaches_as_one_at_hand(tmp_path: Path) -> None:
@@ -143,6 +195,8 @@ def test_wrong_teachers_are_named(tmp_path: Path) -> None:
     folder = teacher_folder(tmp_path / "teacher")
     taught = teach(tmp_path, folder, "--top-k", 4, "--sequence-length", 16)
     refused("was taught in sequences of 16 tokens, --sequence-length is 32", "--data", taught)
+    taught = teach(tmp_path, folder, "--top-k", 4, "--sequence-length", 32)
+    refused("drawn at temperature 1, --temp", "--data", taught, "--temperature", 2)
     refused("--hard-labels must be at least 0 and below 1, got 1.0", "--hard-labels", 1)
     refused("--temperature must be positive and finite, got 0.0", "--temperature", 0)
     refused("nowhere: no such folder", "--teacher", tmp_path / "nowhere")
@@ -157,6 +211,8 @@ def test_teach_refuses_what_it_cannot_store(
     command += ["--out", str(tmp_path / "taught.tokens")]
     assert cli.main([*command, "--top-k", "2049"]) == 2
     assert "top_k must be between 1 and vocab_size = 2048, got 2049" in capsys.readouterr().err
+    assert cli.main([*command, "--tail", "64"]) == 2
+    assert "tail must be from 0 to top_k - 1 = 63, got 64" in capsys.readouterr().err
     assert cli.main([*command, "--sequence-length", "65"]) == 2
     assert "at most max_position_embeddings = 64, got 65" in capsys.readouterr().err
     assert not (tmp_path / "taught.tokens").exists()

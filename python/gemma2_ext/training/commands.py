@@ -104,7 +104,8 @@ def add_commands(
         "teach",
         parents=[machine, text],
         help="store a teacher's distribution once, for `distill`",
-        description="Stores a teacher's most probable tokens for every token of a text.",
+        description="Stores a teacher's most probable tokens for every token of a text, and some "
+        "drawn from the others.",
     )
     command.add_argument("--teacher", type=Path, required=True, metavar="DIR")
     command.add_argument(
@@ -114,7 +115,18 @@ def add_commands(
         "--data", type=Path, nargs="+", required=True, metavar="FILE", help=TEXT_HELP
     )
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="the shard")
-    command.add_argument("--top-k", type=whole_number(1), default=64, metavar="K")
+    command.add_argument(
+        "--top-k", type=whole_number(1), default=64, metavar="K", help="words stored of each place"
+    )
+    command.add_argument(
+        "--tail",
+        type=whole_number(0),
+        metavar="N",
+        help="of these, drawn from the less probable ones; default: a quarter",
+    )
+    command.add_argument(
+        "--seed", type=whole_number(0), default=0, metavar="N", help="of the draws"
+    )
     command.add_argument(
         "--sequence-length", type=whole_number(1), metavar="N", help="default: the context"
     )
@@ -273,7 +285,7 @@ def _trainer(
     stored = distil and teacher_folder is None
     length = _sequence_length(args, config, sources if stored else [])
     if stored:
-        _check_stored(sources, length)
+        _check_stored(sources, length, args.temperature)
     else:
         sources = [replace(s, top_ids=None, top_log_probs=None) for s in sources]
     batch_tokens = args.batch_tokens or max(4096, length)
@@ -450,7 +462,7 @@ def _sequence_length(
     return length or context
 
 
-def _check_stored(sources: list[Documents], length: int) -> None:
+def _check_stored(sources: list[Documents], length: int, temperature: float) -> None:
     for source in sources:
         if source.top_ids is None:
             raise ValueError(
@@ -462,6 +474,11 @@ def _check_stored(sources: list[Documents], length: int) -> None:
             raise ValueError(
                 f"{source.name}: was taught in sequences of {taught} tokens, "
                 f"--sequence-length is {length}"
+            )
+        if temperature != 1 and source.teacher.get("tail"):
+            raise ValueError(
+                f"{source.name}: holds words drawn at temperature 1, --temperature is "
+                f"{temperature}; store the teacher by `gemma2-ext teach --tail 0`"
             )
 
 
@@ -504,12 +521,17 @@ def run_teach(args: argparse.Namespace) -> None:
         args.data, tokenizer, text_field=args.text_field, plain=args.plain_text
     )
     teacher = Gemma2.from_pretrained(args.teacher, DTYPES.get(args.dtype), args.device)
+    tail = args.tail
+    if tail is None:
+        tail = args.top_k // 4 if args.top_k < config.vocab_size else 0
     shard = teach(
         teacher,
         tokenizer,
         documents,
         args.out,
         top_k=args.top_k,
+        tail=tail,
+        seed=args.seed,
         sequence_length=length,
         batch_tokens=args.batch_tokens or max(4096, length),
         name=str(args.teacher),
@@ -517,7 +539,8 @@ def run_teach(args: argparse.Namespace) -> None:
     )
     size = args.out.stat().st_size
     print(
-        f"{args.out}: {len(shard.tokens):,} tokens, the {args.top_k} best of each, {size:,} bytes"
+        f"{args.out}: {len(shard.tokens):,} tokens, the {args.top_k - tail} best of each and "
+        f"{tail} drawn from the others, {size:,} bytes"
     )
 
 
