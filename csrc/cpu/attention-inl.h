@@ -167,12 +167,7 @@ GEMMA2_INLINE VecF score(VecF dot, const ScoreScale& c) {
 GEMMA2_INLINE void store_weights(float* s, int64_t j, VecF w, float) { store(s + j, w); }
 // In place: pairs need half the room, so they never overtake the scores still to be read.
 GEMMA2_INLINE void store_weights(float* s, int64_t j, VecF w, Pair) {
-#if defined(__AVX512BF16__)
-  const __m256bh packed = _mm512_cvtneps_pbh((__m512)w);
-  memcpy((BFloat16*)s + j, &packed, sizeof packed);
-#else
   store((BFloat16*)s + j, w);
-#endif
 }
 
 // Turns a row's dot products s[0, n), n a multiple of kLanes, into softmax weights relative to the

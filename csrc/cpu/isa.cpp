@@ -43,8 +43,8 @@ bool always() { return true; }
 
 #if defined(GEMMA2_BUILT_avx512) && defined(GEMMA2_BUILT_avx512_bf16)
 // Intel's bf16 dot does half the products of its float32 FMA in the same time (a Sapphire Rapids:
-// 160 GFLOP/s beside 285); AMD's does twice as many. So there products of floats widen bf16, and
-// int8 dots serve packed weights all the same.
+// 160 GFLOP/s beside 285); AMD's does twice as many. So there products of floats widen bf16, while
+// int8 dots serve packed weights, and bf16's own rounding what is bound by loads and stores.
 bool has_avx512_vnni() {
 #ifdef GEMMA2_EMULATE_ISA
   return false;
@@ -64,6 +64,10 @@ const CpuKernels& vnni_kernels() {
     mixed.linear_int8_units = avx512_bf16::linear_int8_units;
     mixed.linear_int4_pack = avx512_bf16::linear_int4_pack;
     mixed.linear_int4_units = avx512_bf16::linear_int4_units;
+    mixed.rms_norm_rows = avx512_bf16::rms_norm_rows;
+    mixed.add_rms_norm_rows = avx512_bf16::add_rms_norm_rows;
+    mixed.geglu_runs = avx512_bf16::geglu_runs;
+    mixed.rope_tokens = avx512_bf16::rope_tokens;
     mixed.probe_multiply = probe_multiply;
     return mixed;
   }();

@@ -172,8 +172,18 @@ GEMMA2_INLINE VecU round_bits(VecF v) {
   const VecU bits = (VecU)v;
   return v != v ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1);
 }
+GEMMA2_INLINE VecU16 to_bfloat16(VecF v) {
+#if defined(__AVX512BF16__)
+  const auto rounded = _mm512_cvtneps_pbh((__m512)v);  // one for eight; subnormals become 0
+  VecU16 h;
+  memcpy(&h, &rounded, sizeof h);
+  return h;
+#else
+  return narrow(round_bits(v) >> 16);
+#endif
+}
 GEMMA2_INLINE void store(BFloat16* p, VecF v) {
-  const VecU16 h = narrow(round_bits(v) >> 16);
+  const VecU16 h = to_bfloat16(v);
   memcpy(p, &h, sizeof h);
 }
 #if defined(__F16C__)
@@ -231,7 +241,11 @@ GEMMA2_INLINE VecF round_to<float>(VecF v) {
 }
 template <>
 GEMMA2_INLINE VecF round_to<BFloat16>(VecF v) {
+#if defined(__AVX512BF16__)
+  return (VecF)(widen(to_bfloat16(v)) << 16);
+#else
   return (VecF)(round_bits(v) & 0xffff0000u);
+#endif
 }
 // Stores what round_to<T> returned.
 template <class T>
@@ -240,8 +254,12 @@ GEMMA2_INLINE void store_rounded(T* p, VecF v) {
 }
 template <>
 GEMMA2_INLINE void store_rounded<BFloat16>(BFloat16* p, VecF v) {
+#if defined(__AVX512BF16__)
+  store(p, v);
+#else
   const VecU16 h = narrow((VecU)v >> 16);
   memcpy(p, &h, sizeof h);
+#endif
 }
 
 // ---- arithmetic
