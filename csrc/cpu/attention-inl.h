@@ -166,9 +166,7 @@ GEMMA2_INLINE VecF score(VecF dot, const ScoreScale& c) {
 
 GEMMA2_INLINE void store_weights(float* s, int64_t j, VecF w, float) { store(s + j, w); }
 // In place: pairs need half the room, so they never overtake the scores still to be read.
-GEMMA2_INLINE void store_weights(float* s, int64_t j, VecF w, Pair) {
-  store((BFloat16*)s + j, w);
-}
+GEMMA2_INLINE void store_weights(float* s, int64_t j, VecF w, Pair) { store((BFloat16*)s + j, w); }
 
 // Turns a row's dot products s[0, n), n a multiple of kLanes, into softmax weights relative to the
 // row's largest score so far, as Words; columns outside [first, last), first < last, get 0 whatever
