@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import gemma2_ext
-from gemma2_ext import cli, ops
+from gemma2_ext import Gemma2, cli, ops
 from gemma2_ext.bench import OPS, Settings, _common, _probes, _report, _suite, attention, measure
+from gemma2_ext.bench import model as bench_model
 from gemma2_ext.bench._harness import Case, Result, Side, compare_tensors
 from gemma2_ext.bench._llama import write_gguf
 from gemma2_ext.weights import hugging_face_parts, random_weights
@@ -227,6 +228,40 @@ def test_command(small: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
     page.write_text(path.read_text().replace('"threads": ', '"threads": 9'))
     assert cli.main(["bench", "--load", str(path), str(page)]) == 2
     assert "its threads is 9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
+def test_the_model(
+    small: None, format: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole_blocks = replace(gemma2_ext.Gemma2Config.gemma2_2b(), vocab_size=208)
+    name = "gemma2_2b"
+    monkeypatch.setattr(gemma2_ext.Gemma2Config, name, staticmethod(lambda: whole_blocks))
+    options = ("--rounds", "4", "--prompt", "9", "--layers", "2", "--dtype", "float32")
+    quantized = ("--quantize", format) if format else ()
+    assert cli.main(["bench", "model", *options, *quantized]) == 0
+    out = capsys.readouterr().out
+    assert "2b, 2 layers, 9 tokens" in out
+    assert "2b, 2 layers, after 9 tokens" in out
+    assert "[4 samples]" in out
+
+
+def test_a_captured_step_gives_the_same_tokens() -> None:
+    # The loop of a GPU, on the CPU, where nothing is captured.
+    weights = random_weights(student(), torch.float32, seed=0)
+    ids = torch.randint(3, 2048, (1, 7))
+    sides = [
+        kind(Gemma2(student(), weights), 16)
+        for kind in (bench_model._Ours, bench_model._OursCaptured)
+    ]
+    with torch.inference_mode():
+        for _ in range(2):
+            first = [side.prefill(ids).argmax(-1, keepdim=True) for side in sides]
+            assert torch.equal(*first)
+            tokens = first
+            for _ in range(8):
+                tokens = [bench_model._step(side, t) for side, t in zip(sides, tokens, strict=True)]
+                assert torch.equal(*tokens)
 
 
 @pytest.mark.parametrize("format", [None, "int8", "int4"])

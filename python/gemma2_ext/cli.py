@@ -561,11 +561,10 @@ def run_bench(args: argparse.Namespace) -> None:
             show=show,
         )
         if "model" in args.ops:
-            if args.device != "cpu":
-                raise ValueError("bench: the model is measured on the CPU only")
             model = ModelSettings(
                 size=args.size,
                 dtype=getattr(torch, args.dtype),
+                device=args.device,
                 quantize=args.quantize,
                 prompt=args.prompt,
                 new_tokens=args.rounds,

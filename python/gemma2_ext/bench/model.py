@@ -4,11 +4,12 @@ Decoding is bound by reading the weights: memory's read bandwidth is probed befo
 the limit is the time to read all weights once. Both models share one set of weights
 (transformers' parameters are views of ours). Packed weights are drawn as such, so that sizes run
 whose bfloat16 weights memory does not hold; they have no peer in transformers, and llama.cpp in its
-own formats of 8 and 4 bits.
+own formats of 8 and 4 bits. On a GPU a step is the captured one that `generate` replays.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import statistics
@@ -21,13 +22,15 @@ import torch
 from torch import Tensor
 
 from ..config import Gemma2Config
+from ..decode_graph import DecodeGraph
+from ..generate import Sampler
 from ..model import Gemma2
 from ..quantize import BLOCK_ROWS, Format, QuantizedWeight
 from ..weights import Arena, parameter_shapes, random_weights, to_hugging_face_names
 from ._common import needs
 from ._harness import Result, Side, Unavailable, _quartiles, compare_tensors
 from ._llama import LlamaCpp
-from ._probes import CpuProbes
+from ._probes import CpuProbes, CudaProbes
 
 # A prefill that takes longer is timed once.
 ONCE_SECONDS = 60.0
@@ -40,6 +43,7 @@ class ModelSettings:
     Attributes:
         size: "2b", "9b" or "27b".
         dtype: of the weights, and of activations.
+        device: "cpu" or "cuda".
         quantize: the format of packed weights, or None.
         prompt: tokens of the prefill.
         new_tokens: that are decoded after it.
@@ -50,6 +54,7 @@ class ModelSettings:
 
     size: str = "2b"
     dtype: torch.dtype = torch.bfloat16
+    device: str = "cpu"
     quantize: Format | None = None
     prompt: int = 512
     new_tokens: int = 20
@@ -71,6 +76,31 @@ class _Ours:
 
     def decode(self, ids: Tensor) -> Tensor:
         return self._model(ids, cache=self._cache, last_only=True)[:, -1]
+
+
+class _OursCaptured(_Ours):
+    """As on a GPU: the step's tokens stay on the device."""
+
+    _graph: DecodeGraph | None = None
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        self._graph = None
+        return super().prefill(ids)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        if self._graph is None:
+            stops = torch.empty(0, dtype=torch.int64)
+            self._graph = DecodeGraph(self._model, self._cache, Sampler(), tokens[:, 0], stops)
+        self._graph.step()
+        return self._graph.tokens[:, None]
+
+
+def _step(side: Any, tokens: Tensor) -> Tensor:
+    """The most probable tokens behind these, (batch, 1)."""
+    if isinstance(side, _OursCaptured):
+        return side.step(tokens)
+    logits: Tensor = side.decode(tokens)
+    return logits.argmax(-1, keepdim=True)
 
 
 def transformers_model(config: Gemma2Config, weights: dict[str, Tensor]) -> Any:
@@ -95,10 +125,12 @@ def transformers_model(config: Gemma2Config, weights: dict[str, Tensor]) -> Any:
 class _Transformers:
     name = "transformers"
 
-    def __init__(self, config: Gemma2Config, weights: dict[str, Any], length: int) -> None:
+    def __init__(
+        self, config: Gemma2Config, weights: dict[str, Any], length: int, device: torch.device
+    ) -> None:
         if not all(isinstance(w, Tensor) for w in weights.values()):
             raise Unavailable("it has no such weights")
-        self._model = transformers_model(config, weights)
+        self._model = transformers_model(config, weights).to(device)
         names = inspect.signature(self._model.forward).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"  # 5.24, before it
 
@@ -167,20 +199,39 @@ def run_model(
     else:
         weights = random_weights(config, settings.dtype, seed=0)
     size = sum(w.nbytes for w in weights.values())
-    sides.append(_Ours(Gemma2(config, weights), length))
-    for peer in (_Transformers, LlamaCpp) if settings.peers else ():
+    device = torch.device(settings.device)
+    on_gpu = device.type == "cuda"
+    ours_kind = _OursCaptured if on_gpu else _Ours
+    sides.append(ours_kind(Gemma2(config, weights).to(device), length))
+    peers: dict[str, Callable[[], Any]] = {
+        _Transformers.name: lambda: _Transformers(config, weights, length, device),
+        LlamaCpp.name: lambda: _llama_cpp(config, weights, length, device),
+    }
+    for name, make in peers.items() if settings.peers else ():
         try:
-            sides.append(peer(config, weights, length))
+            sides.append(make())
         except Unavailable as error:
-            missing.append(Side(peer.name, f"unavailable: {error}"))
-    probes = CpuProbes()
+            missing.append(Side(name, f"unavailable: {error}"))
+    probes = CudaProbes() if on_gpu else CpuProbes()
     kind = "float32" if settings.dtype != torch.bfloat16 else "bfloat16"
     if settings.quantize:
         kind = "int8"
-    ids = torch.randint(3, config.vocab_size, (1, settings.prompt))
+    ids = torch.randint(3, config.vocab_size, (1, settings.prompt)).to(device)
+
+    def seconds(call: Callable[[], Tensor]) -> tuple[float, Tensor]:
+        """Of the call with all that it started on a GPU."""
+        if on_gpu:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        result = call()
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start, result
 
     with torch.inference_mode():
         taken: dict[str, list[float]] = {side.name: [] for side in sides}
+        for side in sides if on_gpu else ():
+            side.prefill(ids)  # libraries choose and allocate at their first calls
         logits: dict[str, Tensor] = {}
         peaks = []
         for _ in range(settings.rounds):
@@ -188,9 +239,8 @@ def run_model(
             for side in sides:
                 if taken[side.name] and taken[side.name][0] > ONCE_SECONDS:
                     continue
-                start = time.perf_counter()
-                logits[side.name] = side.prefill(ids)
-                taken[side.name].append(time.perf_counter() - start)
+                time_taken, logits[side.name] = seconds(functools.partial(side.prefill, ids))
+                taken[side.name].append(time_taken)
         ours, exact = logits[_Ours.name], logits.get(_Transformers.name)
         if exact is not None and (problem := compare_tensors(ours, exact, settings.dtype)):
             raise RuntimeError(f"gemma2_ext's logits are not transformers': {problem}")
@@ -217,9 +267,9 @@ def run_model(
         for _ in range(settings.new_tokens):
             bandwidths.append(probes.bandwidth(1, 0))
             for side in sides:
-                start = time.perf_counter()
-                tokens[side.name] = side.decode(tokens[side.name]).argmax(-1, keepdim=True)
-                taken[side.name].append(time.perf_counter() - start)
+                step = functools.partial(_step, side, tokens[side.name])
+                time_taken, tokens[side.name] = seconds(step)
+                taken[side.name].append(time_taken)
         decode = _result(settings, config, "decode", taken, verdicts, missing)
         decode.bytes = size
         decode.bandwidth = statistics.median(bandwidths)
@@ -227,6 +277,14 @@ def run_model(
         decode.bound = "memory"
         show(decode)
     return [prefill, decode]
+
+
+def _llama_cpp(
+    config: Gemma2Config, weights: dict[str, Any], length: int, device: torch.device
+) -> LlamaCpp:
+    if device.type != "cpu":
+        raise Unavailable("it is measured on the CPU only")
+    return LlamaCpp(config, weights, length)
 
 
 def _verdict(logits: Tensor, right: Tensor) -> str:
@@ -250,7 +308,7 @@ def _result(
         size=settings.size,
         phase=phase,
         dtype=settings.quantize or str(settings.dtype).removeprefix("torch."),
-        device="cpu",
+        device=settings.device,
         bytes=0,
         operations=0,
         bandwidth=0.0,
