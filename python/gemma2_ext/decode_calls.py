@@ -38,11 +38,11 @@ def calls_for(model: Gemma2, cache: KVCache, input_ids: Tensor) -> DecodeCalls |
     traced, under autocast, with gradients, or over tensors of a subclass.
     """
     if (
-        input_ids.numel() > MOST_ROWS
+        torch.compiler.is_compiling()  # before what would become a guard
+        or input_ids.numel() > MOST_ROWS
         or type(input_ids) is not Tensor
         or input_ids.device.type != "cpu"
         or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
     ):
         return None

@@ -202,7 +202,6 @@ def jobs(seeds: int) -> Iterator[tuple[str, Gemma2Config, int, bool]]:
         for size, student in SIZES.items():
             for kind in ("scratch", "distilled"):
                 yield f"{size}-{kind}-{seed}", student, seed, kind == "distilled"
-    for seed in range(seeds):
         for shape, student in SHAPES.items():
             yield f"{shape}-scratch-{seed}", student, seed, False
 
