@@ -49,11 +49,12 @@ def test_int8_gives_nearly_the_same_logits(seqlen: int) -> None:
     ]
     expected = model(ids[:, 50:], mask[:, 50:])
     error = (torch.cat(pieces, 1) - expected).norm() / expected.norm()
-    assert 0 < error < 0.02
+    assert 0 < error < 3 * 0.007  # a row's own error is 0.7 %, and scores here pass the soft-cap
     # Taken back and given again: the same.
     cache.rewind(5)
     again = model(ids[:, 115:], cache=cache)
-    torch.testing.assert_close(again, torch.cat(pieces, 1)[:, -5:], rtol=1e-3, atol=1e-3)
+    # 40 tokens go through the kernels for many rows, which sum in another order.
+    torch.testing.assert_close(again, torch.cat(pieces, 1)[:, -5:], rtol=1e-5, atol=1e-4)
 
 
 def test_a_models_caches_are_of_its_cache_dtype() -> None:

@@ -14,49 +14,40 @@ namespace gemma2 {
 namespace GEMMA2_ISA {
 namespace {
 
-// 2^x for a result of type T, 0 below -126, inf from 128 on, NaN of NaN. 2^n 2^r with n the nearest
-// integer; 2^r by a polynomial, minimax in the relative error on [-0.5, 0.5]: 7.5e-5 for bfloat16,
-// 2.6e-6 for float16, of whose roundings these are a twenty-sixth and a ninetieth.
-template <class T>
-GEMMA2_INLINE VecF exp2_for(VecF x);
-GEMMA2_INLINE VecF scale_by_exp2(VecF y, VecF shifted) {
-  return y * (VecF)(((VecU)shifted << 23) + 0x3f800000u);
-}
-template <>
-GEMMA2_INLINE VecF exp2_for<BFloat16>(VecF x) {
-  const VecF clamped = max(set(-127.0f), min(set(128.0f), x));  // operands in the order for a NaN
-  const VecF shifted = clamped + set(0x1.8p23f);                // its lowest bits are n
-  const VecF r = clamped - (shifted - set(0x1.8p23f));
+// 2^r for r in [-0.5, 0.5], minimax in the relative error: 7.5e-5 for a result in bfloat16, 2.6e-6
+// in float16, a twenty-sixth and a ninetieth of what rounding to these may change.
+GEMMA2_INLINE VecF exp2_fraction(BFloat16, VecF r) {
   VecF y = set(0x1.c3f766p-5f);
   y = fma(y, r, set(0x1.f0de1ap-3f));
   y = fma(y, r, set(0x1.62f31ap-1f));
-  return scale_by_exp2(fma(y, r, set(0x1.fff692p-1f)), shifted);
+  return fma(y, r, set(0x1.fff692p-1f));
 }
-template <>
-GEMMA2_INLINE VecF exp2_for<Half>(VecF x) {
-  const VecF clamped = max(set(-127.0f), min(set(128.0f), x));
-  const VecF shifted = clamped + set(0x1.8p23f);
-  const VecF r = clamped - (shifted - set(0x1.8p23f));
+GEMMA2_INLINE VecF exp2_fraction(Half, VecF r) {
   VecF y = set(0x1.3997d6p-7f);
   y = fma(y, r, set(0x1.ca1440p-5f));
   y = fma(y, r, set(0x1.ec06dap-3f));
   y = fma(y, r, set(0x1.62e0dcp-1f));
-  return scale_by_exp2(fma(y, r, set(0x1.ffffe8p-1f)), shifted);
-}
-// In two steps: 2^x of an x that was rounded as -2z / ln 2 would not be as good as e^-2z.
-template <>
-GEMMA2_INLINE VecF exp2_for<float>(VecF x) {
-  return exp(x);
+  return fma(y, r, set(0x1.ffffe8p-1f));
 }
 
+// e^-2z for a result of the first argument's type; inf far below zero, NaN of NaN.
+// -2z = g (a + b g^2), in units of ln 2 for 16 bits: 2^n 2^r with n the nearest integer.
+constexpr float kA = -2.0f * 0.7978845608028654f, kB = kA * 0.044715f;  // sqrt(2 / pi)
+template <class T>
+GEMMA2_INLINE VecF exp_minus_2z(T t, VecF g) {
+  const float log2_e = 0x1.715476p0f;
+  const VecF x = g * fma(set(kB * log2_e), g * g, set(kA * log2_e));
+  const VecF clamped = max(set(-127.0f), min(set(128.0f), x));  // operands in the order for a NaN
+  const VecF shifted = clamped + set(0x1.8p23f);                // its lowest bits are n
+  const VecF r = clamped - (shifted - set(0x1.8p23f));
+  return exp2_fraction(t, r) * (VecF)(((VecU)shifted << 23) + 0x3f800000u);
+}
+GEMMA2_INLINE VecF exp_minus_2z(float, VecF g) { return exp(g * fma(set(kB), g * g, set(kA))); }
+
+// Far below zero the exponential is inf and the quotient -0, as it should be.
 template <class T>
 GEMMA2_INLINE VecF gelu_tanh(VecF g) {
-  const float kSqrt2OverPi = 0.7978845608028654f;
-  // The exponent is g (a + b g^2). Far below zero the exponential is inf and the quotient -0, as it
-  // should be.
-  const float scale = sizeof(T) == 2 ? -2.0f * 0x1.715476p0f : -2.0f;  // 1 / ln 2
-  const VecF a = set(scale * kSqrt2OverPi), b = set(scale * kSqrt2OverPi * 0.044715f);
-  return g / (set(1.0f) + exp2_for<T>(g * fma(b, g * g, a)));
+  return g / (set(1.0f) + exp_minus_2z(T{}, g));
 }
 
 template <class T>

@@ -25,19 +25,10 @@ constexpr int group_columns(int rows) {
                              : rows == 2 ? 4
                                          : 3);
 }
-// k is walked in blocks of this many elements: few enough for rounding errors of a sum to stay
-// small, many enough for weights to stream. The blocks' sums are added up in memory.
+// k is walked in blocks of this many elements: few enough for a group's part of x to stay in the
+// first-level cache and for rounding errors of a sum to stay small, many enough for weights to
+// stream. The blocks' sums are added up in memory.
 constexpr int64_t kBlock = 2304;
-// Where a block of a group's x is more than kMostX bytes, it would leave the first-level cache from
-// one tile to the next, and come back from the second more slowly than it is multiplied. Then a
-// block is walked in pieces, whose sums go on where the last piece's ended.
-constexpr int64_t kPiece = 768, kMostX = 30 << 10;
-template <class T>
-constexpr int64_t piece_of(int64_t rows) {
-  using M = Math<T>;
-  const int64_t x_bytes = rows * kBlock / M::kPerFactor * int64_t(sizeof(typename M::Factor));
-  return x_bytes > kMostX ? kPiece : kBlock;
-}
 
 GEMMA2_INLINE int64_t group_count(const LinearParams& p) { return divide_up(p.rows, kGroupRows); }
 GEMMA2_INLINE int64_t group_begin(const LinearParams& p, int64_t group) {
@@ -70,31 +61,14 @@ void pack_group(const LinearParams& p, int64_t first_row, int64_t rows) {
   }
 }
 
-typedef VecF Line[kLinearFewColumns];  // one row's sums
-
-// Elements [k, k + n), and where among those of their block they are.
-struct Piece {
-  int64_t k, n;
-  bool first, last;
-};
-
-// Adds x[r] . w[c] over a piece's elements to part[r][c], and with the last one of a block that to
-// sums[r][c], for kRows rows of a group and kColumns rows of weight. `next` is where the tile that
-// follows begins.
+// sums[r][c] += x[r] . w[c] over n elements of k, for kRows rows of a group and kColumns rows of
+// weight. `next` is where the tile that follows begins.
 template <class T, int kRows, int kColumns>
 void dot_tile(const T* w, const T* next, int64_t w_stride, const typename Math<T>::Factor* x,
-              const Piece& piece, Line* part_sums, Line* sums) {
+              int64_t n, VecF (*sums)[kLinearFewColumns]) {
   using M = Math<T>;
   constexpr int kFactors = kStep / M::kPerFactor;
-  const int64_t n = piece.n;
   VecF sum[kRows][kColumns] = {};
-  if (!piece.first) {
-    GEMMA2_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      GEMMA2_UNROLL
-      for (int c = 0; c < kColumns; ++c) sum[r][c] = part_sums[r][c];
-    }
-  }
   const auto step = [&](const T* at, int64_t stride) __attribute__((always_inline)) {
     GEMMA2_UNROLL
     for (int part = 0; part < M::kParts; ++part) {
@@ -126,27 +100,21 @@ void dot_tile(const T* w, const T* next, int64_t w_stride, const typename Math<T
   GEMMA2_UNROLL
   for (int r = 0; r < kRows; ++r) {
     GEMMA2_UNROLL
-    for (int c = 0; c < kColumns; ++c) {
-      if (piece.last)
-        sums[r][c] += sum[r][c];
-      else
-        part_sums[r][c] = sum[r][c];
-    }
+    for (int c = 0; c < kColumns; ++c) sums[r][c] += sum[r][c];
   }
 }
 
-// Adds a piece of k to the sums of kRows rows and columns [begin, end).
+// Adds elements [k, k + n) of k to the sums of kRows rows and columns [begin, end).
 template <class T, int kRows>
-void dot_group(const LinearParams& p, int64_t first_row, int64_t begin, int64_t end,
-               const Piece& piece, Line* part_sums, Line* sums) {
-  const int64_t k = piece.k, n = piece.n;
+void dot_group(const LinearParams& p, int64_t first_row, int64_t begin, int64_t end, int64_t k,
+               int64_t n, VecF (*sums)[kLinearFewColumns]) {
   constexpr int kColumns = group_columns(kRows);
   constexpr int kPerFactor = Math<T>::kPerFactor;
   const int64_t padded = divide_up(p.in_features, kStep) * kStep;
   const auto* x =
       (const typename Math<T>::Factor*)p.packed_x + (first_row * padded + k * kRows) / kPerFactor;
   const T* w = (const T*)p.weight + k;
-  // Behind the last columns of a piece of k come the first ones of the next piece, or of the next
+  // Behind the last columns of a block of k come the first ones of the next block, or of the next
   // unit. (Where there is none, a prefetch past the weights does no harm.)
   const T* following = k + n < p.in_features ? w + begin * p.weight_stride + n
                                              : (const T*)p.weight + end * p.weight_stride;
@@ -155,12 +123,12 @@ void dot_group(const LinearParams& p, int64_t first_row, int64_t begin, int64_t 
     const T* row = w + c * p.weight_stride;
     dot_tile<T, kRows, kColumns>(
         row, c + kColumns < end ? row + kColumns * p.weight_stride : following, p.weight_stride, x,
-        piece, (Line*)(part_sums[0] + c - begin), (Line*)(sums[0] + c - begin));
+        n, (VecF(*)[kLinearFewColumns])(sums[0] + c - begin));
   }
   for (; c < end; ++c) {
     const T* row = w + c * p.weight_stride;
     dot_tile<T, kRows, 1>(row, c + 1 < end ? row + p.weight_stride : following, p.weight_stride, x,
-                          piece, (Line*)(part_sums[0] + c - begin), (Line*)(sums[0] + c - begin));
+                          n, (VecF(*)[kLinearFewColumns])(sums[0] + c - begin));
   }
 }
 
@@ -175,18 +143,13 @@ void dot_rows(int64_t rows, const Args&... args) {
 
 template <class T>
 void dot_columns(const LinearParams& p, int64_t begin, int64_t end) {
-  Line sums[kLinearFewRows], part_lines[kGroupRows];
-  Line* part_sums = part_lines;
+  VecF sums[kLinearFewRows][kLinearFewColumns];
   memset(sums, 0, sizeof sums[0] * p.rows);
   for (int64_t k = 0; k < p.in_features; k += kBlock) {
     const int64_t n = min_of(kBlock, p.in_features - k);
     for (int64_t g = 0; g < group_count(p); ++g) {
       const int64_t row = group_begin(p, g), rows = group_begin(p, g + 1) - row;
-      const int64_t step = piece_of<T>(rows);
-      for (int64_t i = 0; i < n; i += step) {
-        const Piece piece{k + i, min_of(step, n - i), i == 0, i + step >= n};
-        dot_rows<T, kGroupRows>(rows, p, row, begin, end, piece, part_sums, sums + row);
-      }
+      dot_rows<T, kGroupRows>(rows, p, row, begin, end, k, n, sums + row);
     }
   }
   for (int64_t r = 0; r < p.rows; ++r) {

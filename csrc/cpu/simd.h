@@ -174,7 +174,7 @@ GEMMA2_INLINE VecU round_bits(VecF v) {
 }
 GEMMA2_INLINE VecU16 to_bfloat16(VecF v) {
 #if defined(__AVX512BF16__)
-  const auto rounded = _mm512_cvtneps_pbh((__m512)v);  // one for eight; subnormals become 0
+  const auto rounded = _mm512_cvtneps_pbh((__m512)v);  // subnormals become 0
   VecU16 h;
   memcpy(&h, &rounded, sizeof h);
   return h;

@@ -598,7 +598,7 @@ void attention_cache_out(const Tensor& q, const Tensor& k_cache, const Tensor& v
   check_batched(op, "k_cache", "capacity", q, k_cache);
   if (check_scales(op, k_cache, v_cache, k_scales, v_scales)) {
     check_device(op, "k_cache", k_cache, "q", q);
-    p.k_scales = scales_view(*k_scales), p.v_scales = scales_view(*v_scales);
+    p.k_scales = heads_view(*k_scales), p.v_scales = heads_view(*v_scales);
   } else {
     check_keys(op, "k_cache", k_cache, "v_cache", v_cache, q);
   }

@@ -167,13 +167,9 @@ inline Tensor last_dim_contiguous(const Tensor& t) {
   return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
 }
 
-// A (batch, seqlen, heads, head_dim) tensor whose last dimension is contiguous.
+// A (batch, seqlen, heads, head_dim) tensor whose last dimension is contiguous, or a (batch,
+// capacity, heads) one.
 inline HeadsView heads_view(const Tensor& t) {
-  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
-}
-
-// A (batch, capacity, heads) tensor.
-inline HeadsView scales_view(const Tensor& t) {
   return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 

@@ -222,7 +222,7 @@ void rope_append_cache_out(const Tensor& q, const Tensor& k, const Tensor& v,
       fail(op,
            "head_dim must be at most 256 with an int8 cache, got " + std::to_string(p.head_dim));
     }
-    p.k_scales = scales_view(*k_scales), p.v_scales = scales_view(*v_scales);
+    p.k_scales = heads_view(*k_scales), p.v_scales = heads_view(*v_scales);
   }
   if (p.capacity == 0) fail(op, "k_cache must have at least one slot, got " + to_string(k_cache));
   if (positions.is_cpu()) check_slots(op, p);

@@ -111,7 +111,7 @@ class Runs:
         }
         if path.exists():
             stored = json.loads(path.read_text())
-            if any(stored[key] != json.loads(json.dumps(setting[key])) for key in setting):
+            if any(stored.get(key) != json.loads(json.dumps(setting[key])) for key in setting):
                 raise SystemExit(f"{path} is of a run with other settings: move it away")
             return
         folder, work = self.work / name, self.work
@@ -119,11 +119,11 @@ class Runs:
         kind = ["train", "--model"]
         if distil:
             kind = ["distill", *(() if args.top_k else ("--teacher", self.teacher)), "--student"]
+        data = (work / "taught.tokens", "--fixed-cuts") if args.top_k else (work / "train.tokens",)
         command = [
             *kind,
             work / f"{name}.config/config.json",
-            *(("--data", work / "taught.tokens", "--fixed-cuts") if args.top_k else ()),
-            *(() if args.top_k else ("--data", work / "train.tokens")),
+            *("--data", *data),
             *("--eval-data", work / "eval.txt", "--tokenizer", self.teacher),
             *("--sequence-length", LENGTH, "--batch-tokens", args.step_tokens),
             *("--steps", args.steps, "--learning-rate", args.learning_rate, "--dtype", "float32"),

@@ -51,25 +51,28 @@ def cases(setting: Setting) -> Iterator[Case]:
             yield _int8_case(setting, length)
 
 
-def _case(setting: Setting, shape: Shape) -> Case:
+def _heads(setting: Setting) -> tuple[int, int, int]:
+    """Query heads, key heads, head_dim."""
     config = setting.config
-    heads, kv_heads, head_dim = (
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_dim,
-    )
-    facts: dict[str, Any] = {
-        "scale": config.softmax_scale,
-        "softcap": config.attn_logit_softcapping,
-        "window": shape.window,
-    }
+    return config.num_attention_heads, config.num_key_value_heads, config.head_dim
+
+
+def _scores(setting: Setting) -> dict[str, Any]:
+    """How scores come from products."""
+    config = setting.config
+    return {"scale": config.softmax_scale, "softcap": config.attn_logit_softcapping}
+
+
+def _case(setting: Setting, shape: Shape) -> Case:
+    heads, kv_heads, head_dim = _heads(setting)
+    facts = {**_scores(setting), "window": shape.window}
 
     seen = min(shape.keys, (shape.window or shape.keys) + shape.queries - 1)
     reads = (shape.queries * heads + 2 * seen * kv_heads) * head_dim * setting.dtype.itemsize
     writes = shape.queries * heads * head_dim * setting.dtype.itemsize
     sets = number_of_sets(reads)
     if setting.phase == "decode":
-        caches = _caches(setting, shape, 2 * sets)
+        caches = [t.normal_() for t in _caches(setting, shape.keys, 2 * sets, setting.dtype)]
     else:
         caches = [setting.randn(1, shape.keys, kv_heads, head_dim) for _ in range(2 * sets)]
     queries = [setting.randn(1, shape.queries, heads, head_dim, scale=24.0) for _ in range(sets)]
@@ -103,35 +106,23 @@ def _case(setting: Setting, shape: Shape) -> Case:
     )
 
 
-def _caches(
-    setting: Setting, shape: Shape, count: int, dtype: torch.dtype | None = None
-) -> list[Tensor]:
-    """Keys or values, placed as KVCache has them; zeros where another dtype is asked for."""
-    config = setting.config
-    shape_of_one = (1, config.num_key_value_heads, shape.keys, config.head_dim)
-    device = torch.device(setting.device)
-    room = cache_room([math.prod(shape_of_one)] * count, dtype or setting.dtype, device)
-    fill = (lambda flat: flat.zero_()) if dtype else (lambda flat: flat.normal_())
-    return [fill(flat).view(shape_of_one).transpose(1, 2) for flat in room]
+def _caches(setting: Setting, keys: int, count: int, dtype: torch.dtype) -> list[Tensor]:
+    """Room for keys or values, placed as KVCache has them."""
+    _, kv_heads, head_dim = _heads(setting)
+    shape = (1, kv_heads, keys, head_dim)
+    room = cache_room([math.prod(shape)] * count, dtype, torch.device(setting.device))
+    return [flat.view(shape).transpose(1, 2) for flat in room]
 
 
 def _int8_case(setting: Setting, length: int) -> Case:
     """One query of a global layer over a cache of int8."""
-    config, shape = setting.config, Shape(1, length, None)
-    heads, kv_heads, head_dim = (
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_dim,
-    )
-    facts: dict[str, Any] = {
-        "scale": config.softmax_scale,
-        "softcap": config.attn_logit_softcapping,
-    }
+    heads, kv_heads, head_dim = _heads(setting)
+    facts = _scores(setting)
     reads = 2 * length * kv_heads * (head_dim + 4)
     sets = number_of_sets(reads)
     lengths = torch.tensor([length])
-    wide = _caches(setting, shape, 2 * sets)
-    narrow = _caches(setting, shape, 2 * sets, torch.int8)
+    wide = [t.normal_() for t in _caches(setting, length, 2 * sets, setting.dtype)]
+    narrow = _caches(setting, length, 2 * sets, torch.int8)
     scales = [torch.zeros(1, kv_heads, length).transpose(1, 2) for _ in range(2 * sets)]
     queries = [setting.randn(1, 1, heads, head_dim, scale=24.0) for _ in range(sets)]
     for i in range(0, 2 * sets, 2):
