@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "shares.h"
 
 namespace gemma2 {
 namespace {
@@ -47,12 +48,13 @@ double probe_memory(uintptr_t a, uintptr_t b, uintptr_t out, int64_t bytes, int 
     throw std::invalid_argument("gemma2_ext: bytes must be a multiple of " +
                                 std::to_string(kProbeRun) + ", got " + std::to_string(bytes));
   }
+  Shares shares(units, threads < 1 ? 0 : threads);
   return run_together(threads, [&](int t) {
     uint32_t sink = 0;
     ProbeParams p{};
     p.a = (const void*)a, p.b = (const void*)b, p.out = (void*)out;
     p.sink = &sink;
-    kernels.probe_memory(p, units * t / threads, units * (t + 1) / threads);
+    for (int64_t unit; (unit = shares.take(t)) >= 0;) kernels.probe_memory(p, unit, unit + 1);
   });
 }
 

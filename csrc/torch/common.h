@@ -8,13 +8,12 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <atomic>
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "../params.h"
+#include "../shares.h"
 
 namespace gemma2 {
 
@@ -210,35 +209,12 @@ inline bool check_scales(const char* op, const Tensor& k_cache, const Tensor& v_
   return true;
 }
 
-// A thread's share of the runs of parallel_units: [front, back), in one word. Its thread takes them
-// from the front, one after another as they lie in memory; others take from the back.
-class alignas(64) Share {
- public:
-  void set(int64_t front, int64_t back) { range_ = uint64_t(front) << 32 | uint64_t(back); }
-  // The run taken, or -1 where none is left.
-  int64_t take(bool from_front) {
-    uint64_t range = range_.load(std::memory_order_relaxed);
-    for (;;) {
-      const uint64_t front = range >> 32, back = range & 0xffffffff;
-      if (front >= back) return -1;
-      const uint64_t rest = from_front ? (front + 1) << 32 | back : front << 32 | (back - 1);
-      if (range_.compare_exchange_weak(range, rest, std::memory_order_relaxed))
-        return int64_t(from_front ? front : back - 1);
-    }
-  }
-
- private:
-  std::atomic<uint64_t> range_{0};
-};
-
 // How many threads share out `runs` runs.
 inline int64_t sharing_threads(int64_t runs) {
   return std::min<int64_t>(torch::stable::get_num_threads(), runs);
 }
 
-// f(thread, begin, end) over [0, units), `run` units at a time, thread < sharing_threads(runs). A
-// thread that is through with its share helps the others: on a machine that others use too, all
-// would otherwise wait for the slowest.
+// f(thread, begin, end) over [0, units), `run` units at a time, thread < sharing_threads(runs).
 template <class F>
 void parallel_runs(int64_t units, int64_t run, const F& f) {
   const int64_t runs = (units + run - 1) / run, threads = sharing_threads(runs);
@@ -246,14 +222,10 @@ void parallel_runs(int64_t units, int64_t run, const F& f) {
     if (units > 0) f(0, 0, units);
     return;
   }
-  std::vector<Share> shares(threads);
-  for (int64_t t = 0; t < threads; ++t) shares[t].set(runs * t / threads, runs * (t + 1) / threads);
+  Shares shares(runs, threads);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      for (int64_t i = 0; i < threads; ++i) {
-        for (int64_t r; (r = shares[(t + i) % threads].take(i == 0)) >= 0;)
-          f(t, r * run, std::min(units, (r + 1) * run));
-      }
+      for (int64_t r; (r = shares.take(t)) >= 0;) f(t, r * run, std::min(units, (r + 1) * run));
     }
   });
 }

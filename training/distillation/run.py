@@ -70,10 +70,14 @@ TEACHER = replace(config(192, 8, 512), head_dim=48, query_pre_attn_scalar=48)
 
 
 def split(text: str, eval_bytes: int) -> tuple[str, str]:
-    """The first nine tenths, to the end of a paragraph, and at most eval_bytes behind them."""
-    cut = text.rfind("\n\n", 0, len(text) * 9 // 10) + 2
+    """The first nine tenths, and some eval_bytes characters behind them: each to the end of a
+    paragraph, or of a line where the text has no empty ones."""
+    mark = "\n\n" if "\n\n" in text else "\n"
+    cut = text.rfind(mark, 0, len(text) * 9 // 10) + len(mark)
     rest = text[cut:]
-    end = rest.find("\n\n", eval_bytes)
+    end = rest.find(mark, eval_bytes)
+    if cut < len(mark) or not rest.strip():
+        raise SystemExit(f"{len(text)} characters: nothing to cut in two by a paragraph or line")
     return text[:cut], rest if end < 0 else rest[:end]
 
 
