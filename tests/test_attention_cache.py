@@ -40,7 +40,10 @@ def check(
     key_lengths = torch.tensor(lengths)
     caches = ring(k, lengths, capacity), ring(v, lengths, capacity)
     actual = ops.attention_cache(q, *caches, key_lengths, scale=0.2, **options)
-    assert_accurate(actual, reference_of(scale=0.2, key_lengths=key_lengths, **options), q, k, v)
+    # Of few elements the reference's own error is a matter of luck.
+    roundings = 2 if q.numel() < 100 else 1
+    reference = reference_of(scale=0.2, key_lengths=key_lengths, **options)
+    assert_accurate(actual, reference, q, k, v, roundings=roundings)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

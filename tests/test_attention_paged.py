@@ -56,8 +56,8 @@ def check(
     seen_from = None if window is None else [n - seqlen_q - window + 1 for n in lengths]
     pages = in_pages(k, v, lengths, page_size, seen_from)
     actual = ops.attention_paged(q, *pages, key_lengths, scale=0.2, **options)
-    # As in test_attention.py.
-    roundings = 2 if q.is_cuda and dtype == torch.float32 else 1
+    # As in test_attention.py; and of few elements the reference's own error is a matter of luck.
+    roundings = 2 if q.numel() < 100 or (q.is_cuda and dtype == torch.float32) else 1
     reference = reference_of(scale=0.2, key_lengths=key_lengths, **options)
     assert_accurate(actual, reference, q, k, v, roundings=roundings)
 

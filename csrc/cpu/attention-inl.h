@@ -108,6 +108,26 @@ GEMMA2_INLINE VecF load_words(Pair, const BFloat16* row, int64_t k, int64_t dept
   return words;
 }
 
+// For few rows bfloat16 are read two vectors at once, which come apart into the even and the odd
+// elements with half the instructions of widening one half and then the other.
+template <class Word, class T>
+constexpr int kParts = 1;
+template <>
+constexpr int kParts<float, BFloat16> = 2;
+
+// kCount * kLanes words of a row of `depth` words from word k on; zero past the end.
+template <class Word, class T, int kCount>
+GEMMA2_INLINE void load_parts(const T* row, int64_t k, int64_t depth, VecF (&to)[kCount]) {
+  if constexpr (kCount == 1) {
+    to[0] = load_words(Word{}, row, k, depth);
+  } else {
+    VecU both{};
+    memcpy(&both, row + k, k + 2 * kLanes <= depth ? sizeof both : 2 * (depth - k));
+    to[0] = (VecF)(both << 16);
+    to[1] = (VecF)(both & (VecU{} + 0xffff0000u));
+  }
+}
+
 // ---- softmax
 
 // Scores are kept in units of ln 2, so that weights are 2^(score - maximum).
@@ -366,22 +386,26 @@ GEMMA2_INLINE bool not_finite(const T* row, int64_t n) {
 
 // ---- inner loops
 
-// Rows of K or V in front of those at work that are prefetched: the processor alone fetches too
-// late.
-constexpr int64_t kAhead = 16;
+// Some keys at a time go through their rows side by side, to hide the latency of additions. They
+// are of kShares shares of a block, each read as it lies in memory: a processor fetches few long
+// streams ahead of their use by itself, faster than one, and much faster than several short rows.
+// Rows of int8 are too short for that: those side by side are neighbours, and rows ahead are
+// fetched.
+template <class Word, class T>
+constexpr int kSideBySide = kPerWord<Word> > 1 ? 1 : 4 / kParts<Word, T>;
+template <class Word, class T>
+constexpr int kShares = kScaled<T> ? 1 : kSideBySide<Word, T>;
 
-// Whether a step of kLanes words takes a whole line of a row, so that it can fetch a later row's;
-// else that is fetched line by line before.
-template <class Word, class T>
-constexpr bool kLineAStep = kLanes * kPerWord<Word> * sizeof(T) == 64;
-template <class Word, class T>
+// Fetches a later row: whole, or, where a step of so many bytes takes a line, line by line.
+constexpr int64_t kAhead = 16;
+template <class T>
 GEMMA2_INLINE void prefetch_row(const T* row, int64_t n) {
-  if (kLineAStep<Word, T>) return;
+  if (!kScaled<T>) return;
   for (int64_t d = 0; d < n; d += 64 / int64_t(sizeof(T))) prefetch(row + d);
 }
-template <class Word, class T>
+template <int64_t kBytes, class T>
 GEMMA2_INLINE void prefetch_step(const T* row, int64_t d) {
-  if (kLineAStep<Word, T>) prefetch(row + d);
+  if (kBytes == 64 && kLanes >= 16) prefetch(row + d);
 }
 
 // reduce_sum of each of the vectors, with the same order of additions: a lane's halves are added as
@@ -431,99 +455,131 @@ __attribute__((noinline)) void multiply_tile(const Word* a, const float* b, int6
 }
 
 // s[r, j] = q[r] . k[j] for kRows rows of `depth` words and the n keys. kKeys keys together fill
-// whole vectors of sums, kAtOnce of them go through their rows side by side, to hide the latency of
-// an addition. Pairs have so short a row that the next key's hides it: their keys come in the order
-// of memory, which the processor fetches fastest.
+// whole vectors of sums.
 template <int kRows, class Word, class T>
 void dot_keys(const float* q, const KeyRows<T>& k, int64_t n, int64_t depth, float* s) {
   constexpr int kVecs = kLanes < 8 ? 2 : 1, kKeys = kVecs * kLanes / kRows;
-  constexpr int kSums = kRows == 1 ? 8 : 4, kFewer = kKeys < kSums ? kKeys : kSums;
-  constexpr int kAtOnce = kPerWord<Word> > 1 ? 1 : kFewer;
-  const int64_t whole = depth / kLanes * kLanes;
-  for (int64_t j = 0; j < n; j += kKeys) {
-    VecF sum[kVecs][kLanes];  // (kRows, kKeys)
+  constexpr int kMost = kSideBySide<Word, T>, kAtOnce = kMost < kKeys ? kMost : kKeys;
+  constexpr int kParted = kShares<Word, T> < kAtOnce ? kShares<Word, T> : kAtOnce;
+  constexpr int kOfShare = kKeys / kParted, kNeighbours = kAtOnce / kParted;
+  constexpr int kPart = kParts<Word, T>, kStep = kPart * kLanes;
+  constexpr int64_t kBytes = kStep * kPerWord<Word> * sizeof(T);
+  const int64_t whole = depth / kStep * kStep, share = (n + kParted - 1) / kParted;
+  for (int64_t j = 0; j < share; j += kOfShare) {
+    VecF sum[kVecs][kLanes];  // (kRows, kParted, kOfShare)
     GEMMA2_UNROLL
-    for (int i = 0; i < kVecs * kLanes; ++i) sum[i / kLanes][i % kLanes] = zero();
-    GEMMA2_UNROLL
-    for (int first = 0; first < kKeys; first += kAtOnce) {
+    for (int first = 0; first < kOfShare; first += kNeighbours) {
+      VecF part_sum[kRows][kAtOnce][kPart];
       const T *rows[kAtOnce], *later[kAtOnce];
       GEMMA2_UNROLL
       for (int i = 0; i < kAtOnce; ++i) {
-        rows[i] = k.row(min64(j + first + i, n - 1));
-        later[i] = k.row(j + first + i + kAhead);
-        prefetch_row<Word>(later[i], depth * kPerWord<Word>);
+        const int64_t key = i / kNeighbours * share + j + first + i % kNeighbours;
+        rows[i] = k.row(min64(key, n - 1));
+        later[i] = k.row(key + kAhead);
+        prefetch_row(later[i], depth);
+        GEMMA2_UNROLL
+        for (int r = 0; r < kRows * kPart; ++r) part_sum[r / kPart][i][r % kPart] = zero();
       }
       const auto step = [&](int64_t d, int64_t words) __attribute__((always_inline)) {
-        VecF query[kRows];
+        VecF query[kRows][kPart];
         GEMMA2_UNROLL
-        for (int i = 0; i < kAtOnce; ++i) prefetch_step<Word>(later[i], d * kPerWord<Word>);
+        for (int i = 0; i < kAtOnce; ++i) prefetch_step<kBytes>(later[i], d * kPerWord<Word>);
         GEMMA2_UNROLL
-        for (int r = 0; r < kRows; ++r) query[r] = load(q + r * kQueryStride + d);
+        for (int r = 0; r < kRows * kPart; ++r)
+          query[r / kPart][r % kPart] = load(q + r / kPart * kQueryStride + d + r % kPart * kLanes);
         GEMMA2_UNROLL
         for (int i = 0; i < kAtOnce; ++i) {
-          const VecF key = load_words(Word{}, rows[i], d, words);
+          VecF key[kPart];
+          load_parts<Word>(rows[i], d, words, key);
           GEMMA2_UNROLL
-          for (int r = 0; r < kRows; ++r) {
-            const int at = r * kKeys + first + i;
-            VecF& to = sum[at / kLanes][at % kLanes];
-            to = multiply_add(Word{}, query[r], key, to);
+          for (int r = 0; r < kRows * kPart; ++r) {
+            VecF& to = part_sum[r / kPart][i][r % kPart];
+            to = multiply_add(Word{}, query[r / kPart][r % kPart], key[r % kPart], to);
           }
         }
       };
-      for (int64_t d = 0; d < whole; d += kLanes) step(d, d + kLanes);
+      for (int64_t d = 0; d < whole; d += kStep) step(d, d + kStep);
       if (whole < depth) step(whole, depth);
+      GEMMA2_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        GEMMA2_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int at = r * kKeys + i / kNeighbours * kOfShare + first + i % kNeighbours;
+          VecF total = part_sum[r][i][0];
+          GEMMA2_UNROLL
+          for (int part = 1; part < kPart; ++part) total += part_sum[r][i][part];
+          sum[at / kLanes][at % kLanes] = total;
+        }
+      }
     }
     float sums[kVecs * kLanes];
     GEMMA2_UNROLL
     for (int i = 0; i < kVecs; ++i) store(sums + i * kLanes, reduce_sums(sum[i]));
-    const int64_t count = min64(kKeys, n - j);
     GEMMA2_UNROLL
-    for (int r = 0; r < kRows; ++r) memcpy(s + r * kScoreStride + j, sums + r * kKeys, count * 4);
+    for (int i = 0; i < kRows * kParted; ++i) {
+      const int64_t key = i % kParted * share + j;
+      const int64_t count = min64(min64(kOfShare, share - j), n - key);
+      float* to = s + i / kParted * kScoreStride + key;
+      if (count == kOfShare)
+        memcpy(to, sums + i * kOfShare, kOfShare * 4);
+      else if (count > 0)
+        memcpy(to, sums + i * kOfShare, count * 4);
+    }
   }
 }
 
-template <int kRows, int kKeys, class T>
-GEMMA2_INLINE void add_some_values(const float* w, const KeyRows<T>& v, int64_t j, int64_t head_dim,
-                                   float* o, int64_t o_stride) {
+// o[r] += the sum over kKeys keys of w[r, key] v[key]: kNeighbours from j on, as many at j + apart,
+// and so on.
+template <int kRows, int kKeys, int kNeighbours, class T>
+GEMMA2_INLINE void add_some_values(const float* w, const KeyRows<T>& v, int64_t j, int64_t apart,
+                                   int64_t head_dim, float* o, int64_t o_stride) {
+  constexpr int kPart = kParts<float, T>, kStep = kPart * kLanes;
+  constexpr int64_t kBytes = kStep * sizeof(T);
   const T *rows[kKeys], *later[kKeys];
   VecF weight[kRows][kKeys];
   GEMMA2_UNROLL
   for (int i = 0; i < kKeys; ++i) {
-    rows[i] = v.row(j + i);
-    later[i] = v.row(j + i + kAhead);
-    prefetch_row<float>(later[i], head_dim);
+    const int64_t key = j + i / kNeighbours * apart + i % kNeighbours;
+    rows[i] = v.row(key);
+    later[i] = v.row(key + kAhead);
+    prefetch_row(later[i], head_dim);
     GEMMA2_UNROLL
-    for (int r = 0; r < kRows; ++r) weight[r][i] = set(w[r * kScoreStride + j + i]);
+    for (int r = 0; r < kRows; ++r) weight[r][i] = set(w[r * kScoreStride + key]);
   }
-  const auto step = [&](int64_t d, auto load_value) __attribute__((always_inline)) {
-    VecF value[kKeys];
+  const auto step = [&](int64_t d, int64_t end) __attribute__((always_inline)) {
+    VecF value[kKeys][kPart];
     GEMMA2_UNROLL
-    for (int i = 0; i < kKeys; ++i) prefetch_step<float>(later[i], d);
+    for (int i = 0; i < kKeys; ++i) prefetch_step<kBytes>(later[i], d);
     GEMMA2_UNROLL
-    for (int i = 0; i < kKeys; ++i) value[i] = load_value(rows[i]);
+    for (int i = 0; i < kKeys; ++i) load_parts<float>(rows[i], d, end, value[i]);
     GEMMA2_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      VecF sum = load(o + r * o_stride + d);
+    for (int r = 0; r < kRows * kPart; ++r) {
+      float* to = o + r / kPart * o_stride + d + r % kPart * kLanes;
+      // float32 is added up in sums of kKeys first, which round less; no other type would show it.
+      VecF sum = sizeof(T) == 4 ? zero() : load(to);
       GEMMA2_UNROLL
-      for (int i = 0; i < kKeys; ++i) sum = fma(weight[r][i], value[i], sum);
-      store(o + r * o_stride + d, sum);
+      for (int i = 0; i < kKeys; ++i) sum = fma(weight[r / kPart][i], value[i][r % kPart], sum);
+      store(to, sizeof(T) == 4 ? load(to) + sum : sum);
     }
   };
-  const int64_t whole = head_dim / kLanes * kLanes;
-  for (int64_t d = 0; d < whole; d += kLanes) step(d, [&](const T* row) { return load(row + d); });
-  if (whole < head_dim)
-    step(whole, [&](const T* row) { return load_n(row + whole, head_dim - whole); });
+  const int64_t whole = head_dim / kStep * kStep;
+  for (int64_t d = 0; d < whole; d += kStep) step(d, d + kStep);
+  if (whole < head_dim) step(whole, head_dim);
 }
 
-// o[r] += sum over the n keys of w[r, first + j] v[j], for kRows rows.
+// o[r] += sum over the n keys of w[r, first + j] v[j], for kRows rows; o's elements lie as
+// load_parts gives them. The order of additions is the same for any number of rows.
 template <int kRows, class T>
 GEMMA2_INLINE void add_values(float, const float* w, const KeyRows<T>& v, int64_t first, int64_t n,
                               int64_t head_dim, float* o, int64_t o_stride) {
-  constexpr int kKeys = kRows == 4 ? 2 : 4;
+  constexpr int kKeys = kSideBySide<float, T>, kParted = kShares<float, T>;
+  constexpr int kNeighbours = kKeys / kParted;
+  const int64_t share = n / kKeys * kNeighbours;
   w += first;
-  int64_t j = 0;
-  for (; j + kKeys <= n; j += kKeys) add_some_values<kRows, kKeys>(w, v, j, head_dim, o, o_stride);
-  for (; j < n; ++j) add_some_values<kRows, 1>(w, v, j, head_dim, o, o_stride);
+  for (int64_t j = 0; j < share; j += kNeighbours)
+    add_some_values<kRows, kKeys, kNeighbours>(w, v, j, share, head_dim, o, o_stride);
+  for (int64_t j = share * kParted; j < n; ++j)
+    add_some_values<kRows, 1, 1>(w, v, j, 0, head_dim, o, o_stride);
 }
 
 #if defined(GEMMA2_ISA_avx512_bf16)
@@ -569,7 +625,7 @@ GEMMA2_INLINE void add_pair(const Pair* w, const KeyRows<BFloat16>& v, int64_t j
   const int64_t depth = head_dim / 2;
   const auto step = [&](int64_t d, int64_t words) __attribute__((always_inline)) {
     GEMMA2_UNROLL
-    for (int i = 0; i < 2; ++i) prefetch_step<Pair>(later[i], 2 * d);
+    for (int i = 0; i < 2; ++i) prefetch_step<64>(later[i], 2 * d);
     VecF lower, upper;
     pair_rows(load_words(Pair{}, rows[0], d, words), load_words(Pair{}, rows[1], d, words), lower,
               upper);

@@ -155,7 +155,7 @@ struct Stream {
       if (kScaled<K>) multiply_row(s + i * kScoreStride, k_factors);
       const float factor = softmax_row<Word>(s + i * kScoreStride, kKeyBlock, first, first + n,
                                              scale, largest[r + i], sum[r + i]);
-      if (factor != 1.0f) scale_row(o + (r + i) * o_stride, p.head_dim, factor);
+      if (factor != 1.0f) scale_row(o + (r + i) * o_stride, o_stride, factor);
       if (kScaled<K>) multiply_row(s + i * kScoreStride, v_factors);
     }
     add_values<kRows>(Word{}, s, v, first, n, p.head_dim, o + r * o_stride, o_stride);
@@ -183,6 +183,7 @@ struct Stream {
 template <class T, class K>
 void stream_unit(const AttentionWork& w, const Unit& u) {
   using Word = typename Packed<K>::Word;
+  constexpr int kPart = kParts<Word, K>;
   const AttentionParams& p = w.p;
   float* q = w.scratch;
   float* s = q + w.block_rows * kQueryStride;
@@ -193,8 +194,11 @@ void stream_unit(const AttentionWork& w, const Unit& u) {
     stream.largest[r] = -INFINITY;
     const T* row = query_row<T>(p, u, r);
     const int64_t depth = p.head_dim / kPerWord<Word>;
-    for (int64_t d = 0; d < depth; d += kLanes)
-      store(q + r * kQueryStride + d, load_words(Word{}, row, d, depth));
+    for (int64_t d = 0; d < depth; d += kPart * kLanes) {
+      VecF words[kPart];
+      load_parts<Word>(row, d, depth, words);
+      for (int i = 0; i < kPart; ++i) store(q + r * kQueryStride + d + i * kLanes, words[i]);
+    }
     for (int64_t d = 0; d < o_stride; d += kLanes) store(o + r * o_stride + d, zero());
   }
 
@@ -211,6 +215,13 @@ void stream_unit(const AttentionWork& w, const Unit& u) {
     for (int64_t r = 0; r < u.rows; r += u.group) {
       const int64_t i = u.query(r);
       stream.keys(r, r + u.group, max64(begin, first_key(p, u, i)), min64(end, end_key(p, u, i)));
+    }
+  }
+  if (kPart > 1) {  // even and odd elements lie apart
+    for (float* at = o; at < o + u.rows * o_stride; at += 2 * kLanes) {
+      const VecF even = load(at), odd = load(at + kLanes);
+      store(at, interleave_lower(even, odd));
+      store(at + kLanes, interleave_upper(even, odd));
     }
   }
   finish_unit<T>(w, u, o, o_stride, stream.largest, stream.sum);
