@@ -15,7 +15,7 @@ namespace {
 
 // Rows that one pass over the weights serves, and the weight rows beside each other then: enough
 // sums to hide the latency of an addition, few enough to stay in registers with the weights.
-constexpr int kGroupRows = kRegisters == 32 ? 8 : 3;
+constexpr int kGroupRows = kRegisters == 32 ? 8 : 4;
 constexpr int group_columns(int rows) {
   return kRegisters == 32 ? (rows <= 3   ? 8
                              : rows == 4 ? 6
