@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from pathlib import Path
@@ -227,6 +228,8 @@ def test_folders_go_both_ways(tmp_path: Path, seed: int, dtype: torch.dtype) -> 
             assert torch.equal(parameter, weights[name]), name
 
     model.save_pretrained(tmp_path / "ours")
+    stated = json.loads((tmp_path / "ours" / "config.json").read_text())["dtype"]
+    assert getattr(torch, stated) == dtype
     again = Gemma2ForCausalLM.from_pretrained(
         tmp_path / "ours", attn_implementation="eager", dtype="auto"
     )

@@ -229,16 +229,23 @@ class Gemma2Config:
         return values
 
     def save_pretrained(
-        self, folder: str | os.PathLike[str], *, quantization: str | None = None
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        quantization: str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Writes config.json; an interruption leaves the old file or the new one.
 
         quantization: "int8" or "int4" beside weights that are packed so.
+        dtype: of the weights beside it, which others then load it in; None: not said.
         """
         os.makedirs(folder, exist_ok=True)
         path = Path(folder) / "config.json"
         partial = path.with_name(f".config.json.{os.getpid()}")
         values = self.to_dict()
+        if dtype is not None:
+            values["dtype"] = str(dtype).removeprefix("torch.")
         if quantization is not None:
             values["quantization_config"] = quantization_config(quantization)
         try:

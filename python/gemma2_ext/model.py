@@ -171,7 +171,7 @@ class Gemma2(nn.Module):
             if isinstance(module, Weight)
         }
         save_weights(folder, weights, self.config)
-        self.config.save_pretrained(folder, quantization=format_of(weights))
+        self.config.save_pretrained(folder, quantization=format_of(weights), dtype=self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -5,7 +5,7 @@ speech is the user's turn, the next one the model's), so that the result both co
 answers. The last tenth of the text is held out: it stops the training early and measures it. The
 result is a Hugging Face folder in bfloat16, replaced whenever the held-out loss falls.
 
-    python train.py                       # the model that ships in the package
+    python train.py                       # the teacher of the model that ships, see distill.py
     python train.py --data my.txt --out my-model
 """
 
@@ -30,7 +30,7 @@ from torch import Tensor
 from gemma2_ext import Gemma2Config, reference
 
 HERE = Path(__file__).resolve().parent
-SHIPPED = HERE.parents[1] / "python" / "gemma2_ext" / "models" / "shakespeare"
+TEACHER = HERE / "teacher"
 
 PAD, EOS, BOS, UNK, START_OF_TURN, END_OF_TURN = 0, 1, 2, 3, 106, 107
 SPECIAL = {
@@ -155,6 +155,14 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of the text alone, without a bos."""
     return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def split(text: str) -> tuple[str, str]:
+    """The first nine tenths, to the end of a paragraph, and what is held out."""
+    cut = len(text) * 9 // 10
+    paragraph = text.rfind("\n\n", 0, cut)
+    cut = paragraph + 2 if paragraph >= 0 else cut
+    return text[:cut], text[cut:]
 
 
 def speeches(text: str) -> list[str]:
@@ -301,12 +309,7 @@ special tokens. Generation stops at 1 and 107.
 
 ## Training
 
-Step {best_step} of {steps}, each of {tokens} tokens (rows of {length}, every fourth step of
-{context}); AdamW at {learning_rate:g}, {warm_up} steps of warm-up, then a cosine to 0; weight decay
-{weight_decay:g}, gradients clipped to {clip:g}, seed {seed}. {plain_share:.0%} of the rows are the
-text as it stands, the others its speeches as a chat: one is the user's turn, the next the model's.
-Float32 on a CPU ({minutes:.0f} minutes on {num_threads} of its threads). The script, the text and
-how to repeat it are in the project's `training/shakespeare`.
+{training}
 
 ## What it writes
 
@@ -324,10 +327,19 @@ Asked by a user:
 """
 
 
+TRAINING = """\
+Step {best_step} of {steps}, each of {tokens} tokens (rows of {length}, every fourth step of
+{context}); AdamW at {learning_rate:g}, {warm_up} steps of warm-up, then a cosine to 0; weight decay
+{weight_decay:g}, gradients clipped to {clip:g}, seed {seed}. {plain_share:.0%} of the rows are the
+text as it stands, the others its speeches as a chat: one is the user's turn, the next the model's.
+Float32 on a CPU ({minutes:.0f} minutes on {num_threads} of its threads). The script, the text and
+how to repeat it are in the project's `training/shakespeare`."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, default=HERE / "tinyshakespeare.txt", help="UTF-8")
-    parser.add_argument("--out", type=Path, default=SHIPPED, help="folder, made where missing")
+    parser.add_argument("--out", type=Path, default=TEACHER, help="folder, made where missing")
     parser.add_argument("--steps", type=int, default=750)
     parser.add_argument("--tokens", type=int, default=2048, help="a step")
     parser.add_argument("--length", type=int, default=256, help="of a row; every fourth step twice")
@@ -348,11 +360,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    text = args.data.read_text(encoding="utf-8")
-    cut = len(text) * 9 // 10
-    paragraph = text.rfind("\n\n", 0, cut)
-    cut = paragraph + 2 if paragraph >= 0 else cut
-    train_text, held_out = text[:cut], text[cut:]
+    train_text, held_out = split(args.data.read_text(encoding="utf-8"))
     tokenizer = train_tokenizer(train_text, args.vocab_size)
     held_out_ids = torch.tensor(encode(tokenizer, held_out), dtype=torch.long)
     held_out_bytes = len(held_out.encode())
@@ -426,7 +434,8 @@ def main() -> None:
         "answer": sample(config, kept, tokenizer, CHAT_PROMPT, 160),
     }
     print(figures["continuation"], figures["answer"], sep="\n\n")
-    write(args.out, "README.md", CARD.format(**config.to_dict() | vars(args) | figures))
+    facts = config.to_dict() | vars(args) | figures
+    write(args.out, "README.md", CARD.format(**facts, training=TRAINING.format(**facts)))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def export_model(
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(config, name)
         generation[name] = list(value) if isinstance(value, tuple) else value
-    config.save_pretrained(folder)
+    config.save_pretrained(folder, dtype=next(iter(weights.values())).dtype)
     partial = folder / f".{GENERATION_CONFIG}.{os.getpid()}"
     partial.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, folder / GENERATION_CONFIG)
