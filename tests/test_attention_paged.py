@@ -56,7 +56,7 @@ def check(
     seen_from = None if window is None else [n - seqlen_q - window + 1 for n in lengths]
     pages = in_pages(k, v, lengths, page_size, seen_from)
     actual = ops.attention_paged(q, *pages, key_lengths, scale=0.2, **options)
-    # As in test_attention.py; and of few elements the reference's own error is a matter of luck.
+    # As in test_attention.py; of few elements as in test_attention_cache.py.
     roundings = 2 if q.numel() < 100 or (q.is_cuda and dtype == torch.float32) else 1
     reference = reference_of(scale=0.2, key_lengths=key_lengths, **options)
     assert_accurate(actual, reference, q, k, v, roundings=roundings)

@@ -109,7 +109,7 @@ GEMMA2_INLINE VecF load_words(Pair, const BFloat16* row, int64_t k, int64_t dept
 }
 
 // For few rows bfloat16 are read two vectors at once, which come apart into the even and the odd
-// elements with half the instructions of widening one half and then the other.
+// elements by a shift and a mask; widening one half and then the other takes two more.
 template <class Word, class T>
 constexpr int kParts = 1;
 template <>

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import torch
@@ -36,14 +35,13 @@ SHIPPED = HERE.parents[1] / "python" / "gemma2_ext" / "models" / "shakespeare"
 
 TRAINING = """\
 Distilled by `gemma2-ext distill` from a teacher of the same size and shape, which `train.py` made
-in 750 steps on the text itself ({teacher_bits_per_byte:.3f} bits per byte): the student was drawn
-anew and learnt the teacher's distribution over all words at every place, never the word that
-stands there. Best of {steps} steps, each of 2048 tokens in sequences of 512; AdamW at 0.003, beta2
-0.98, 100 steps of warm-up, then a cosine to a tenth; gradients clipped to 1, seed 0. Half of the
-tokens are the text as it stands, half its speeches as chats of {turns}: one is the user's turn, the
-next the model's. Float32 on a CPU ({minutes:.0f} minutes on {num_threads} of its threads, while it
-did much else). The scripts, the text and how to repeat it are in the project's
-`training/shakespeare`."""
+from the text itself ({teacher_bits_per_byte:.3f} bits per byte): the student was drawn anew and
+learnt the teacher's distribution over all words at every place, never the word that stands there.
+Step {best_step} of {steps}, each of 2048 tokens in sequences of 512; AdamW at 0.003, beta2 0.98,
+100 steps of warm-up, then a cosine to a tenth; gradients clipped to 1, seed 0. It read the text as
+it stands, and what of it are speeches as chats of {turns}: one is the user's turn, the next the
+model's. Float32 on a CPU (threads: {num_threads}). The scripts, the text and how to repeat it are
+in the project's `training/shakespeare`."""
 
 
 def write_chats(path: Path, turns: list[str], length: int) -> None:
@@ -87,7 +85,6 @@ def main() -> None:
     write_chats(chats, turns, args.turns)
     data = [text, chats] if len(turns) > args.turns else [text]
     every = str(max(1, args.steps // 8))
-    began = time.perf_counter()
     code = cli.main(
         [
             *("distill", "--teacher", str(args.teacher), "--tokenizer", str(args.teacher)),
@@ -102,11 +99,10 @@ def main() -> None:
     )
     if code:
         raise SystemExit(code)
-    minutes = (time.perf_counter() - began) / 60
-    describe(args, held_out, minutes)
+    describe(args, held_out)
 
 
-def describe(args: argparse.Namespace, held_out: str, minutes: float) -> None:
+def describe(args: argparse.Namespace, held_out: str) -> None:
     """Copies the student to --out, with its card."""
     args.out.mkdir(parents=True, exist_ok=True)
     for path in sorted((args.work / "student").glob("*.*")):
@@ -115,6 +111,9 @@ def describe(args: argparse.Namespace, held_out: str, minutes: float) -> None:
     model = Gemma2.from_pretrained(args.out, dtype=torch.float32)
     weights, config = dict(model.named_parameters()), model.config
     tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
+    lines = (args.work / "student" / "metrics.jsonl").read_text().splitlines()
+    evaluations = [line for line in map(json.loads, lines) if "held_out_loss" in line]
+    best = min(evaluations, key=lambda line: float(line["held_out_loss"]))
     torch.manual_seed(0)
     figures = {
         "data": args.data.name,
@@ -124,7 +123,7 @@ def describe(args: argparse.Namespace, held_out: str, minutes: float) -> None:
         "held_out_bytes": len(held_out.encode()),
         "context": config.max_position_embeddings,
         "length": config.max_position_embeddings // 2,
-        "minutes": minutes,
+        "best_step": best["step"],
         "num_threads": args.threads,
         "continuation": sample(config, weights, tokenizer, TEXT_PROMPT, 160),
         "answer": sample(config, weights, tokenizer, CHAT_PROMPT, 160),
