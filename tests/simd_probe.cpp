@@ -1,6 +1,6 @@
-// What test_simd.py measures: the functions of csrc/cpu/simd.h over arrays. Compiled by the test,
-// once per instruction set.
-#include "cpu/simd.h"
+// What test_simd.py measures: the functions of csrc/cpu/simd.h and pairs.h over arrays. Compiled by
+// the test, once per instruction set.
+#include "cpu/pairs.h"
 
 using namespace gemma2;
 using namespace gemma2::GEMMA2_ISA;
@@ -13,6 +13,14 @@ void map(const T* x, U* y, int64_t n, F f) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(y + i, f(load(x + i)));
   if (i < n) store_n(y + i, f(load_n(x + i, n - i)), n - i);
+}
+
+// As pairs in the order of T.
+template <class T, class From, class To>
+void copy_pairs(const From* x, To* y, int64_t n) {
+  walk_pairs<From>(
+      n, [&](int64_t i, auto count) { store_pair<true>(y + i, load_pair<T>(x + i, count), count); },
+      x);
 }
 
 }  // namespace
@@ -66,6 +74,19 @@ void probe_one_by_one_bfloat16(const float* x, BFloat16* y, int64_t n) {
 }
 void probe_one_by_one_half(const float* x, Half* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] = from_float<Half>(x[i]);
+}
+void probe_pairs_of_bfloat16(const BFloat16* x, BFloat16* y, int64_t n) {
+  copy_pairs<BFloat16>(x, y, n);
+}
+void probe_pairs_of_half(const Half* x, Half* y, int64_t n) { copy_pairs<Half>(x, y, n); }
+void probe_pairs_to_float(const BFloat16* x, float* y, int64_t n) { copy_pairs<BFloat16>(x, y, n); }
+void probe_pairs_from_float(const float* x, BFloat16* y, int64_t n) {
+  copy_pairs<BFloat16>(x, y, n);
+}
+void probe_pairs_rounded(const float* x, BFloat16* y, int64_t n) {
+  walk_pairs<float>(n, [&](int64_t i, auto count) {
+    store_rounded_pair(y + i, round_pair<true>(load_pair<BFloat16>(x + i, count)), count);
+  });
 }
 // Sums and maxima of rows of probe_lanes() elements.
 void probe_reduce(const float* x, float* sums, float* maxima, int64_t rows) {

@@ -176,6 +176,19 @@ def test_load_every_pattern(probe: Probe, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", HALVES)
+def test_pairs(probe: Probe, name: str) -> None:
+    bits = np.arange(65536, dtype=np.uint16)
+    numbers = bits[~torch.from_numpy(bits.view(np.int16)).view(HALVES[name]).isnan().numpy()]
+    for count in (1, probe.lanes - 1, probe.lanes, 2 * probe.lanes, 2 * probe.lanes + 1, 77, None):
+        some = numbers[:count]
+        np.testing.assert_array_equal(probe(f"pairs_of_{name}", some, np.uint16), some)
+        if name == "bfloat16":
+            wide = probe("pairs_to_float", some)
+            np.testing.assert_array_equal(wide.view(np.uint32), some.astype(np.uint32) << 16)
+            np.testing.assert_array_equal(probe("pairs_from_float", wide, np.uint16), some)
+
+
+@pytest.mark.parametrize("name", HALVES)
 def test_rounding(probe: Probe, name: str) -> None:
     dtype = HALVES[name]
     values = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).float()
@@ -194,6 +207,11 @@ def test_rounding(probe: Probe, name: str) -> None:
         lambda: probe(f"store_{name}", x.numpy(), np.uint16),
         lambda: probe(f"one_by_one_{name}", x.numpy(), np.uint16),
     ]
+    if name == "bfloat16":
+        stores += [
+            lambda: probe("pairs_from_float", x.numpy(), np.uint16),
+            lambda: probe("pairs_rounded", x.numpy(), np.uint16),
+        ]
     for store in stores:
         actual = store()
         bits_equal(actual, wanted, nan)

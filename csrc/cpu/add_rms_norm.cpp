@@ -16,26 +16,24 @@ namespace GEMMA2_ISA {
 namespace {
 
 template <class T, class W>
-void add_rms_norm_row(const T* x, const T* residual, const W* post_weight, const W* pre_weight,
+void add_rms_norm_row(Row<T> x, Row<T> residual, const W* post_weight, const W* pre_weight,
                       T* residual_out, T* out, int64_t n, double eps) {
-  const VecF one = set(1.0f), scale = rms_scale(sum_of_squares(x, n), n, eps);
-  VecF sum = zero();
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const VecF normed = round_to<T>(load(x + i) * scale * (one + load(post_weight + i)));
-    const VecF r = round_to<T>(load(residual + i) + normed);
-    store_rounded(residual_out + i, r);
-    sum = fma(r, r, sum);
-  }
-  if (i < n) {
-    const int64_t left = n - i;
-    const VecF weight = one + load_n(post_weight + i, left);
-    const VecF normed = round_to<T>(load_n(x + i, left) * scale * weight);
-    const VecF r = round_to<T>(load_n(residual + i, left) + normed);
-    store_n(residual_out + i, r, left);
-    sum = fma(r, r, sum);
-  }
-  rms_scale_row(residual_out, pre_weight, out, n, rms_scale(reduce_sum(sum), n, eps));
+  constexpr bool kAny = kAnyNaN<T, W>;
+  const VecF one = set(1.0f), scale = rms_scale(sum_of_squares(x.begin, n), n, eps);
+  VecPair<T> sum = {};
+  walk_pairs<T>(
+      n,
+      [&](int64_t i, auto count) {
+        const VecPair<T> factor = one + load_pair<T>(post_weight + i, count);
+        const VecPair<T> normed = load_pair<T>(x.begin + i, count) * scale * factor;
+        const VecPair<T> r =
+            round_pair<kAny>(load_pair<T>(residual.begin + i, count) + round_pair<kAny>(normed));
+        store_rounded_pair(residual_out + i, r, count);
+        sum = r * r + sum;
+      },
+      x.ahead);
+  const VecF pre_scale = rms_scale(sum_of(sum), n, eps);
+  rms_scale_row(residual_out, pre_weight, out, n, pre_scale, residual.ahead);
 }
 
 }  // namespace
@@ -47,10 +45,10 @@ void add_rms_norm_rows(const AddRmsNormParams& p, int64_t begin, int64_t end) {
       using W = decltype(w);
       const int64_t n = p.hidden_size;
       for (int64_t r = begin; r < end; ++r) {
-        add_rms_norm_row((const T*)p.x + r * p.x_stride,
-                         (const T*)p.residual + r * p.residual_stride, (const W*)p.post_weight,
-                         (const W*)p.pre_weight, (T*)p.residual_out + r * n, (T*)p.out + r * n, n,
-                         p.eps);
+        add_rms_norm_row(row_of<T>(p.x, p.x_stride, r, p.rows, n),
+                         row_of<T>(p.residual, p.residual_stride, r, p.rows, n),
+                         (const W*)p.post_weight, (const W*)p.pre_weight,
+                         (T*)p.residual_out + r * n, (T*)p.out + r * n, n, p.eps);
       }
     });
   });

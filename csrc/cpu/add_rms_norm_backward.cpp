@@ -15,37 +15,51 @@ namespace {
 
 // One row; grad_r is scratch for it.
 template <class T, class W>
-void backward_row(const T* grad_residual_out, const T* grad_out, const T* x, const T* r,
+void backward_row(Row<T> grad_residual_out, Row<T> grad_out, Row<T> x, Row<T> r,
                   const W* post_weight, const W* pre_weight, T* grad_x, T* grad_residual,
                   float* grad_r, float* post_partial, float* pre_partial, int64_t n, double eps) {
+  constexpr bool kAny = kAnyNaN<T, W>;
   const VecF one = set(1.0f);
-  VecF r_squares = zero(), r_products = zero(), x_squares = zero();
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const VecF a = load_at(r, i, n), b = load_at(x, i, n);
-    r_squares = fma(a, a, r_squares);
-    r_products = fma(load_at(grad_out, i, n) * (one + load_at(pre_weight, i, n)), a, r_products);
-    x_squares = fma(b, b, x_squares);
-  }
-  const VecF r_scale = rms_scale(reduce_sum(r_squares), n, eps);
-  const VecF x_scale = rms_scale(reduce_sum(x_squares), n, eps);
-  const VecF r_shrink = r_scale * r_scale * set(reduce_sum(r_products) / float(n));
-  VecF x_products = zero();
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const VecF a = load_at(r, i, n), up = load_at(grad_out, i, n);
-    const VecF g = up * (one + load_at(pre_weight, i, n));
-    const VecF sum = load_at(grad_residual_out, i, n) + r_scale * (g - a * r_shrink);
-    store_at(grad_residual, i, n, sum);
-    store_at(grad_r, i, n, sum);
-    store_at(pre_partial, i, n, fma(up, a * r_scale, load_at(pre_partial, i, n)));
-    x_products = fma(sum * (one + load_at(post_weight, i, n)), load_at(x, i, n), x_products);
-  }
-  const VecF x_shrink = x_scale * x_scale * set(reduce_sum(x_products) / float(n));
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const VecF b = load_at(x, i, n), up = load_at(grad_r, i, n);
-    const VecF g = up * (one + load_at(post_weight, i, n));
-    store_at(grad_x, i, n, x_scale * (g - b * x_shrink));
-    store_at(post_partial, i, n, fma(up, b * x_scale, load_at(post_partial, i, n)));
-  }
+  VecPair<T> r_squares = {}, r_products = {}, x_squares = {};
+  walk_pairs<T>(n, [&](int64_t i, auto count) {
+    const VecPair<T> a = load_pair<T>(r.begin + i, count), b = load_pair<T>(x.begin + i, count);
+    const VecPair<T> up = load_pair<T>(grad_out.begin + i, count);
+    r_squares = a * a + r_squares;
+    r_products = up * (one + load_pair<T>(pre_weight + i, count)) * a + r_products;
+    x_squares = b * b + x_squares;
+  });
+  const VecF r_scale = rms_scale(sum_of(r_squares), n, eps);
+  const VecF x_scale = rms_scale(sum_of(x_squares), n, eps);
+  const VecF r_shrink = r_scale * r_scale * set(sum_of(r_products) / float(n));
+  VecPair<T> x_products = {};
+  walk_pairs<T>(
+      n,
+      [&](int64_t i, auto count) {
+        const VecPair<T> a = load_pair<T>(r.begin + i, count);
+        const VecPair<T> b = load_pair<T>(x.begin + i, count);
+        const VecPair<T> up = load_pair<T>(grad_out.begin + i, count);
+        const VecPair<T> g = up * (one + load_pair<T>(pre_weight + i, count));
+        const VecPair<T> sum =
+            (g - a * r_shrink) * r_scale + load_pair<T>(grad_residual_out.begin + i, count);
+        store_pair<kAny>(grad_residual + i, sum, count);
+        store_scratch(grad_r + i, sum, count);
+        const VecPair<T> part = load_scratch<T>(pre_partial + i, count);
+        store_scratch(pre_partial + i, up * (a * r_scale) + part, count);
+        x_products = sum * (one + load_pair<T>(post_weight + i, count)) * b + x_products;
+      },
+      grad_residual_out.ahead, r.ahead);
+  const VecF x_shrink = x_scale * x_scale * set(sum_of(x_products) / float(n));
+  walk_pairs<T>(
+      n,
+      [&](int64_t i, auto count) {
+        const VecPair<T> b = load_pair<T>(x.begin + i, count);
+        const VecPair<T> up = load_scratch<T>(grad_r + i, count);
+        const VecPair<T> g = up * (one + load_pair<T>(post_weight + i, count));
+        store_pair<kAny>(grad_x + i, (g - b * x_shrink) * x_scale, count);
+        const VecPair<T> part = load_scratch<T>(post_partial + i, count);
+        store_scratch(post_partial + i, up * (b * x_scale) + part, count);
+      },
+      grad_out.ahead, x.ahead);
 }
 
 }  // namespace
@@ -62,12 +76,14 @@ void add_rms_norm_backward_blocks(const AddRmsNormBackwardParams& p, int64_t beg
         const int64_t rows_end =
             (block + 1) * block_rows < p.rows ? (block + 1) * block_rows : p.rows;
         for (int64_t r = block * block_rows; r < rows_end; ++r) {
-          backward_row((const T*)p.grad_residual_out + r * p.grad_residual_out_stride,
-                       (const T*)p.grad_out + r * p.grad_out_stride, (const T*)p.x + r * p.x_stride,
-                       (const T*)p.residual_out + r * p.residual_out_stride,
-                       (const W*)p.post_weight, (const W*)p.pre_weight, (T*)p.grad_x + r * n,
-                       (T*)p.grad_residual + r * n, partial + 2 * n, partial, partial + n, n,
-                       p.eps);
+          const auto row = [&](const void* first, int64_t stride) {
+            return row_of<T>(first, stride, r, p.rows, n);
+          };
+          backward_row(row(p.grad_residual_out, p.grad_residual_out_stride),
+                       row(p.grad_out, p.grad_out_stride), row(p.x, p.x_stride),
+                       row(p.residual_out, p.residual_out_stride), (const W*)p.post_weight,
+                       (const W*)p.pre_weight, (T*)p.grad_x + r * n, (T*)p.grad_residual + r * n,
+                       partial + 2 * n, partial, partial + n, n, p.eps);
         }
       }
     });
@@ -75,13 +91,16 @@ void add_rms_norm_backward_blocks(const AddRmsNormBackwardParams& p, int64_t beg
 }
 
 void add_rms_norm_backward_columns(const AddRmsNormBackwardParams& p, int64_t begin, int64_t end) {
-  dispatch_dtype(p.weight_dtype, [&](auto w) {
-    using W = decltype(w);
-    const int64_t n = p.hidden_size, blocks = norm_blocks(p.rows);
-    for (int64_t u = begin; u < end; ++u) {
-      add_parts(p.partial, 3 * n, blocks, u, n, (W*)p.grad_post_weight);
-      add_parts(p.partial + n, 3 * n, blocks, u, n, (W*)p.grad_pre_weight);
-    }
+  dispatch_dtype(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    dispatch_dtype(p.weight_dtype, [&](auto w) {
+      using W = decltype(w);
+      const int64_t n = p.hidden_size, blocks = norm_blocks(p.rows);
+      for (int64_t u = begin; u < end; ++u) {
+        add_parts<T>(p.partial, 3 * n, blocks, u, n, (W*)p.grad_post_weight);
+        add_parts<T>(p.partial + n, 3 * n, blocks, u, n, (W*)p.grad_pre_weight);
+      }
+    });
   });
 }
 

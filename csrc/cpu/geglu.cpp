@@ -8,7 +8,7 @@
 // in bfloat16 on many cores, arithmetic on few. Source: transformers, models/gemma2, Gemma2MLP with
 // gelu_pytorch_tanh.
 #include "kernels.h"
-#include "simd.h"
+#include "pairs.h"
 
 namespace gemma2 {
 namespace GEMMA2_ISA {
@@ -52,12 +52,11 @@ GEMMA2_INLINE VecF gelu_tanh(VecF g) {
 
 template <class T>
 void geglu_run(const T* gate, const T* up, T* out, int64_t n) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(out + i, gelu_tanh<T>(load(gate + i)) * load(up + i));
-  if (i < n) {
-    const VecF y = gelu_tanh<T>(load_n(gate + i, n - i)) * load_n(up + i, n - i);
-    store_n(out + i, y, n - i);
-  }
+  walk_pairs<T>(n, [&](int64_t i, auto count) {
+    VecPair<T> y = load_pair<T>(gate + i, count);
+    y = {gelu_tanh<T>(y.first), gelu_tanh<T>(y.second)};
+    store_pair<false>(out + i, y * load_pair<T>(up + i, count), count);
+  });
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 // gelu' = q + g q (1 - q) 2z'. Everything in float32, one rounding at the end. Memory bounds it in
 // bfloat16 on many cores, the exponential on few. Source: derived from transformers' Gemma2MLP.
 #include "kernels.h"
-#include "simd.h"
+#include "pairs.h"
 
 namespace gemma2 {
 namespace GEMMA2_ISA {
@@ -26,23 +26,7 @@ GEMMA2_INLINE Gelu gelu_tanh(VecF g) {
   VecF h = g < set(-30.0f) ? set(-30.0f) : g;
   h = h > set(30.0f) ? set(30.0f) : h;
   const VecF minus_2z_slope = fma(set(3.0f) * b, h * h, a);
-  return {g / e, q - h * q * (one - q) * minus_2z_slope};
-}
-
-template <class T>
-GEMMA2_INLINE void backward_vector(const T* grad_out, const T* gate, const T* up, T* grad_gate,
-                                   T* grad_up, int64_t n) {
-  const bool full = n >= kLanes;
-  const VecF dy = full ? load(grad_out) : load_n(grad_out, n);
-  const Gelu gelu = gelu_tanh(full ? load(gate) : load_n(gate, n));
-  const VecF dg = dy * (full ? load(up) : load_n(up, n)) * gelu.slope, du = dy * gelu.value;
-  if (full) {
-    store(grad_gate, dg);
-    store(grad_up, du);
-  } else {
-    store_n(grad_gate, dg, n);
-    store_n(grad_up, du, n);
-  }
+  return {g * q, q - h * q * (one - q) * minus_2z_slope};
 }
 
 }  // namespace
@@ -59,8 +43,15 @@ void geglu_backward_runs(const GegluBackwardParams& p, int64_t begin, int64_t en
       const T* up = (const T*)p.up + row * p.up_stride;
       T* grad_gate = (T*)p.grad_gate + row * p.columns;
       T* grad_up = (T*)p.grad_up + row * p.columns;
-      for (int64_t i = first; i < last; i += kLanes)
-        backward_vector(grad_out + i, gate + i, up + i, grad_gate + i, grad_up + i, last - i);
+      walk_pairs<T>(last - first, [&](int64_t i, auto count) {
+        i += first;
+        const VecPair<T> dy = load_pair<T>(grad_out + i, count);
+        const VecPair<T> g = load_pair<T>(gate + i, count);
+        const Gelu a = gelu_tanh(g.first), b = gelu_tanh(g.second);
+        const VecPair<T> value{a.value, b.value}, slope{a.slope, b.slope};
+        store_pair<false>(grad_gate + i, dy * load_pair<T>(up + i, count) * slope, count);
+        store_pair<false>(grad_up + i, dy * value, count);
+      });
     }
   });
 }

@@ -18,9 +18,9 @@ void rms_norm_rows(const RmsNormParams& p, int64_t begin, int64_t end) {
       using W = decltype(w);
       const int64_t n = p.hidden_size;
       for (int64_t r = begin; r < end; ++r) {
-        const T* x = (const T*)p.x + r * p.x_stride;
-        const VecF scale = rms_scale(sum_of_squares(x, n), n, p.eps);
-        rms_scale_row(x, (const W*)p.weight, (T*)p.out + r * n, n, scale);
+        const Row<T> x = row_of<T>(p.x, p.x_stride, r, p.rows, n);
+        const VecF scale = rms_scale(sum_of_squares(x.begin, n), n, p.eps);
+        rms_scale_row(x.begin, (const W*)p.weight, (T*)p.out + r * n, n, scale, x.ahead);
       }
     });
   });

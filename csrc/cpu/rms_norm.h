@@ -2,7 +2,7 @@
 #pragma once
 #include <math.h>
 
-#include "simd.h"
+#include "pairs.h"
 
 namespace gemma2 {
 namespace GEMMA2_ISA {
@@ -10,18 +10,13 @@ namespace {
 
 template <class T>
 GEMMA2_INLINE float sum_of_squares(const T* x, int64_t n) {
-  VecF sum0 = zero(), sum1 = zero();
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    const VecF a = load(x + i), b = load(x + i + kLanes);
-    sum0 = fma(a, a, sum0);
-    sum1 = fma(b, b, sum1);
-  }
-  for (; i < n; i += kLanes) {
-    const VecF a = i + kLanes <= n ? load(x + i) : load_n(x + i, n - i);
-    sum0 = fma(a, a, sum0);
-  }
-  return reduce_sum(sum0 + sum1);
+  VecPair<T> sums[2] = {};
+  walk_pairs<T>(n, [&](int64_t i, auto count) {
+    const VecPair<T> a = load_pair<T>(x + i, count);
+    VecPair<T>& sum = sums[i / kPair % 2];  // two, so that one addition does not wait for the other
+    sum = a * a + sum;
+  });
+  return sum_of(sums[0] + sums[1]);
 }
 
 // rsqrt(mean + eps) in every lane.
@@ -29,45 +24,53 @@ GEMMA2_INLINE VecF rms_scale(float sum_of_squares, int64_t n, double eps) {
   return set(1.0f / sqrtf(sum_of_squares / float(n) + float(eps)));
 }
 
-// kLanes elements from i on of a row of n, zeros past its end.
-template <class T>
-GEMMA2_INLINE VecF load_at(const T* row, int64_t i, int64_t n) {
-  return i + kLanes <= n ? load(row + i) : load_n(row + i, n - i);
-}
-template <class T>
-GEMMA2_INLINE void store_at(T* row, int64_t i, int64_t n, VecF v) {
-  if (i + kLanes <= n) {
-    store(row + i, v);
-  } else {
-    store_n(row + i, v, n - i);
-  }
-}
-
-// Sum of count parts of n columns, parts_stride apart, in their order, rounded to T: the columns of
-// one run of kNormColumns.
-template <class T>
-GEMMA2_INLINE void add_parts(const float* parts, int64_t parts_stride, int64_t count, int64_t run,
-                             int64_t n, T* out) {
-  const int64_t begin = run * kNormColumns;
-  const int64_t end = begin + kNormColumns < n ? begin + kNormColumns : n;
-  for (int64_t i = begin; i < end; i += kLanes) {
-    VecF sum = zero();
-    for (int64_t b = 0; b < count; ++b) sum += load_at(parts + b * parts_stride, i, end);
-    store_at(out, i, end, sum);
-  }
-}
-
-// out = x * scale * (1 + weight)
+// Sum of count parts of n columns, parts_stride apart, in their order, rounded to W: the columns of
+// one run of kNormColumns. The parts are scratch in the order of T.
 template <class T, class W>
-GEMMA2_INLINE void rms_scale_row(const T* x, const W* weight, T* out, int64_t n, VecF scale) {
+GEMMA2_INLINE void add_parts(const float* parts, int64_t parts_stride, int64_t count, int64_t run,
+                             int64_t n, W* out) {
+  static_assert(kNormColumns % kPair == 0, "pairs lie within a run");
+  const int64_t begin = run * kNormColumns;
+  const int64_t columns = n - begin < kNormColumns ? n - begin : kNormColumns;
+  walk_pairs<float>(columns, [&](int64_t i, auto elements) {
+    VecPair<T> sum = {};
+    for (int64_t b = 0; b < count; ++b)
+      sum = sum + load_scratch<T>(parts + begin + i + b * parts_stride, elements);
+    store_pair<true>(out + begin + i, sum, elements);
+  });
+}
+
+// Whether rounding to T must look after any NaN there is, see rounded_bits.
+template <class T, class W>
+constexpr bool kAnyNaN = !std::is_same_v<T, W>;
+
+// A row, and what to fetch while it is worked on: the row behind it, or the row itself where there
+// is none or rows would push each other out of the second-level cache.
+template <class T>
+struct Row {
+  const T* begin;
+  const T* ahead;
+};
+
+// Row r of (rows, n).
+template <class T>
+GEMMA2_INLINE Row<T> row_of(const void* first, int64_t stride, int64_t r, int64_t rows, int64_t n) {
+  const T* row = (const T*)first + r * stride;
+  return {row, r + 1 < rows && n * int64_t(sizeof(T)) <= 64 << 10 ? row + stride : row};
+}
+
+// out = x * scale * (1 + weight); `ahead` is fetched.
+template <class T, class W>
+GEMMA2_INLINE void rms_scale_row(const T* x, const W* weight, T* out, int64_t n, VecF scale,
+                                 const T* ahead) {
   const VecF one = set(1.0f);
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    store(out + i, load(x + i) * scale * (one + load(weight + i)));
-  if (i < n) {
-    const VecF y = load_n(x + i, n - i) * scale * (one + load_n(weight + i, n - i));
-    store_n(out + i, y, n - i);
-  }
+  walk_pairs<T>(
+      n,
+      [&](int64_t i, auto count) {
+        const VecPair<T> factor = one + load_pair<T>(weight + i, count);
+        store_pair<kAnyNaN<T, W>>(out + i, load_pair<T>(x + i, count) * scale * factor, count);
+      },
+      ahead);
 }
 
 }  // namespace

@@ -14,23 +14,29 @@ namespace GEMMA2_ISA {
 namespace {
 
 template <class T, class W>
-void backward_row(const T* grad_out, const T* x, const W* weight, T* grad_x, float* partial,
-                  int64_t n, double eps) {
+void backward_row(Row<T> grad_out, Row<T> x, const W* weight, T* grad_x, float* partial, int64_t n,
+                  double eps) {
   const VecF one = set(1.0f);
-  VecF squares = zero(), products = zero();
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const VecF a = load_at(x, i, n);
-    squares = fma(a, a, squares);
-    products = fma(load_at(grad_out, i, n) * (one + load_at(weight, i, n)), a, products);
-  }
-  const VecF s = rms_scale(reduce_sum(squares), n, eps);
-  const VecF shrink = s * s * set(reduce_sum(products) / float(n));
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const VecF a = load_at(x, i, n), up = load_at(grad_out, i, n);
-    const VecF g = up * (one + load_at(weight, i, n));
-    store_at(grad_x, i, n, s * (g - a * shrink));
-    store_at(partial, i, n, fma(up, a * s, load_at(partial, i, n)));
-  }
+  VecPair<T> squares = {}, products = {};
+  walk_pairs<T>(n, [&](int64_t i, auto count) {
+    const VecPair<T> a = load_pair<T>(x.begin + i, count);
+    const VecPair<T> up = load_pair<T>(grad_out.begin + i, count);
+    squares = a * a + squares;
+    products = up * (one + load_pair<T>(weight + i, count)) * a + products;
+  });
+  const VecF s = rms_scale(sum_of(squares), n, eps);
+  const VecF shrink = s * s * set(sum_of(products) / float(n));
+  walk_pairs<T>(
+      n,
+      [&](int64_t i, auto count) {
+        const VecPair<T> a = load_pair<T>(x.begin + i, count);
+        const VecPair<T> up = load_pair<T>(grad_out.begin + i, count);
+        const VecPair<T> g = up * (one + load_pair<T>(weight + i, count));
+        store_pair<kAnyNaN<T, W>>(grad_x + i, (g - a * shrink) * s, count);
+        const VecPair<T> part = load_scratch<T>(partial + i, count);
+        store_scratch(partial + i, up * (a * s) + part, count);
+      },
+      grad_out.ahead, x.ahead);
 }
 
 }  // namespace
@@ -47,8 +53,9 @@ void rms_norm_backward_blocks(const RmsNormBackwardParams& p, int64_t begin, int
         const int64_t rows_end =
             (block + 1) * block_rows < p.rows ? (block + 1) * block_rows : p.rows;
         for (int64_t r = block * block_rows; r < rows_end; ++r) {
-          backward_row((const T*)p.grad_out + r * p.grad_out_stride, (const T*)p.x + r * p.x_stride,
-                       (const W*)p.weight, (T*)p.grad_x + r * n, partial, n, p.eps);
+          backward_row(row_of<T>(p.grad_out, p.grad_out_stride, r, p.rows, n),
+                       row_of<T>(p.x, p.x_stride, r, p.rows, n), (const W*)p.weight,
+                       (T*)p.grad_x + r * n, partial, n, p.eps);
         }
       }
     });
@@ -56,10 +63,12 @@ void rms_norm_backward_blocks(const RmsNormBackwardParams& p, int64_t begin, int
 }
 
 void rms_norm_backward_columns(const RmsNormBackwardParams& p, int64_t begin, int64_t end) {
-  dispatch_dtype(p.weight_dtype, [&](auto w) {
-    const int64_t n = p.hidden_size, blocks = norm_blocks(p.rows);
-    for (int64_t u = begin; u < end; ++u)
-      add_parts(p.partial, n, blocks, u, n, (decltype(w)*)p.grad_weight);
+  dispatch_dtype(p.dtype, [&](auto t) {
+    dispatch_dtype(p.weight_dtype, [&](auto w) {
+      const int64_t n = p.hidden_size, blocks = norm_blocks(p.rows);
+      for (int64_t u = begin; u < end; ++u)
+        add_parts<decltype(t)>(p.partial, n, blocks, u, n, (decltype(w)*)p.grad_weight);
+    });
   });
 }
 

@@ -10,7 +10,7 @@
 #include <math.h>
 
 #include "kernels.h"
-#include "simd.h"
+#include "pairs.h"
 
 namespace gemma2 {
 namespace GEMMA2_ISA {
@@ -22,23 +22,21 @@ GEMMA2_INLINE int64_t offset(const HeadsView& t, int64_t batch, int64_t token, i
   return batch * t.batch_stride + token * t.seqlen_stride + head * t.head_stride;
 }
 
-// n columns of both halves of one head.
+// n columns of both halves of one head; those of `ahead` are fetched. Cosines and sines are in the
+// order of pairs of T.
 template <class T, class Out>
-GEMMA2_INLINE void rotate(const T* x, Out* out, const float* cosines, const float* sines,
-                          int64_t half, int64_t n) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const VecF x1 = load(x + i), x2 = load(x + half + i);
-    const VecF c = load(cosines + i), s = load(sines + i);
-    store(out + i, x1 * c - x2 * s);
-    store(out + half + i, x2 * c + x1 * s);
-  }
-  if (i < n) {
-    const VecF x1 = load_n(x + i, n - i), x2 = load_n(x + half + i, n - i);
-    const VecF c = load_n(cosines + i, n - i), s = load_n(sines + i, n - i);
-    store_n(out + i, x1 * c - x2 * s, n - i);
-    store_n(out + half + i, x2 * c + x1 * s, n - i);
-  }
+GEMMA2_INLINE void rotate(const T* x, const T* ahead, Out* out, const float* cosines,
+                          const float* sines, int64_t half, int64_t n) {
+  walk_pairs<T>(
+      n,
+      [&](int64_t i, auto count) {
+        const VecPair<T> x1 = load_pair<T>(x + i, count), x2 = load_pair<T>(x + half + i, count);
+        const VecPair<T> c{load(cosines + i), load(cosines + i + kLanes)};
+        const VecPair<T> s{load(sines + i), load(sines + i + kLanes)};
+        store_pair<false>(out + i, x1 * c - x2 * s, count);  // c and s are numbers
+        store_pair<false>(out + half + i, x2 * c + x1 * s, count);
+      },
+      ahead, ahead + half);
 }
 
 // Writes a row of floats as int8 times the returned factor: the largest magnitude over 127. A row
@@ -70,6 +68,14 @@ GEMMA2_INLINE float* scale_at(const HeadsView& scales, int64_t batch, int64_t sl
   return (float*)scales.data + offset(scales, batch, slot, head);
 }
 
+GEMMA2_INLINE void angle(VecF inv_freq, int64_t position, bool inverse, float* cosines,
+                         float* sines) {
+  VecF s, c;
+  sincos(set(float(position)) * inv_freq, &s, &c);
+  store(cosines, c);
+  store(sines, inverse ? -s : s);
+}
+
 template <class T>
 void rope_token(const RopeParams& p, int64_t b, int64_t token) {
   const int64_t position = p.positions[b * p.positions_batch_stride + token];
@@ -84,31 +90,31 @@ void rope_token(const RopeParams& p, int64_t b, int64_t token) {
   }
   const HeadsView& k_out = cached ? p.k_cache : p.k_out;
   const int64_t slot = cached ? position % p.capacity : token;
+  const int64_t ahead = token + 1 < p.seqlen ? 1 : 0;
   for (int64_t begin = 0; begin < half; begin += kColumns) {
     const int64_t n = half - begin < kColumns ? half - begin : kColumns;
     float cosines[kColumns], sines[kColumns];
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const float* inv_freq = p.inv_freq + begin + i;
-      const VecF f = i + kLanes <= n ? load(inv_freq) : load_n(inv_freq, n - i);
-      VecF s, c;
-      sincos(set(float(position)) * f, &s, &c);
-      store(cosines + i, c);
-      store(sines + i, p.inverse ? -s : s);
-    }
+    walk_pairs<float>(n, [&](int64_t i, auto count) {
+      const VecPair<T> f = load_pair<T>(p.inv_freq + begin + i, count);
+      angle(f.first, position, p.inverse, cosines + i, sines + i);
+      angle(f.second, position, p.inverse, cosines + i + kLanes, sines + i + kLanes);
+    });
     for (int64_t h = 0; h < p.num_heads; ++h) {
-      rotate((const T*)p.q.data + offset(p.q, b, token, h) + begin,
-             (T*)p.q_out.data + offset(p.q_out, b, token, h) + begin, cosines, sines, half, n);
+      const T* x = (const T*)p.q.data + offset(p.q, b, token, h) + begin;
+      T* out = (T*)p.q_out.data + offset(p.q_out, b, token, h) + begin;
+      rotate(x, x + ahead * p.q.seqlen_stride, out, cosines, sines, half, n);
     }
     for (int64_t h = 0; h < p.num_kv_heads; ++h) {
+      const T* x = (const T*)p.k.data + offset(p.k, b, token, h) + begin;
+      const T* next = x + ahead * p.k.seqlen_stride;
       if (p.k_scales.data) {  // head_dim is at most two times kColumns: this is all of it
         float row[2 * kColumns];
-        rotate((const T*)p.k.data + offset(p.k, b, token, h), row, cosines, sines, half, n);
+        rotate(x, next, row, cosines, sines, half, n);
         *scale_at(p.k_scales, b, slot, h) =
             quantize_row(row, p.head_dim, (int8_t*)p.k_cache.data + offset(p.k_cache, b, slot, h));
         continue;
       }
-      rotate((const T*)p.k.data + offset(p.k, b, token, h) + begin,
-             (T*)k_out.data + offset(k_out, b, slot, h) + begin, cosines, sines, half, n);
+      rotate(x, next, (T*)k_out.data + offset(k_out, b, slot, h) + begin, cosines, sines, half, n);
     }
   }
   if (!cached) return;

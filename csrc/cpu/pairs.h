@@ -1,0 +1,240 @@
+// Two vectors at a time, for passes over rows.
+//
+// 2 * kLanes bfloat16 come apart into the even and the odd elements by a shift and a mask, and are
+// put together again by a shift and a blend: half of what it takes to widen and to narrow one half
+// after the other. So a pair of bfloat16 holds these; with AVX512_BF16, whose instruction narrows
+// in order, and for other types, it holds the first and the second half. Elementwise arithmetic and
+// sums do not mind.
+#pragma once
+#include <type_traits>
+
+#include "simd.h"
+
+namespace gemma2 {
+namespace GEMMA2_ISA {
+namespace {
+
+constexpr int64_t kPair = 2 * kLanes;
+constexpr int64_t kLineBytes = 64;
+
+// T is whose order of elements it has.
+template <class T>
+struct VecPair {
+  VecF first, second;
+};
+template <class T>
+GEMMA2_INLINE VecPair<T> operator+(VecPair<T> a, VecPair<T> b) {
+  return {a.first + b.first, a.second + b.second};
+}
+template <class T>
+GEMMA2_INLINE VecPair<T> operator-(VecPair<T> a, VecPair<T> b) {
+  return {a.first - b.first, a.second - b.second};
+}
+template <class T>
+GEMMA2_INLINE VecPair<T> operator*(VecPair<T> a, VecPair<T> b) {
+  return {a.first * b.first, a.second * b.second};
+}
+template <class T>
+GEMMA2_INLINE VecPair<T> operator*(VecPair<T> a, VecF b) {
+  return {a.first * b, a.second * b};
+}
+template <class T>
+GEMMA2_INLINE VecPair<T> operator+(VecF a, VecPair<T> b) {
+  return {a + b.first, a + b.second};
+}
+
+template <class T>
+GEMMA2_INLINE float sum_of(VecPair<T> v) {
+  return reduce_sum(v.first + v.second);
+}
+
+template <class T>
+constexpr bool kEvenOdd = false;
+#if !defined(__AVX512BF16__)
+template <>
+constexpr bool kEvenOdd<BFloat16> = true;
+#endif
+
+// The even and the odd of the elements of a and then b.
+GEMMA2_INLINE void split(VecF a, VecF b, VecF* even, VecF* odd) {
+#if defined(__AVX512F__)
+  const __m512i from = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i next = _mm512_or_si512(from, _mm512_set1_epi32(1));
+  *even = (VecF)_mm512_permutex2var_ps((__m512)a, from, (__m512)b);
+  *odd = (VecF)_mm512_permutex2var_ps((__m512)a, next, (__m512)b);
+#elif defined(__AVX2__) && GEMMA2_LANES == 8
+  const auto gather = [](__m256 x) {  // the middle quarters change places
+    return (VecF)_mm256_permute4x64_pd((__m256d)x, 0xd8);
+  };
+  *even = gather(_mm256_shuffle_ps((__m256)a, (__m256)b, 0x88));
+  *odd = gather(_mm256_shuffle_ps((__m256)a, (__m256)b, 0xdd));
+#else
+  float lanes[kPair];
+  store(lanes, a);
+  store(lanes + kLanes, b);
+  for (int i = 0; i < kLanes; ++i) {
+    (*even)[i] = lanes[2 * i];
+    (*odd)[i] = lanes[2 * i + 1];
+  }
+#endif
+}
+// And back: their elements in turns.
+GEMMA2_INLINE void join(VecF even, VecF odd, VecF* a, VecF* b) {
+#if defined(__AVX512F__)
+  const __m512i from = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i next = _mm512_or_si512(from, _mm512_set1_epi32(8));
+  *a = (VecF)_mm512_permutex2var_ps((__m512)even, from, (__m512)odd);
+  *b = (VecF)_mm512_permutex2var_ps((__m512)even, next, (__m512)odd);
+#elif defined(__AVX2__) && GEMMA2_LANES == 8
+  const __m256 low = _mm256_unpacklo_ps((__m256)even, (__m256)odd);
+  const __m256 high = _mm256_unpackhi_ps((__m256)even, (__m256)odd);
+  *a = (VecF)_mm256_permute2f128_ps(low, high, 0x20);
+  *b = (VecF)_mm256_permute2f128_ps(low, high, 0x31);
+#else
+  float lanes[kPair];
+  for (int i = 0; i < kLanes; ++i) {
+    lanes[2 * i] = even[i];
+    lanes[2 * i + 1] = odd[i];
+  }
+  *a = load(lanes);
+  *b = load(lanes + kLanes);
+#endif
+}
+
+// In place of a number of elements: all kPair of them.
+struct Whole {};
+
+// kPair elements of a row, in the order of T.
+template <class T, class From>
+GEMMA2_INLINE VecPair<T> load_pair(const From* p, Whole) {
+  if constexpr (kEvenOdd<T> && std::is_same_v<From, T>) {
+    VecU both;
+    memcpy(&both, p, sizeof both);
+    return {(VecF)(both << 16), (VecF)(both & 0xffff0000u)};
+  } else {
+    VecPair<T> pair{load(p), load(p + kLanes)};
+    if constexpr (kEvenOdd<T>) split(pair.first, pair.second, &pair.first, &pair.second);
+    return pair;
+  }
+}
+// The first n of them, 0 < n < kPair; the rest reads as 0 and is not touched in memory.
+template <class T, class From>
+GEMMA2_INLINE VecPair<T> load_pair(const From* p, int64_t n) {
+  From elements[kPair] = {};
+  memcpy(elements, p, n * sizeof(From));
+  return load_pair<T>(elements, Whole{});
+}
+
+// The nearest bfloat16, ties to even, in the upper half. Without kAnyNaN a NaN must have come out
+// of arithmetic with bfloat16 alone: its lower half is empty then, and rounding cannot make a
+// number of it.
+template <bool kAnyNaN>
+GEMMA2_INLINE VecU rounded_bits(VecF v) {
+  const VecU bits = (VecU)v;
+  return kAnyNaN ? round_bits(v) : bits + 0x7fff + ((bits >> 16) & 1);
+}
+
+// The upper halves of a's and b's lanes in turns.
+GEMMA2_INLINE VecU interleave_upper(VecU a, VecU b) {
+  a >>= 16;
+#if defined(__AVX512BW__)
+  return (VecU)_mm512_mask_mov_epi16((__m512i)a, 0xaaaaaaaa, (__m512i)b);
+#elif defined(__AVX2__)
+  for (int i = 0; i < kLanes / 8; ++i) {
+    __m256i& part = ((__m256i*)&a)[i];
+    part = _mm256_blend_epi16(part, ((const __m256i*)&b)[i], 0xaa);
+  }
+  return a;
+#else
+  return a | (b & 0xffff0000u);
+#endif
+}
+
+// Rounds to T and widens again.
+template <bool kAnyNaN, class T>
+GEMMA2_INLINE VecPair<T> round_pair(VecPair<T> v) {
+  if constexpr (kEvenOdd<T>) {
+    return {(VecF)(rounded_bits<kAnyNaN>(v.first) & 0xffff0000u),
+            (VecF)(rounded_bits<kAnyNaN>(v.second) & 0xffff0000u)};
+  } else {
+    return {round_to<T>(v.first), round_to<T>(v.second)};
+  }
+}
+
+// Stores what round_pair returned.
+template <class T>
+GEMMA2_INLINE void store_rounded_pair(T* p, VecPair<T> v, Whole) {
+  if constexpr (kEvenOdd<T>) {
+    const VecU both = interleave_upper((VecU)v.first, (VecU)v.second);
+    memcpy(p, &both, sizeof both);
+  } else {
+    store_rounded(p, v.first);
+    store_rounded(p + kLanes, v.second);
+  }
+}
+template <class T>
+GEMMA2_INLINE void store_rounded_pair(T* p, VecPair<T> v, int64_t n) {
+  T elements[kPair];
+  store_rounded_pair(elements, v, Whole{});
+  memcpy(p, elements, n * sizeof(T));
+}
+
+// Rounds to To and stores all elements, or the first n of them.
+template <bool kAnyNaN, class T, class To>
+GEMMA2_INLINE void store_pair(To* p, VecPair<T> v, Whole) {
+  if constexpr (kEvenOdd<T> && std::is_same_v<To, T>) {
+    const VecU first = rounded_bits<kAnyNaN>(v.first), second = rounded_bits<kAnyNaN>(v.second);
+    const VecU both = interleave_upper(first, second);
+    memcpy(p, &both, sizeof both);
+  } else {
+    if constexpr (kEvenOdd<T>) join(v.first, v.second, &v.first, &v.second);
+    store(p, v.first);
+    store(p + kLanes, v.second);
+  }
+}
+template <bool kAnyNaN, class T, class To>
+GEMMA2_INLINE void store_pair(To* p, VecPair<T> v, int64_t n) {
+  To elements[kPair];
+  store_pair<kAnyNaN>(elements, v, Whole{});
+  memcpy(p, elements, n * sizeof(To));
+}
+
+// Rows of float32 for the same kernel's later passes: whole pairs stay in the order of T.
+template <class T>
+GEMMA2_INLINE VecPair<T> load_scratch(const float* p, Whole) {
+  return {load(p), load(p + kLanes)};
+}
+template <class T>
+GEMMA2_INLINE VecPair<T> load_scratch(const float* p, int64_t n) {
+  return load_pair<T>(p, n);
+}
+template <class T>
+GEMMA2_INLINE void store_scratch(float* p, VecPair<T> v, Whole) {
+  store(p, v.first);
+  store(p + kLanes, v.second);
+}
+template <class T>
+GEMMA2_INLINE void store_scratch(float* p, VecPair<T> v, int64_t n) {
+  store_pair<true>(p, v, n);
+}
+
+// Calls body(i, Whole{}) for every pair of n elements and body(i, count) for the count that are
+// left. The same elements of the rows `ahead`, of T, are fetched meanwhile, so that memory works in
+// this pass over a row too.
+template <class T, class F, class... Rows>
+GEMMA2_INLINE void walk_pairs(int64_t n, F body, const Rows*... ahead) {
+  constexpr int64_t kLine = kLineBytes / sizeof(T), kStep = kPair > kLine ? kPair : kLine;
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    GEMMA2_UNROLL
+    for (int64_t k = 0; k < kStep; k += kLine) (prefetch(ahead + i + k), ...);
+    GEMMA2_UNROLL
+    for (int64_t k = 0; k < kStep; k += kPair) body(i + k, Whole{});
+  }
+  for (; i + kPair <= n; i += kPair) body(i, Whole{});
+  if (i < n) body(i, n - i);
+}
+
+}  // namespace
+}  // namespace GEMMA2_ISA
+}  // namespace gemma2
