@@ -6,8 +6,6 @@
 // in order, and for other types, it holds the first and the second half. Elementwise arithmetic and
 // sums do not mind.
 #pragma once
-#include <type_traits>
-
 #include "simd.h"
 
 namespace gemma2 {
@@ -47,6 +45,11 @@ template <class T>
 GEMMA2_INLINE float sum_of(VecPair<T> v) {
   return reduce_sum(v.first + v.second);
 }
+
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
 
 template <class T>
 constexpr bool kEvenOdd = false;
@@ -107,7 +110,7 @@ struct Whole {};
 // kPair elements of a row, in the order of T.
 template <class T, class From>
 GEMMA2_INLINE VecPair<T> load_pair(const From* p, Whole) {
-  if constexpr (kEvenOdd<T> && std::is_same_v<From, T>) {
+  if constexpr (kEvenOdd<T> && kSame<From, T>) {
     VecU both;
     memcpy(&both, p, sizeof both);
     return {(VecF)(both << 16), (VecF)(both & 0xffff0000u)};
@@ -182,7 +185,7 @@ GEMMA2_INLINE void store_rounded_pair(T* p, VecPair<T> v, int64_t n) {
 // Rounds to To and stores all elements, or the first n of them.
 template <bool kAnyNaN, class T, class To>
 GEMMA2_INLINE void store_pair(To* p, VecPair<T> v, Whole) {
-  if constexpr (kEvenOdd<T> && std::is_same_v<To, T>) {
+  if constexpr (kEvenOdd<T> && kSame<To, T>) {
     const VecU first = rounded_bits<kAnyNaN>(v.first), second = rounded_bits<kAnyNaN>(v.second);
     const VecU both = interleave_upper(first, second);
     memcpy(p, &both, sizeof both);

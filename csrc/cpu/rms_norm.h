@@ -42,7 +42,7 @@ GEMMA2_INLINE void add_parts(const float* parts, int64_t parts_stride, int64_t c
 
 // Whether rounding to T must look after any NaN there is, see rounded_bits.
 template <class T, class W>
-constexpr bool kAnyNaN = !std::is_same_v<T, W>;
+constexpr bool kAnyNaN = !kSame<T, W>;
 
 // A row, and what to fetch while it is worked on: the row behind it, or the row itself where there
 // is none or rows would push each other out of the second-level cache.
