@@ -58,8 +58,8 @@ struct Int8 {
   static constexpr int64_t kRowBytes = kInt8RowBytes, kScaleBytes = kInt8ScaleBytes;
   static constexpr int64_t kFactorBytes = 0;
   using Scale = BFloat16;
-  // One factor of a product of bytes is unsigned: that is x's magnitude, and its sign goes to the
-  // weight.
+  // One factor of a product of bytes is unsigned: the magnitude of one, whose sign goes to the
+  // other. Of one row that is x's, of several the weight's, so that x is read once.
   struct X {
     int8_t q[kQuantDepth];
     uint8_t magnitude[kQuantDepth];
@@ -70,6 +70,7 @@ struct Int8 {
   };
   struct Weights {
     VecI8 w[8];
+    VecU8 magnitude[8];
     VecF scale;
   };
 
@@ -92,7 +93,10 @@ struct Int8 {
     Weights w;
     data += vector * kLanes * 4;
     GEMMA2_UNROLL
-    for (int i = 0; i < 8; ++i) w.w[i] = (VecI8)load_bits(data + i * kQuadBytes);
+    for (int i = 0; i < 8; ++i) {
+      w.w[i] = (VecI8)load_bits(data + i * kQuadBytes);
+      w.magnitude[i] = (VecU8)with_sign(w.w[i], w.w[i]);
+    }
     w.scale = scales.s[vector];
     return w;
   }
@@ -102,9 +106,8 @@ struct Int8 {
     VecI total = {};
     GEMMA2_UNROLL
     for (int i = 0; i < 8; ++i) {
-      const VecI8 signs = (VecI8)broadcast_bits(x.q + 4 * i);
-      const VecU8 magnitudes = (VecU8)broadcast_bits(x.magnitude + 4 * i);
-      total += multiply_add_words(multiply_add_bytes(magnitudes, with_sign(w.w[i], signs)), ones);
+      const VecI8 q = with_sign((VecI8)broadcast_bits(x.q + 4 * i), w.w[i]);
+      total += multiply_add_words(multiply_add_bytes(w.magnitude[i], q), ones);
     }
     return fma(to_floats(total), w.scale * set(x.scale), sum);
   }
