@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed
+import torch.multiprocessing
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import tiny
 from gemma2_ext import nn
@@ -129,3 +134,45 @@ def test_refused_configurations() -> None:
     changed.rope_parameters = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(NotImplementedError, match="rope_type must be 'default': 'linear'"):
         nn.Attention(changed, 0)
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__()
+        self.norm, self.mlp_norm = (nn.RMSNorm(CONFIG.hidden_size) for _ in range(2))
+        self.attention, self.mlp = nn.Attention(CONFIG, layer_idx), nn.MLP(CONFIG)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+def compare_in_one_of_two_processes(rank: int, store: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(*(Layer(i) for i in range(2)))
+    for parameter in layers.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(4, 10, CONFIG.hidden_size)
+    sharded = copy.deepcopy(layers)
+    for layer in sharded:
+        fully_shard(layer)
+    fully_shard(sharded)
+    replicated = DistributedDataParallel(copy.deepcopy(layers))
+    layers(x).square().mean().backward()
+    for parallel in (sharded, replicated):
+        parallel(x[2 * rank : 2 * rank + 2]).square().mean().backward()
+        for parameter, whole in zip(parallel.parameters(), layers.parameters(), strict=True):
+            grad: Any = parameter.grad
+            if parallel is sharded:
+                grad = grad.full_tensor()
+            torch.testing.assert_close(grad, whole.grad)
+    torch.distributed.destroy_process_group()
+
+
+def test_ddp_and_fsdp2(tmp_path: Path) -> None:
+    """Gradients of two processes with half of a batch each are those of the whole batch."""
+    torch.multiprocessing.spawn(compare_in_one_of_two_processes, (str(tmp_path / "store"),), 2)
