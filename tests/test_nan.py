@@ -13,7 +13,7 @@ COLUMNS = 300
 
 
 def every_nan(dtype: torch.dtype) -> Tensor:
-    """NaN patterns of dtype: all of bfloat16's, many of the others', both signs."""
+    """NaN patterns of dtype, both signs: all of 16 bits, some of float32's."""
     if dtype == torch.float32:
         tails = (1, 0x7FFF, 0x8000, 0xFFFF, 0x3FFFFF, 0x400000, 0x7F7FFF, 0x7F8000, 0x7FFFFF)
         bits = torch.tensor([0x7F800000 | tail for tail in tails])

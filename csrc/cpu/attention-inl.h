@@ -91,9 +91,8 @@ GEMMA2_INLINE VecF multiply_add(Pair, VecF a, VecF b, VecF sum) {
 #if defined(__AVX512BF16__)
   return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #else
-  const VecU upper = VecU{} + 0xffff0000u;
-  sum = fma((VecF)((VecU)a << 16), (VecF)((VecU)b << 16), sum);
-  return fma((VecF)((VecU)a & upper), (VecF)((VecU)b & upper), sum);
+  sum = fma(even_bfloat16((VecU)a), even_bfloat16((VecU)b), sum);
+  return fma(odd_bfloat16((VecU)a), odd_bfloat16((VecU)b), sum);
 #endif
 }
 
@@ -123,8 +122,8 @@ GEMMA2_INLINE void load_parts(const T* row, int64_t k, int64_t depth, VecF (&to)
   } else {
     VecU both{};
     memcpy(&both, row + k, k + 2 * kLanes <= depth ? sizeof both : 2 * (depth - k));
-    to[0] = (VecF)(both << 16);
-    to[1] = (VecF)(both & (VecU{} + 0xffff0000u));
+    to[0] = even_bfloat16(both);
+    to[1] = odd_bfloat16(both);
   }
 }
 
@@ -275,35 +274,6 @@ GEMMA2_INLINE void widen_rows(const KeyRows<int8_t>& from, const float* factors,
     if (d < head_dim) store_n(to + d, load_n(row + d, head_dim - d) * factor, head_dim - d);
   }
 }
-
-// The lower and the upper halves of a and b, element by element in turn.
-#if GEMMA2_LANES == 4
-#define GEMMA2_LOWER 0, 4, 1, 5
-#define GEMMA2_UPPER 2, 6, 3, 7
-#elif GEMMA2_LANES == 8
-#define GEMMA2_LOWER 0, 8, 1, 9, 2, 10, 3, 11
-#define GEMMA2_UPPER 4, 12, 5, 13, 6, 14, 7, 15
-#else
-#define GEMMA2_LOWER 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define GEMMA2_UPPER 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#endif
-#if defined(__clang__)
-GEMMA2_INLINE VecF interleave_lower(VecF a, VecF b) {
-  return __builtin_shufflevector(a, b, GEMMA2_LOWER);
-}
-GEMMA2_INLINE VecF interleave_upper(VecF a, VecF b) {
-  return __builtin_shufflevector(a, b, GEMMA2_UPPER);
-}
-#else
-GEMMA2_INLINE VecF interleave_lower(VecF a, VecF b) {
-  return __builtin_shuffle(a, b, VecI{GEMMA2_LOWER});
-}
-GEMMA2_INLINE VecF interleave_upper(VecF a, VecF b) {
-  return __builtin_shuffle(a, b, VecI{GEMMA2_UPPER});
-}
-#endif
-#undef GEMMA2_LOWER
-#undef GEMMA2_UPPER
 
 // A perfect shuffle of the rows' elements, log2(kLanes) times, is the transpose.
 GEMMA2_INLINE void transpose(VecF (&v)[kLanes]) {

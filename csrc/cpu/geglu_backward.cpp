@@ -19,7 +19,7 @@ GEMMA2_INLINE Gelu gelu_tanh(VecF g) {
   const float kSqrt2OverPi = 0.7978845608028654f;
   const VecF one = set(1.0f);
   const VecF a = set(-2.0f * kSqrt2OverPi), b = set(-2.0f * kSqrt2OverPi * 0.044715f);
-  const VecF e = one + exp(g * fma(b, g * g, a));  // inf far below zero: the quotients are 0
+  const VecF e = one + exp(g * fma(b, g * g, a));  // inf far below zero: q is 0
   const VecF q = one / e;
   // Past 30 the slope is 0 or 1 to a float's precision, and its factors would overflow. Comparisons
   // that keep a NaN.

@@ -48,7 +48,7 @@ struct Math {
 template <>
 GEMMA2_INLINE VecF Math<BFloat16>::load_part(const BFloat16* w, int part) {
   const VecU bits = load_bits(w);
-  return (VecF)(part == 0 ? bits << 16 : bits & 0xffff0000u);
+  return part == 0 ? even_bfloat16(bits) : odd_bfloat16(bits);
 }
 #else
 // sum[i] += w[2i + 1] * x[2i + 1], then w[2i] * x[2i].
@@ -56,8 +56,8 @@ GEMMA2_INLINE VecF dot_pairs(VecF sum, VecU w, VecU x) {
 #if defined(__AVX512BF16__)
   return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
 #else
-  sum = fma((VecF)(w & 0xffff0000u), (VecF)(x & 0xffff0000u), sum);
-  return fma((VecF)(w << 16), (VecF)(x << 16), sum);
+  sum = fma(odd_bfloat16(w), odd_bfloat16(x), sum);
+  return fma(even_bfloat16(w), even_bfloat16(x), sum);
 #endif
 }
 

@@ -58,52 +58,6 @@ template <>
 constexpr bool kEvenOdd<BFloat16> = true;
 #endif
 
-// The even and the odd of the elements of a and then b.
-GEMMA2_INLINE void split(VecF a, VecF b, VecF* even, VecF* odd) {
-#if defined(__AVX512F__)
-  const __m512i from = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-  const __m512i next = _mm512_or_si512(from, _mm512_set1_epi32(1));
-  *even = (VecF)_mm512_permutex2var_ps((__m512)a, from, (__m512)b);
-  *odd = (VecF)_mm512_permutex2var_ps((__m512)a, next, (__m512)b);
-#elif defined(__AVX2__) && GEMMA2_LANES == 8
-  const auto gather = [](__m256 x) {  // the middle quarters change places
-    return (VecF)_mm256_permute4x64_pd((__m256d)x, 0xd8);
-  };
-  *even = gather(_mm256_shuffle_ps((__m256)a, (__m256)b, 0x88));
-  *odd = gather(_mm256_shuffle_ps((__m256)a, (__m256)b, 0xdd));
-#else
-  float lanes[kPair];
-  store(lanes, a);
-  store(lanes + kLanes, b);
-  for (int i = 0; i < kLanes; ++i) {
-    (*even)[i] = lanes[2 * i];
-    (*odd)[i] = lanes[2 * i + 1];
-  }
-#endif
-}
-// And back: their elements in turns.
-GEMMA2_INLINE void join(VecF even, VecF odd, VecF* a, VecF* b) {
-#if defined(__AVX512F__)
-  const __m512i from = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const __m512i next = _mm512_or_si512(from, _mm512_set1_epi32(8));
-  *a = (VecF)_mm512_permutex2var_ps((__m512)even, from, (__m512)odd);
-  *b = (VecF)_mm512_permutex2var_ps((__m512)even, next, (__m512)odd);
-#elif defined(__AVX2__) && GEMMA2_LANES == 8
-  const __m256 low = _mm256_unpacklo_ps((__m256)even, (__m256)odd);
-  const __m256 high = _mm256_unpackhi_ps((__m256)even, (__m256)odd);
-  *a = (VecF)_mm256_permute2f128_ps(low, high, 0x20);
-  *b = (VecF)_mm256_permute2f128_ps(low, high, 0x31);
-#else
-  float lanes[kPair];
-  for (int i = 0; i < kLanes; ++i) {
-    lanes[2 * i] = even[i];
-    lanes[2 * i + 1] = odd[i];
-  }
-  *a = load(lanes);
-  *b = load(lanes + kLanes);
-#endif
-}
-
 // In place of a number of elements: all kPair of them.
 struct Whole {};
 
@@ -113,11 +67,11 @@ GEMMA2_INLINE VecPair<T> load_pair(const From* p, Whole) {
   if constexpr (kEvenOdd<T> && kSame<From, T>) {
     VecU both;
     memcpy(&both, p, sizeof both);
-    return {(VecF)(both << 16), (VecF)(both & 0xffff0000u)};
+    return {even_bfloat16(both), odd_bfloat16(both)};
   } else {
-    VecPair<T> pair{load(p), load(p + kLanes)};
-    if constexpr (kEvenOdd<T>) split(pair.first, pair.second, &pair.first, &pair.second);
-    return pair;
+    const VecF a = load(p), b = load(p + kLanes);
+    if constexpr (kEvenOdd<T>) return {even_elements(a, b), odd_elements(a, b)};
+    return {a, b};
   }
 }
 // The first n of them, 0 < n < kPair; the rest reads as 0 and is not touched in memory.
@@ -128,9 +82,9 @@ GEMMA2_INLINE VecPair<T> load_pair(const From* p, int64_t n) {
   return load_pair<T>(elements, Whole{});
 }
 
-// The nearest bfloat16, ties to even, in the upper half. Without kAnyNaN a NaN must have come out
-// of arithmetic with bfloat16 alone: its lower half is empty then, and rounding cannot make a
-// number of it.
+// The nearest bfloat16, ties to even, in the upper half. Without kAnyNaN a NaN must be bfloat16's
+// own or the processor's (of inf - inf): arithmetic keeps their lower halves empty, so rounding
+// cannot make a number of them.
 template <bool kAnyNaN>
 GEMMA2_INLINE VecU rounded_bits(VecF v) {
   const VecU bits = (VecU)v;
@@ -138,7 +92,7 @@ GEMMA2_INLINE VecU rounded_bits(VecF v) {
 }
 
 // The upper halves of a's and b's lanes in turns.
-GEMMA2_INLINE VecU interleave_upper(VecU a, VecU b) {
+GEMMA2_INLINE VecU put_together(VecU a, VecU b) {
   a >>= 16;
 #if defined(__AVX512BW__)
   return (VecU)_mm512_mask_mov_epi16((__m512i)a, 0xaaaaaaaa, (__m512i)b);
@@ -168,7 +122,7 @@ GEMMA2_INLINE VecPair<T> round_pair(VecPair<T> v) {
 template <class T>
 GEMMA2_INLINE void store_rounded_pair(T* p, VecPair<T> v, Whole) {
   if constexpr (kEvenOdd<T>) {
-    const VecU both = interleave_upper((VecU)v.first, (VecU)v.second);
+    const VecU both = put_together((VecU)v.first, (VecU)v.second);
     memcpy(p, &both, sizeof both);
   } else {
     store_rounded(p, v.first);
@@ -187,10 +141,11 @@ template <bool kAnyNaN, class T, class To>
 GEMMA2_INLINE void store_pair(To* p, VecPair<T> v, Whole) {
   if constexpr (kEvenOdd<T> && kSame<To, T>) {
     const VecU first = rounded_bits<kAnyNaN>(v.first), second = rounded_bits<kAnyNaN>(v.second);
-    const VecU both = interleave_upper(first, second);
+    const VecU both = put_together(first, second);
     memcpy(p, &both, sizeof both);
   } else {
-    if constexpr (kEvenOdd<T>) join(v.first, v.second, &v.first, &v.second);
+    const VecPair<T> x = v;
+    if (kEvenOdd<T>) v = {interleave_lower(x.first, x.second), interleave_upper(x.first, x.second)};
     store(p, v.first);
     store(p + kLanes, v.second);
   }

@@ -33,7 +33,7 @@ GEMMA2_INLINE void rotate(const T* x, const T* ahead, Out* out, const float* cos
         const VecPair<T> x1 = load_pair<T>(x + i, count), x2 = load_pair<T>(x + half + i, count);
         const VecPair<T> c{load(cosines + i), load(cosines + i + kLanes)};
         const VecPair<T> s{load(sines + i), load(sines + i + kLanes)};
-        store_pair<false>(out + i, x1 * c - x2 * s, count);  // c and s are numbers
+        store_pair<false>(out + i, x1 * c - x2 * s, count);  // see rounded_bits
         store_pair<false>(out + half + i, x2 * c + x1 * s, count);
       },
       ahead, ahead + half);

@@ -136,6 +136,43 @@ GEMMA2_INLINE VecU16 narrow(VecU v) {
 #endif
 }
 
+// Of 2 * kLanes bfloat16, the even and the odd ones: the lower and the upper halves of lanes.
+GEMMA2_INLINE VecF even_bfloat16(VecU v) { return (VecF)(v << 16); }
+GEMMA2_INLINE VecF odd_bfloat16(VecU v) { return (VecF)(v & 0xffff0000u); }
+
+// The lower and the upper halves of a and b, element by element in turn.
+#if GEMMA2_LANES == 4
+#define GEMMA2_LOWER 0, 4, 1, 5
+#define GEMMA2_UPPER 2, 6, 3, 7
+#define GEMMA2_EVEN 0, 2, 4, 6
+#define GEMMA2_ODD 1, 3, 5, 7
+#elif GEMMA2_LANES == 8
+#define GEMMA2_LOWER 0, 8, 1, 9, 2, 10, 3, 11
+#define GEMMA2_UPPER 4, 12, 5, 13, 6, 14, 7, 15
+#define GEMMA2_EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#define GEMMA2_ODD 1, 3, 5, 7, 9, 11, 13, 15
+#else
+#define GEMMA2_LOWER 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define GEMMA2_UPPER 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#define GEMMA2_EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define GEMMA2_ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#endif
+#if defined(__clang__)
+#define GEMMA2_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define GEMMA2_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, VecI{__VA_ARGS__})
+#endif
+GEMMA2_INLINE VecF interleave_lower(VecF a, VecF b) { return GEMMA2_SHUFFLE(a, b, GEMMA2_LOWER); }
+GEMMA2_INLINE VecF interleave_upper(VecF a, VecF b) { return GEMMA2_SHUFFLE(a, b, GEMMA2_UPPER); }
+// And back: every other element of a and then b.
+GEMMA2_INLINE VecF even_elements(VecF a, VecF b) { return GEMMA2_SHUFFLE(a, b, GEMMA2_EVEN); }
+GEMMA2_INLINE VecF odd_elements(VecF a, VecF b) { return GEMMA2_SHUFFLE(a, b, GEMMA2_ODD); }
+#undef GEMMA2_SHUFFLE
+#undef GEMMA2_LOWER
+#undef GEMMA2_UPPER
+#undef GEMMA2_EVEN
+#undef GEMMA2_ODD
+
 // ---- loads and stores of kLanes elements, any alignment
 // -------------------------------------------------------------
 
