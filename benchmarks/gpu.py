@@ -408,6 +408,38 @@ def decode(bench: Bench) -> None:
         name = f"batch {batch}, {keys} keys"
         exact = functools.partial(reference.attention, scale=scale, softcap=SOFTCAP)
         bench.compare("decode", name, inputs, calls, exact if batch == 1 else None, nbytes=traffic)
+        decode_int8(bench, batch, keys, lengths)
+
+
+def decode_int8(bench: Bench, batch: int, keys: int, lengths: Tensor) -> None:
+    """One row over a cache of int8, each row of a head with its scale."""
+    scale = HEAD_DIM**-0.5
+    shape = (batch, KV_HEADS, keys)
+    rows = [
+        torch.randint(-127, 128, (*shape, HEAD_DIM), dtype=torch.int8, device=bench.device)
+        for _ in range(2)
+    ]
+    scales = [torch.rand(shape, device=bench.device) * 0.02 + 0.01 for _ in range(2)]
+    inputs = bench.rotated(
+        bench.normal(batch, 1, HEADS, HEAD_DIM), *(t.transpose(1, 2) for t in (*rows, *scales))
+    )
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, k_scales: Tensor, v_scales: Tensor) -> Tensor:
+        both = {"k_scales": k_scales, "v_scales": v_scales}
+        return ops.attention_cache(q, k, v, lengths, **both, scale=scale, softcap=SOFTCAP)
+
+    def exact(q: Tensor, k: Tensor, v: Tensor, k_scales: Tensor, v_scales: Tensor) -> Tensor:
+        wide = [(t * s[..., None]).to(q.dtype) for t, s in ((k, k_scales), (v, v_scales))]
+        return reference.attention(q, *wide, scale=scale, softcap=SOFTCAP)
+
+    bench.compare(
+        "decode",
+        f"batch {batch}, {keys} keys of int8",
+        inputs,
+        {"gemma2_ext": ours},
+        exact if batch == 1 else None,
+        nbytes=2 * batch * keys * KV_HEADS * (HEAD_DIM + 4),
+    )
 
 
 def decode_rate(ours: Gemma2, ids: Tensor, tokens: int) -> tuple[float, float]:

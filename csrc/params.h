@@ -143,7 +143,7 @@ struct RopeParams {
   HeadsView v;                 // with a cache only
   HeadsView k_cache, v_cache;  // (batch, capacity, num_kv_heads, head_dim), seqlen_stride a slot
   // int8 caches: the factor of each head's row, (batch, capacity, num_kv_heads) floats; else null.
-  // CPU only, head_dim up to 256.
+  // head_dim up to 256.
   HeadsView k_scales, v_scales;
   int64_t capacity;          // 0: no cache
   const int64_t* positions;  // (batch, seqlen), seqlen contiguous. With a cache, below 0: padding,
@@ -160,7 +160,7 @@ struct RopeParams {
 struct AttentionParams {
   HeadsView q, out;  // (batch, seqlen_q, num_heads, head_dim)
   HeadsView k, v;    // (batch, seqlen_k or capacity, num_kv_heads, head_dim)
-  // CPU: where k and v are int8, the factor of each of their rows, (batch, capacity, num_kv_heads)
+  // Where k and v are int8, the factor of each of their rows, (batch, capacity, num_kv_heads)
   // floats; else null.
   HeadsView k_scales, v_scales;
   float* lse;  // (batch, num_heads, seqlen_q), seqlen_q contiguous, natural logarithm; may be null.
@@ -188,6 +188,16 @@ struct AttentionParams {
   double softcap;  // 0: none
   int64_t window;  // 0: none
   bool causal;
+  DType dtype;
+};
+
+// Rows of an int8 cache times their factors, of the slots that hold a key.
+struct WidenCacheParams {
+  HeadsView cache;   // (batch, capacity, num_kv_heads, head_dim) int8
+  HeadsView scales;  // (batch, capacity, num_kv_heads) floats
+  void* out;         // (batch, num_kv_heads, capacity, head_dim) contiguous, aligned to 16 bytes
+  const int64_t* key_lengths;  // (batch,)
+  int64_t batch, capacity, num_kv_heads, head_dim;
   DType dtype;
 };
 

@@ -27,6 +27,17 @@ def random_qkv(
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
+def int8_rows(lengths: list[int], capacity: int, heads: int, head_dim: int) -> tuple[Tensor, ...]:
+    """A ring of int8 and its scales, each head's slots contiguous as KVCache has them; scales are
+    powers of two, so that the products are exact in every dtype, and NaN in slots never written."""
+    shape = (len(lengths), heads, capacity)
+    data = torch.randint(-127, 128, (*shape, head_dim), dtype=torch.int8).transpose(1, 2)
+    scales = torch.ldexp(torch.ones(shape), torch.randint(-9, -5, shape)).transpose(1, 2)
+    for b, length in enumerate(lengths):
+        scales[b, length:] = float("nan")
+    return data, scales
+
+
 def reference_of(**options: Any) -> Callable[..., Tensor]:
     """reference.attention with these options; the truth for `assert_accurate`."""
 

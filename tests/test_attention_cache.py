@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from attention_common import random_qkv, reference_of
+from attention_common import int8_rows, random_qkv, reference_of
 from common import DTYPES, LAYOUTS, assert_accurate, with_strides
 from gemma2_ext import ops
 
@@ -163,17 +163,6 @@ def test_independent_of_threads(isa: str, seqlen_q: int) -> None:
     torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
-
-
-def int8_rows(lengths: list[int], capacity: int, heads: int, head_dim: int) -> tuple[Tensor, ...]:
-    """A ring of int8 and its scales, each head's slots contiguous as KVCache has them; scales are
-    powers of two, so that the products are exact in every dtype, and NaN in slots never written."""
-    shape = (len(lengths), heads, capacity)
-    data = torch.randint(-127, 128, (*shape, head_dim), dtype=torch.int8).transpose(1, 2)
-    scales = torch.ldexp(torch.ones(shape), torch.randint(-9, -5, shape)).transpose(1, 2)
-    for b, length in enumerate(lengths):
-        scales[b, length:] = NAN
-    return data, scales
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,7 +8,7 @@
 // attention_decode_kernel: at most 255 registers, 97 KiB of shared memory.
 // attention_combine_kernel: at most 128 registers, 17 KiB of shared memory.
 // attention_plain_kernel: at most 128 registers, no shared memory.
-#include "attention.cuh"
+#include "attention_decode.cuh"
 #include "kernels.h"
 #include "launch.cuh"
 
@@ -154,16 +154,20 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
 // Up to 16 rows. Of each run of kAttentionDecodeStep keys warp w has 16 to itself, with a ring of
 // K and V tiles that no other warp reads: no barrier of the block is met before the end, where the
 // warps' results are added up.
-template <class T, int kHeadDim, int kStages>
+template <class Tiles>
 __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
     attention_decode_kernel(const AttentionParams p, const AttentionPlan plan) {
-  constexpr int kWarps = kAttentionDecodeWarps, kKeys = 16, kTileSize = kKeys * kHeadDim;
+  using T = typename Tiles::Element;
+  using Keys = typename Tiles::Keys;
+  constexpr int kWarps = kAttentionDecodeWarps, kKeys = kDecodeKeys;
+  constexpr int kHeadDim = Tiles::kHeadDim, kStages = Tiles::kStages;
+  constexpr int kRingBytes = kStages * Tiles::kStageBytes;
   allow_next_kernel();
-  Unit<T> u;
+  Unit<T, Keys> u;
   const bool busy = make_unit(p, plan, blockIdx.x, u);
 
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  T* const ring = reinterpret_cast<T*>(shared_memory()) + warp * kStages * kTileSize;
+  unsigned char* const ring = shared_memory() + warp * kRingBytes;
   const int first_key = warp * kKeys;
   const int tiles = busy && u.keys > first_key
                         ? (u.keys - first_key + kWarps * kKeys - 1) / (kWarps * kKeys) * 2
@@ -174,8 +178,7 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
   const auto start_copy = [&](int tile, int stage) {
     if (tile < tiles) {
       const int key = first_key + tile / 2 * (kWarps * kKeys);
-      copy_run<RowLayout<kHeadDim>, kKeys>(ring + stage * kTileSize, p, plan, u, tile % 2, key,
-                                           lane);
+      Tiles::start_copy(ring + stage * Tiles::kStageBytes, p, plan, u, tile % 2, key, lane);
     }
     cp_async_commit();  // of nothing at the end, so that the waits count alike
   };
@@ -192,59 +195,43 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
   if (!busy) return;
 
   // Q as mma's operand a, for the whole head; zero in rows and columns that do not exist.
-  const int head_dim = int(p.head_dim);
   uint32_t q[kHeadDim / 16][4] = {};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int r = lane / 4 + 8 * i;
-    if (r >= u.rows) continue;
-    const T* row = query_row(p, u, r) + lane % 4 * 2;
-#pragma unroll
-    for (int step = 0; step < kHeadDim / 16; ++step) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int d = 16 * step + 8 * half;
-        if (d < head_dim) q[step][i + 2 * half] = load_4(row + d);
-      }
-    }
+    if (r < u.rows) Tiles::load_query(q, i, query_row(p, u, r), int(p.head_dim), lane);
   }
   int stage = 0;
   const auto next_tile = [&](int t) {
     cp_async_wait<kStages - 2>();
     __syncwarp();
     start_copy(t + kStages - 1, stage == 0 ? kStages - 1 : stage - 1);
-    const T* tile = ring + stage * kTileSize;
+    const unsigned char* tile = ring + stage * Tiles::kStageBytes;
     stage = stage == kStages - 1 ? 0 : stage + 1;
     return tile;
   };
 
-  Unit<T>* const unit =
-      reinterpret_cast<Unit<T>*>(shared_memory() + kAttentionDecodeTileBytes<kHeadDim>);
+  Unit<T, Keys>* const unit =
+      reinterpret_cast<Unit<T, Keys>*>(shared_memory() + kWarps * kRingBytes);
   if (threadIdx.x == 0) *unit = u;  // where it leaves the registers to the loop
   RowKeys seen[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) seen[i] = u.row_keys(p, min(lane / 4 + 8 * i, u.rows - 1));
 
   const ScoreScale scale = score_scale(p);
+  Tiles::begin(seen);
   float o[1][kHeadDim / 8][4] = {};
   QuadRows softmax;
   softmax.clear();
 #pragma unroll 1
   for (int t = 0; t < tiles; t += 2) {
-    const T* k_tile = next_tile(t);
+    const unsigned char* k_tile = next_tile(t);
     float s[1][2][4] = {}, factor[2];
-    multiply_keys<T, kHeadDim, 1, 2>(s, k_tile, [&](int step, uint32_t (&a)[1][4]) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[0][i] = q[step][i];
-    });
+    Tiles::multiply_keys(s, k_tile, q, lane);
     scale_scores(s[0], scale);
-    mask_scores(s[0], seen, first_key + t / 2 * (kWarps * kKeys));
+    Tiles::mask(s, seen, first_key + t / 2 * (kWarps * kKeys));
     softmax_tile(s[0], scale, softmax, factor);
-    scale_output(o[0], factor);
-    uint32_t weights[1][1][4];
-    pack_weights<T>(weights[0], s[0]);
-    const T* v_tile = next_tile(t + 1);
-    multiply_values<T, kHeadDim>(o, weights, v_tile);
+    Tiles::add_values(o, s, factor, lane, [&] { return next_tile(t + 1); });
   }
 
   __syncthreads();  // the rings' memory takes the warps' outputs
@@ -252,7 +239,7 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
   float* const outputs = reinterpret_cast<float*>(shared_memory());
   float* const all_largest = outputs + kWarps * kWarpOutput;  // (warps, 16)
   float* const all_sums = all_largest + kWarps * 16;
-  spill_output<kHeadDim>(outputs + warp * kWarpOutput, o[0], unit->rows);
+  Tiles::spill(outputs + warp * kWarpOutput, o, unit->rows, lane);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float row_sum = quad_sum(softmax.sum[i]);
@@ -426,7 +413,8 @@ AttentionPlan plan_attention(const AttentionParams& p, const DeviceProperties& d
   } else if (rows <= kAttentionDecodeRows) {
     plan.kernel = AttentionKernel::kDecode;
     plan.threads = kAttentionDecodeWarps * kWarpSize;
-    plan.shared_bytes = attention_decode_bytes(head_dim);
+    plan.shared_bytes =
+        p.k_scales.data ? attention_int8_bytes(head_dim) : attention_decode_bytes(head_dim);
     plan.block_rows = kAttentionDecodeRows;
     plan.split_step = kAttentionDecodeStep;
     resident = resident_blocks(plan.shared_bytes, plan.threads, kRegisters, device);
@@ -474,7 +462,9 @@ void launch_tile(const AttentionParams& p, const AttentionPlan& plan, dim3 grid,
 template <class T, int kHeadDim>
 void launch_decode(const AttentionParams& p, const AttentionPlan& plan, dim3 grid,
                    cudaStream_t stream) {
-  launch_early("attention", attention_decode_kernel<T, kHeadDim, attention_decode_stages(kHeadDim)>,
+  launch_early("attention",
+               p.k_scales.data ? attention_decode_kernel<Int8DecodeTiles<T, kHeadDim>>
+                               : attention_decode_kernel<DecodeTiles<T, kHeadDim>>,
                grid, plan.threads, plan.shared_bytes, stream, p, plan);
 }
 
@@ -503,6 +493,17 @@ void launch_16_bit(const AttentionParams& p, const AttentionPlan& plan, dim3 gri
 }  // namespace
 }  // namespace cuda
 
+bool attention_reads_int8(const AttentionParams& p) {
+  bool reads = p.dtype != DType::kFloat32 && cuda::group_rows(p) <= cuda::kAttentionDecodeRows &&
+               p.head_dim % 16 == 0;
+  for (const HeadsView* t : {&p.k, &p.v}) {
+    reads = reads && cuda::is_aligned(t->data, t->batch_stride) &&
+            cuda::is_aligned(t->data, t->seqlen_stride) &&
+            cuda::is_aligned(t->data, t->head_stride) && t->seqlen_stride <= INT_MAX;
+  }
+  return reads;
+}
+
 int64_t attention_partial_size(const AttentionParams& p) {
   return cuda::plan_attention(p, cuda::device_properties()).partial_size;
 }
@@ -510,6 +511,8 @@ int64_t attention_partial_size(const AttentionParams& p) {
 void launch_attention(const AttentionParams& p, cudaStream_t stream) {
   using namespace cuda;
   const char* op = "attention";
+  if (p.k_scales.data && !attention_reads_int8(p))
+    throw std::invalid_argument("gemma2_ext::attention: this cache of int8 has to be widened");
   const AttentionPlan plan = plan_attention(p, device_properties());
   const int64_t units = plan.row_blocks * p.batch * p.num_kv_heads;
   if (units == 0) return;

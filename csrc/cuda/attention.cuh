@@ -9,7 +9,7 @@
 #include <math.h>
 
 #include "attention.h"
-#include "ptx.cuh"
+#include "vector.cuh"
 
 namespace gemma2 {
 namespace cuda {
@@ -30,7 +30,8 @@ struct RowKeys {
   int first, end;
 };
 
-template <class T>
+// Keys: the type of k and v, T or, of a cache of int8, int8_t.
+template <class T, class Keys = T>
 struct Unit {
   int64_t batch, kv_head, block, split;
   int group, row_begin, rows;                 // row r of the unit is row_begin + r of the group
@@ -38,8 +39,8 @@ struct Unit {
   int64_t k_offset;                           // of the sequence in k's rows
   int64_t key_begin;                          // that some row sees, of this split
   int keys;
-  const T *k, *v;  // of the sequence and head, paged: of the head
-  int slot;        // of the first key, from k and v on
+  const Keys *k, *v;  // of the sequence and head, paged: of the head
+  int slot;           // of the first key, from k and v on
 
   GEMMA2_DEVICE int query(int r) const { return (row_begin + r) / group; }
   GEMMA2_DEVICE int64_t head(int r) const { return kv_head * group + (row_begin + r) % group; }
@@ -49,46 +50,58 @@ struct Unit {
 static_assert(sizeof(Unit<float>) <= kAttentionUnitBytes, "");
 
 // The first key that query i sees, and the end of those; both rise with i.
-template <class T>
-GEMMA2_DEVICE int64_t first_key(const AttentionParams& p, const Unit<T>& u, int i) {
+template <class T, class Keys>
+GEMMA2_DEVICE int64_t first_key(const AttentionParams& p, const Unit<T, Keys>& u, int i) {
   int64_t first = u.start;
   if (p.window) first = clamp(u.length - u.seqlen_q + i - p.window + 1, first, INT64_MAX);
   return p.capacity ? clamp(u.length - p.capacity, first, INT64_MAX) : first;
 }
-template <class T>
-GEMMA2_DEVICE int64_t end_key(const AttentionParams& p, const Unit<T>& u, int i) {
+template <class T, class Keys>
+GEMMA2_DEVICE int64_t end_key(const AttentionParams& p, const Unit<T, Keys>& u, int i) {
   const int64_t end = p.causal ? clamp(u.length - u.seqlen_q + i + 1, 0, u.length) : u.length;
   return clamp(end, first_key(p, u, i), INT64_MAX);
 }
 
-template <class T>
-GEMMA2_DEVICE RowKeys Unit<T>::row_keys(const AttentionParams& p, int r) const {
+template <class T, class Keys>
+GEMMA2_DEVICE RowKeys Unit<T, Keys>::row_keys(const AttentionParams& p, int r) const {
   const int i = query(r);
   return {int(clamp(first_key(p, *this, i) - key_begin, 0, keys)),
           int(clamp(end_key(p, *this, i) - key_begin, 0, keys))};
 }
 
-// The row of a key, counted from the unit's first one; as the unit's k and v, of those.
-template <class T>
-GEMMA2_DEVICE const T* key_row(const AttentionPlan& plan, const Unit<T>& u, const T* data,
-                               int stride, int key) {
-  int slot = u.slot + key;
-  if (slot >= plan.capacity) slot -= plan.capacity;
-  return data + int64_t(slot) * stride;
+template <class T, class Keys>
+GEMMA2_DEVICE int key_slot(const AttentionPlan& plan, const Unit<T, Keys>& u, int key) {
+  const int slot = u.slot + key;
+  return slot >= plan.capacity ? slot - plan.capacity : slot;
 }
-template <class T>
-GEMMA2_DEVICE const T* paged_key_row(const AttentionParams& p, const Unit<T>& u, const T* data,
-                                     int stride, int64_t page_stride, int key) {
+// The row of a key, counted from the unit's first one; as the unit's k and v, of those.
+template <class T, class Keys>
+GEMMA2_DEVICE const Keys* key_row(const AttentionPlan& plan, const Unit<T, Keys>& u,
+                                  const Keys* data, int stride, int key) {
+  return data + int64_t(key_slot(plan, u, key)) * stride;
+}
+template <class T, class Keys>
+GEMMA2_DEVICE const Keys* paged_key_row(const AttentionParams& p, const Unit<T, Keys>& u,
+                                        const Keys* data, int stride, int64_t page_stride,
+                                        int key) {
   const int slot = u.slot + key;
   const int64_t page = p.block_table[u.batch * p.block_table_stride + (slot >> p.page_shift)];
   return data + page * page_stride + int64_t(slot & ((1 << p.page_shift) - 1)) * stride;
 }
 
+// Where the factor of a key's row in a cache of int8 is, in k_scales or v_scales.
+template <class T, class Keys>
+GEMMA2_DEVICE const float* key_factor(const AttentionPlan& plan, const Unit<T, Keys>& u,
+                                      const HeadsView& scales, int key) {
+  return static_cast<const float*>(scales.data) + u.batch * scales.batch_stride +
+         key_slot(plan, u, key) * scales.seqlen_stride + u.kv_head * scales.head_stride;
+}
+
 // Returns false where the unit has no rows, as the blocks past the end of a short sequence. Lengths
 // and starts are clamped to what exists: the host cannot check values on the device.
-template <class T>
+template <class T, class Keys>
 GEMMA2_DEVICE bool make_unit(const AttentionParams& p, const AttentionPlan& plan, unsigned index,
-                             Unit<T>& u) {
+                             Unit<T, Keys>& u) {
   const auto next_digit = [&](int64_t size) {
     const unsigned digit = index % unsigned(size);
     index /= unsigned(size);
@@ -127,8 +140,8 @@ GEMMA2_DEVICE bool make_unit(const AttentionParams& p, const AttentionPlan& plan
     keys = clamp(keys - begin, 0, step);
   }
   u.keys = int(keys);
-  u.k = static_cast<const T*>(p.k.data) + u.kv_head * p.k.head_stride;
-  u.v = static_cast<const T*>(p.v.data) + u.kv_head * p.v.head_stride;
+  u.k = static_cast<const Keys*>(p.k.data) + u.kv_head * p.k.head_stride;
+  u.v = static_cast<const Keys*>(p.v.data) + u.kv_head * p.v.head_stride;
   u.slot = int(p.capacity ? u.key_begin % p.capacity : u.key_begin);
   if (!p.block_table) {
     u.k += u.batch * p.k.batch_stride + u.k_offset * p.k.seqlen_stride;
@@ -137,8 +150,8 @@ GEMMA2_DEVICE bool make_unit(const AttentionParams& p, const AttentionPlan& plan
   return true;
 }
 
-template <class T>
-GEMMA2_DEVICE const T* query_row(const AttentionParams& p, const Unit<T>& u, int r) {
+template <class T, class Keys>
+GEMMA2_DEVICE const T* query_row(const AttentionParams& p, const Unit<T, Keys>& u, int r) {
   return static_cast<const T*>(p.q.data) + u.batch * p.q.batch_stride +
          (u.q_offset + u.query(r)) * p.q.seqlen_stride + u.head(r) * p.q.head_stride;
 }
@@ -153,9 +166,9 @@ struct RowResult {
 };
 
 // Where a split of a row keeps its RowResult: head_dim floats of output, largest, sum.
-template <class T>
+template <class T, class Keys>
 GEMMA2_DEVICE float* partial_row(const AttentionParams& p, const AttentionPlan& plan,
-                                 const Unit<T>& u, int64_t split, int r) {
+                                 const Unit<T, Keys>& u, int64_t split, int r) {
   const int64_t unit = ((u.block * p.batch + u.batch) * p.num_kv_heads + u.kv_head) * plan.splits;
   return p.partial + ((unit + split) * plan.block_rows + r) * (p.head_dim + 2);
 }
@@ -174,8 +187,8 @@ GEMMA2_DEVICE void add_result(RowResult& result, float largest, float sum, const
 }
 
 // By a whole warp. A row without keys has sum 0: it gives 0 and -inf.
-template <class T>
-GEMMA2_DEVICE void store_out(const AttentionParams& p, const Unit<T>& u, int r,
+template <class T, class Keys>
+GEMMA2_DEVICE void store_out(const AttentionParams& p, const Unit<T, Keys>& u, int r,
                              const RowResult& result) {
   const int lane = threadIdx.x % kWarpSize;
   const int64_t i = u.q_offset + u.query(r), head = u.head(r);
@@ -193,9 +206,9 @@ GEMMA2_DEVICE void store_out(const AttentionParams& p, const Unit<T>& u, int r,
   }
 }
 
-template <class T>
-GEMMA2_DEVICE void store_row(const AttentionParams& p, const AttentionPlan& plan, const Unit<T>& u,
-                             int r, const RowResult& result) {
+template <class T, class Keys>
+GEMMA2_DEVICE void store_row(const AttentionParams& p, const AttentionPlan& plan,
+                             const Unit<T, Keys>& u, int r, const RowResult& result) {
   if (plan.splits == 1) return store_out(p, u, r, result);
   const int lane = threadIdx.x % kWarpSize;
   float* to = partial_row(p, plan, u, u.split, r);
@@ -333,16 +346,13 @@ GEMMA2_DEVICE float warp_max(float x) {
   for (int mask = kWarpSize / 2; mask > 0; mask /= 2) x = fmaxf(x, shuffle_xor(x, mask));
   return x;
 }
-GEMMA2_DEVICE float warp_sum(float x) {
-#pragma unroll
-  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
-  return x;
-}
 
-// 32 keys at a time: lane j keeps the score of the j-th. Reads only keys that the row sees.
-template <class T>
-GEMMA2_DEVICE void plain_row(const AttentionParams& p, const AttentionPlan& plan, const Unit<T>& u,
-                             int r, RowResult& result) {
+// 32 keys at a time: lane j keeps the score of the j-th. Reads only keys that the row sees. Rows of
+// int8 are multiplied with their factors.
+template <class T, class Keys>
+GEMMA2_DEVICE void plain_row(const AttentionParams& p, const AttentionPlan& plan,
+                             const Unit<T, Keys>& u, int r, RowResult& result) {
+  constexpr bool kScaled = sizeof(Keys) == 1;
   const int lane = threadIdx.x % kWarpSize;
   const T* q_row = query_row(p, u, r);
   float q[kLaneDims];
@@ -367,7 +377,7 @@ GEMMA2_DEVICE void plain_row(const AttentionParams& p, const AttentionPlan& plan
     const int count = seen.end - begin < kWarpSize ? seen.end - begin : kWarpSize;
     float score = -INFINITY;
     for (int i = 0; i < count; ++i) {
-      const T* k = k_row(begin + i);
+      const Keys* k = k_row(begin + i);
       float dot = 0.0f;
 #pragma unroll
       for (int j = 0; j < kLaneDims; ++j) {
@@ -375,6 +385,7 @@ GEMMA2_DEVICE void plain_row(const AttentionParams& p, const AttentionPlan& plan
         if (d < p.head_dim) dot += q[j] * to_float(k[d]);
       }
       dot = warp_sum(dot) * scale;
+      if constexpr (kScaled) dot *= *key_factor(plan, u, p.k_scales, begin + i);
       if (softcap > 0) dot = softcap * tanhf(dot / softcap);
       if (lane == i) score = dot * kLog2E;
     }
@@ -387,8 +398,9 @@ GEMMA2_DEVICE void plain_row(const AttentionParams& p, const AttentionPlan& plan
 #pragma unroll
     for (int j = 0; j < kLaneDims; ++j) result.o[j] *= factor;
     for (int i = 0; i < count; ++i) {
-      const T* v = v_row(begin + i);
-      const float w = shuffle(weight, i);
+      const Keys* v = v_row(begin + i);
+      float w = shuffle(weight, i);
+      if constexpr (kScaled) w *= *key_factor(plan, u, p.v_scales, begin + i);
 #pragma unroll
       for (int j = 0; j < kLaneDims; ++j) {
         const int d = lane + j * kWarpSize;
@@ -400,9 +412,9 @@ GEMMA2_DEVICE void plain_row(const AttentionParams& p, const AttentionPlan& plan
 
 // Stores row r. In a tile, weight 0 of a key that the row does not see meets that key's value:
 // where this is NaN or infinite, the row is computed anew from the keys that it does see.
-template <class T>
-GEMMA2_DEVICE void finish_row(const AttentionParams& p, const AttentionPlan& plan, const Unit<T>& u,
-                              int r, RowResult& result) {
+template <class T, class Keys>
+GEMMA2_DEVICE void finish_row(const AttentionParams& p, const AttentionPlan& plan,
+                              const Unit<T, Keys>& u, int r, RowResult& result) {
   float check = 0.0f;  // 0 * o is NaN where o is no finite number
 #pragma unroll
   for (int j = 0; j < kLaneDims; ++j) check += 0.0f * result.o[j];
@@ -461,19 +473,20 @@ GEMMA2_DEVICE void copy_keys(T* tile, const AttentionParams& p, const AttentionP
 }
 
 // The same by one warp, in little code: for rows one behind the other a pointer goes along.
-template <class Layout, int kKeys, class T>
-GEMMA2_DEVICE void copy_run(T* tile, const AttentionParams& p, const AttentionPlan& plan,
-                            const Unit<T>& u, bool of_v, int key, int lane) {
+template <class Layout, int kKeys, class T, class Keys>
+GEMMA2_DEVICE void copy_run(Keys* tile, const AttentionParams& p, const AttentionPlan& plan,
+                            const Unit<T, Keys>& u, bool of_v, int key, int lane) {
   constexpr int kChunks = Layout::kChunks, kStep = kWarpSize / kChunks;
-  const T* data = of_v ? u.v : u.k;
+  constexpr int kElements = 16 / int(sizeof(Keys));  // of a chunk
+  const Keys* data = of_v ? u.v : u.k;
   const int stride = of_v ? plan.v_stride : plan.k_stride;
   const int chunk = lane % kChunks, first = lane / kChunks;
   // This lane's rows that exist.
-  const int end = chunk * 8 < int(p.head_dim) ? u.keys - key - first : 0;
-  int slot = u.slot + key;
-  if (slot >= plan.capacity) slot -= plan.capacity;
-  if (!p.block_table && slot + kKeys <= plan.capacity) {
-    const T* from = data + int64_t(slot + first) * stride + chunk * 8;
+  const int end = chunk * kElements < int(p.head_dim) ? u.keys - key - first : 0;
+  const int slot = key_slot(plan, u, key);
+  const bool paged = sizeof(Keys) != 1 && p.block_table;  // a cache of int8 never is
+  if (!paged && slot + kKeys <= plan.capacity) {
+    const Keys* from = data + int64_t(slot + first) * stride + chunk * kElements;
 #pragma unroll
     for (int i = 0; i < kKeys / kStep; ++i) {
       cp_async<16>(tile + Layout::offset(first + i * kStep, chunk), from, i * kStep < end);
@@ -483,12 +496,12 @@ GEMMA2_DEVICE void copy_run(T* tile, const AttentionParams& p, const AttentionPl
   }
 #pragma unroll 1
   for (int i = 0; i < kKeys; i += kStep) {
-    const T* from = nullptr;
-    if (i < end && !p.block_table) {
-      from = key_row(plan, u, data, stride, key + first + i) + chunk * 8;
+    const Keys* from = nullptr;
+    if (i < end && !paged) {
+      from = key_row(plan, u, data, stride, key + first + i) + chunk * kElements;
     } else if (i < end) {
       const int64_t page_stride = of_v ? p.v.batch_stride : p.k.batch_stride;
-      from = paged_key_row(p, u, data, stride, page_stride, key + first + i) + chunk * 8;
+      from = paged_key_row(p, u, data, stride, page_stride, key + first + i) + chunk * kElements;
     }
     cp_async<16>(tile + Layout::offset(first + i, chunk), from, i < end);
   }

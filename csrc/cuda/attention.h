@@ -43,11 +43,25 @@ constexpr AttentionTile kAttentionTile256{256, 4, 1, 64, 2};
 constexpr AttentionTile kAttentionTile256Large{256, 8, 1, 32, 6};
 
 constexpr int attention_decode_stages(int head_dim) { return head_dim > 128 ? 3 : 4; }
+constexpr int attention_decode_stage_bytes(int head_dim) { return 16 * head_dim * 2; }
 constexpr int64_t attention_decode_tile_bytes(int head_dim) {
-  return int64_t(kAttentionDecodeWarps) * attention_decode_stages(head_dim) * 16 * head_dim * 2;
+  return int64_t(kAttentionDecodeWarps) * attention_decode_stages(head_dim) *
+         attention_decode_stage_bytes(head_dim);
 }
 constexpr int64_t attention_decode_bytes(int head_dim) {
   return attention_decode_tile_bytes(head_dim) + attention_state_bytes(0);
+}
+// Of a cache of int8, each stage with the factors of its rows.
+constexpr int kAttentionInt8Stages = 5;
+constexpr int attention_int8_stage_bytes(int head_dim) { return 16 * (head_dim + 4); }
+constexpr int64_t attention_int8_tile_bytes(int head_dim) {
+  return int64_t(kAttentionDecodeWarps) * kAttentionInt8Stages *
+         attention_int8_stage_bytes(head_dim);
+}
+constexpr int kAttentionInt8KeptBytes = 20;  // a thread
+constexpr int64_t attention_int8_bytes(int head_dim) {
+  return attention_int8_tile_bytes(head_dim) + attention_state_bytes(0) +
+         kAttentionDecodeWarps * 32 * kAttentionInt8KeptBytes;
 }
 
 // Of Hopper's own kernel (227 KiB): Q and a ring of K and V tiles, and 9 barriers at most.
@@ -73,14 +87,13 @@ constexpr int64_t kAttentionWgmmaTileBytes = AttentionWgmma{kHeadDim, kKeys, kSt
 template <int kHeadDim, int kWarps, int kMTiles, int kKeys, int kStages>
 constexpr int64_t kAttentionTileBytes =
     AttentionTile{kHeadDim, kWarps, kMTiles, kKeys, kStages}.tile_bytes();
-template <int kHeadDim>
-constexpr int64_t kAttentionDecodeTileBytes = attention_decode_tile_bytes(kHeadDim);
-template <int kHeadDim>
-constexpr bool kAttentionDecodeOutputFits =
-    attention_output_bytes(kAttentionDecodeWarps * 16, kHeadDim) <=
-    attention_decode_tile_bytes(kHeadDim);
-static_assert(kAttentionDecodeOutputFits<64> && kAttentionDecodeOutputFits<128> &&
-                  kAttentionDecodeOutputFits<256>,
+constexpr bool attention_decode_output_fits(int head_dim) {
+  const int64_t bytes = attention_output_bytes(kAttentionDecodeWarps * 16, head_dim);
+  return bytes <= attention_decode_tile_bytes(head_dim) &&
+         bytes <= attention_int8_tile_bytes(head_dim);
+}
+static_assert(attention_decode_output_fits(64) && attention_decode_output_fits(128) &&
+                  attention_decode_output_fits(256),
               "");
 constexpr bool attention_output_fits(AttentionTile t) {
   return attention_output_bytes(t.rows(), t.head_dim) <= t.tile_bytes();

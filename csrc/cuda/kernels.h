@@ -24,6 +24,7 @@ namespace gemma2 {
   X(linear_loss_result, LossResultParams)     \
   X(linear_loss_gradient, LossGradientParams) \
   X(linear_loss_add, LossAddParams)           \
+  X(widen_cache, WidenCacheParams)            \
   X(attention, AttentionParams)               \
   X(attention_backward, AttentionBackwardParams)
 
@@ -40,5 +41,9 @@ inline thread_local bool early_launches = false;
 // Floats that launch_attention wants at p.partial on the current device, 0 for none; of p's shapes
 // alone, so it is the same for every call in a captured graph.
 int64_t attention_partial_size(const AttentionParams& p);
+
+// Whether launch_attention takes p's cache of int8 as it is: up to 16 rows, whole vectors. Else it
+// is to be widened first.
+bool attention_reads_int8(const AttentionParams& p);
 
 }  // namespace gemma2

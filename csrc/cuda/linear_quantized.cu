@@ -27,6 +27,7 @@
 // linear_few_rows_kernel: at most 80 registers, 136 KiB of shared memory (99 on most devices).
 // linear_rows_kernel: at most 128 registers, 8192 bytes of shared memory.
 // dequantize_kernel: at most 48 registers, 0 bytes of shared memory.
+#include "int8.cuh"
 #include "kernels.h"
 #include "vector.cuh"
 
@@ -68,25 +69,6 @@ GEMMA2_DEVICE void widen(uint32_t word, uint32_t (&low)[2], uint32_t (&high)[2],
     const uint32_t part = word >> (8 * i);
     low[i] = multiply_add_2<Half>(and_or(part, 0x000f000fu, kExponent), kOne, kLowBias);
     high[i] = multiply_add_2<Half>(and_or(part, 0x00f000f0u, kExponent), kSixteenth, kHighBias);
-  }
-}
-// The same of an int8 word. BFloat16 has no room for 8 bits below an exponent: 128 + (the last 7
-// bits) less 128 or, of negative numbers, 256. Half: 1024 + (q + 128).
-GEMMA2_DEVICE void widen(uint32_t word, uint32_t (&q)[2], BFloat16) {
-  constexpr uint32_t kExponent = 0x43004300u, kMinusOne = 0xbf80bf80u;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t part = word >> (8 * i);
-    const uint32_t magnitude = and_or(part, 0x007f007fu, kExponent);
-    q[i] = multiply_add_2<BFloat16>(and_or(part, 0x00800080u, kExponent), kMinusOne, magnitude);
-  }
-}
-GEMMA2_DEVICE void widen(uint32_t word, uint32_t (&q)[2], Half) {
-  constexpr uint32_t kOne = 0x3c003c00u, kBias = 0xe480e480u;  // 1, -1152
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t biased = (word >> (8 * i) & 0x00ff00ffu) ^ 0x64806480u;
-    q[i] = multiply_add_2<Half>(biased, kOne, kBias);
   }
 }
 

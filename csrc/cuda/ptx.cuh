@@ -216,6 +216,11 @@ GEMMA2_DEVICE uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
   return y;
 }
 
+// Four of the eight bytes of high:low; each digit of the selector, the last one first, names one.
+GEMMA2_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  return __byte_perm(low, high, selector);
+}
+
 // a * b + c of both elements of a word, rounded once.
 template <class T>
 GEMMA2_DEVICE uint32_t multiply_add_2(uint32_t a, uint32_t b, uint32_t c);

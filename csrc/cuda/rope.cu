@@ -10,8 +10,11 @@
 // a thread has one vector's columns of a token in all heads, several on the way at once; its angles
 // stay in registers, and no barrier is met.
 //
+// A cache of int8: a warp a head, which finds the largest magnitude of its row.
+//
 // rope_kernel: at most 64 registers, 4 head_dim bytes of shared memory.
 // rope_many_kernel: at most 128 registers, no shared memory.
+// rope_int8_kernel: at most 64 registers, no shared memory.
 #include "kernels.h"
 #include "vector.cuh"
 
@@ -45,6 +48,12 @@ struct Token {
 
 GEMMA2_DEVICE int64_t position_of(const RopeParams& p, int64_t unit) {
   return p.positions[unit / p.seqlen * p.positions_batch_stride + unit % p.seqlen];
+}
+
+// With the same roundings in every kernel.
+GEMMA2_DEVICE void rotate_by(float c, float s, float x1, float x2, float& y1, float& y2) {
+  y1 = fmaf(x1, c, -(x2 * s));
+  y2 = fmaf(x2, c, x1 * s);
 }
 
 // Vectors of both halves of one head, `n` columns of which exist.
@@ -86,10 +95,7 @@ struct Pair {
     unpack(halves[0], x1, T{});
     unpack(halves[1], x2, T{});
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      y1[j] = x1[j] * c[j] - x2[j] * s[j];
-      y2[j] = x2[j] * c[j] + x1[j] * s[j];
-    }
+    for (int j = 0; j < kSize; ++j) rotate_by(c[j], s[j], x1[j], x2[j], y1[j], y2[j]);
     halves[0] = pack_vector(y1, T{});
     halves[1] = pack_vector(y2, T{});
   }
@@ -189,6 +195,89 @@ __global__ void __launch_bounds__(kManyThreads, 4)
   }
 }
 
+constexpr int kInt8HeadDim = 256, kInt8Warps = kMaxThreads / kWarpSize;
+
+// Rotates q; writes k, rotated, and v as int8 times a factor each: the row's largest magnitude over
+// 127. A row that is not finite gets a NaN as factor; one below 2^-100, whose inverse would
+// overflow, 0. Rounded once, from float32.
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads, 4) rope_int8_kernel(const RopeParams p) {
+  constexpr int kPairs = kInt8HeadDim / 2 / kWarpSize;  // of a lane: columns lane + 32 i
+  allow_next_kernel();
+  wait_for_previous_kernels();
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int half = int(p.head_dim / 2);
+  const int64_t heads = p.num_heads + 2 * p.num_kv_heads;
+  const int64_t rows = p.batch * p.seqlen * heads;
+  for (int64_t row = int64_t(blockIdx.x) * kInt8Warps + warp; row < rows;
+       row += int64_t(gridDim.x) * kInt8Warps) {
+    const int64_t unit = row / heads, position = position_of(p, unit);
+    const Token token(p, unit, position);
+    int64_t head = row % heads;
+    const bool of_q = head < p.num_heads, of_v = head >= p.num_heads + p.num_kv_heads;
+    if (token.padding && !of_q) continue;
+    if (!of_q) head -= of_v ? p.num_heads + p.num_kv_heads : p.num_heads;
+    const HeadsView& source = of_q ? p.q : of_v ? p.v : p.k;
+    const T* from =
+        static_cast<const T*>(source.data) + offset(source, token.batch, token.index, head);
+    float x[2][kPairs];
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const int column = lane + i * kWarpSize;
+      const bool there = column < half;
+      const float x1 = there ? to_float(from[column]) : 0.0f;
+      const float x2 = there ? to_float(from[half + column]) : 0.0f;
+      x[0][i] = x1, x[1][i] = x2;
+      if (of_v || token.padding || !there) continue;
+      float s, c;
+      sincosf(float(position) * p.inv_freq[column], &s, &c);
+      rotate_by(c, s, x1, x2, x[0][i], x[1][i]);
+    }
+    if (of_q) {
+      T* to = static_cast<T*>(p.q_out.data) + offset(p.q_out, token.batch, token.index, head);
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        const int column = lane + i * kWarpSize;
+        if (column >= half) continue;
+        to[column] = from_float<T>(x[0][i]);
+        to[half + column] = from_float<T>(x[1][i]);
+      }
+      continue;
+    }
+    float largest = 0.0f, difference = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        largest = fmaxf(largest, fabsf(x[h][i]));
+        difference += x[h][i] - x[h][i];  // NaN where x is not finite
+      }
+    }
+#pragma unroll
+    for (int mask = kWarpSize / 2; mask > 0; mask /= 2)
+      largest = fmaxf(largest, shuffle_xor(largest, mask));
+    const bool finite = !ballot(difference != 0.0f);
+    const bool zero = !finite || largest < 0x1p-100f;
+    const float inverse = zero ? 0.0f : 127.0f / largest;
+    const HeadsView& cache = of_v ? p.v_cache : p.k_cache;
+    int8_t* to = static_cast<int8_t*>(cache.data) + offset(cache, token.batch, token.slot, head);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const int column = lane + i * kWarpSize;
+      if (column >= half) continue;
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        to[h * half + column] = zero ? int8_t(0) : int8_t(rintf(x[h][i] * inverse));
+    }
+    if (lane != 0) continue;
+    const HeadsView& scales = of_v ? p.v_scales : p.k_scales;
+    static_cast<float*>(scales.data)[offset(scales, token.batch, token.slot, head)] =
+        !finite ? bits_to_float(0x7fc00000u)
+        : zero  ? 0.0f
+                : largest / 127.0f;
+  }
+}
+
 }  // namespace
 }  // namespace cuda
 
@@ -196,6 +285,11 @@ void launch_rope(const RopeParams& p, cudaStream_t stream) {
   using namespace cuda;
   dispatch_dtype("rope", p.dtype, [&](auto t) {
     using T = decltype(t);
+    if (p.k_scales.data) {
+      const int64_t rows = p.batch * p.seqlen * (p.num_heads + 2 * p.num_kv_heads);
+      return launch_early("rope", rope_int8_kernel<T>, row_grid(divide_up(rows, kInt8Warps)),
+                          kMaxThreads, 0, stream, p);
+    }
     bool aligned = p.head_dim / 2 % kVectorSize<T> == 0;
     for (const HeadsView* view : {&p.q, &p.k, &p.v, &p.q_out, &p.k_out, &p.k_cache, &p.v_cache}) {
       aligned = aligned && is_aligned(view->data, view->batch_stride * sizeof(T)) &&

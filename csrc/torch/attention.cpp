@@ -95,9 +95,9 @@ const T* on_device(const Tensor& t, std::optional<Tensor>& held) {
 
 // The tensor itself where kernels can read it, else a copy: the last dimension is contiguous, and
 // on a GPU each row of 16-bit elements is aligned to 16 bytes and rows are less than 2^31 elements
-// apart.
+// apart. (What rows of int8 have to be is attention_reads_int8's to say.)
 Tensor readable(const Tensor& t) {
-  if (t.is_cpu()) return last_dim_contiguous(t);
+  if (t.is_cpu() || is_int8(t)) return last_dim_contiguous(t);
   const int64_t last = t.dim() - 1;
   bool reads = t.size(last) <= 1 || t.stride(last) == 1;
   for (int64_t i = 0; i < last; ++i) {
@@ -163,8 +163,26 @@ void take_units(int64_t workers, int64_t units, const F& f) {
 }
 
 #ifdef GEMMA2_WITH_CUDA
+// An int8 cache as one of like's dtype; p's view of it becomes one of the result.
+Tensor widen_cache(const AttentionParams& p, const Tensor& like, HeadsView& cache,
+                   HeadsView& scales) {
+  const Tensor out =
+      torch::stable::new_empty(like, {p.batch, p.num_kv_heads, p.capacity, p.head_dim});
+  run_on_cuda(like, launch_widen_cache,
+              WidenCacheParams{cache, scales, out.data_ptr(), p.key_lengths, p.batch, p.capacity,
+                               p.num_kv_heads, p.head_dim, p.dtype});
+  cache = {out.data_ptr(), out.stride(0), out.stride(2), out.stride(1)};
+  scales.data = nullptr;
+  return out;
+}
+
 void run_attention_on_cuda(AttentionParams p, const Tensor& like) {
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  std::optional<Tensor> k, v;
+  if (p.k_scales.data && !attention_reads_int8(p)) {
+    k = widen_cache(p, like, p.k, p.k_scales);
+    v = widen_cache(p, like, p.v, p.v_scales);
+  }
   const Tensor partial =
       torch::stable::new_empty(like, {attention_partial_size(p)}, ScalarType::Float);
   p.partial = static_cast<float*>(partial.data_ptr());

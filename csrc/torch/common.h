@@ -188,7 +188,6 @@ inline bool check_scales(const char* op, const Tensor& k_cache, const Tensor& v_
                  torch::headeronly::toString(k_cache.scalar_type()));
   }
   if (!scaled) return false;
-  if (!k_cache.is_cpu()) fail(op, "caches of int8 must be on the CPU, got " + device_name(k_cache));
   check_like(op, "v_cache", v_cache, "k_cache", k_cache);
   const auto check = [&](const char* name, const Tensor& t) {
     check_device(op, name, t, "k_cache", k_cache);

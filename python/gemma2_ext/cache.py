@@ -84,8 +84,8 @@ class KVCache:
         config: the model's.
         batch_size: rows.
         max_length: tokens a row may hold, at most config.max_position_embeddings.
-        dtype: of keys and values: the model's, or int8 (on the CPU): a byte an element, and each
-            head's row of a token its own scale, see `ops.rope_append_cache`.
+        dtype: of keys and values: the model's, or int8: a byte an element, and each head's row of
+            a token its own scale, see `ops.rope_append_cache`.
         device: where they live.
 
     Attributes:
@@ -97,7 +97,6 @@ class KVCache:
 
     Raises:
         ValueError: batch_size or max_length is below 1, or max_length exceeds the model's context.
-        NotImplementedError: int8 on a GPU.
     """
 
     def __init__(
@@ -119,8 +118,6 @@ class KVCache:
                 f"got {max_length}"
             )
         device = torch.device(device)
-        if dtype == torch.int8 and device.type != "cpu":
-            raise NotImplementedError(f"KVCache: int8 is for the CPU only, got device {device}")
         self.config = config
         self.batch_size = batch_size
         self.max_length = max_length
@@ -146,7 +143,7 @@ class KVCache:
             ]
             self.keys, self.values = tensors[: len(shapes)], tensors[len(shapes) :]
             scales = [
-                torch.empty(shape[:3]).transpose(1, 2)
+                torch.empty(shape[:3], device=device).transpose(1, 2)
                 for shape in (shapes * 2 if dtype == torch.int8 else [])
             ]
             self.key_scales, self.value_scales = scales[: len(shapes)], scales[len(shapes) :]

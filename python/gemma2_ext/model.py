@@ -134,7 +134,7 @@ class Gemma2(nn.Module):
                 read, some rows at a time. None: as the folder has them, which may be packed
                 already (`gemma2-ext quantize`).
             sliding_window: keys that a local layer sees, in place of the configuration's.
-            cache_dtype: torch.int8 for KV caches in 8 bits (CPU only), wherever `new_cache`,
+            cache_dtype: torch.int8 for KV caches in 8 bits, wherever `new_cache`,
                 `generate` or `stream` makes one; None: in the activations' dtype.
             progress: whether to show a progress bar on stderr.
 
@@ -143,10 +143,6 @@ class Gemma2(nn.Module):
                 each names the file, the field or tensor, what was expected and what was found.
         """
         device = check_device(device)
-        if cache_dtype == torch.int8 and device.type != "cpu":
-            raise NotImplementedError(
-                f"Gemma2: cache_dtype torch.int8 is for the CPU only, got device {device}"
-            )
         config = Gemma2Config.from_pretrained(folder)
         if sliding_window is not None:
             config = replace(config, sliding_window=sliding_window)

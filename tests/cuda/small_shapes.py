@@ -27,6 +27,17 @@ def main() -> None:
             cache = torch.zeros(2, 7, 2, head_dim, dtype=dtype)
             ops.rope_append_cache(q, k, k, positions, cache, cache.clone())
             lengths = torch.full((2,), 5)
+            int8 = [torch.zeros(2, 7, 2, head_dim, dtype=torch.int8) for _ in range(2)]
+            scales = [torch.zeros(2, 7, 2) for _ in range(2)]
+            ops.rope_append_cache(q, k, k, positions, *int8, 10000.0, *scales)
+            k_scales, v_scales = scales
+            for count in (1, 5):
+                ops.attention_cache(
+                    *(q[:, :count].repeat(1, 1, 2, 1), *int8, lengths),
+                    scale=0.1,
+                    k_scales=k_scales,
+                    v_scales=v_scales,
+                )
             try:
                 ops.attention(q, k, k, window=3, scale=0.1, softcap=50.0)
                 ops.attention_cache(q[:, :1], cache, cache, lengths, scale=0.1, softcap=50.0)

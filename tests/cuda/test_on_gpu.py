@@ -58,6 +58,26 @@ def test_gpu_logits(models: tuple[Gemma2, Gemma2]) -> None:
     torch.testing.assert_close(gpu(ids).cpu(), cpu(ids), rtol=1e-4, atol=1e-4)
 
 
+def test_gpu_cache_of_int8(models: tuple[Gemma2, Gemma2]) -> None:
+    cpu = models[0]
+    ids = torch.randint(3, cpu.config.vocab_size, (2, 40))
+    for part in (ids, ids[:, :7], ids[:, :1]):  # widened, then as it is
+        caches = [model.new_cache(2, 64, torch.int8) for model in models]
+        logits = [model(ids, cache=cache) for model, cache in zip(models, caches, strict=True)]
+        torch.testing.assert_close(logits[1].cpu(), logits[0], rtol=1e-2, atol=5e-2)
+        logits = [model(part, cache=cache) for model, cache in zip(models, caches, strict=True)]
+        torch.testing.assert_close(logits[1].cpu(), logits[0], rtol=1e-2, atol=5e-2)
+    half = Gemma2.from_pretrained(
+        shipped_model(), dtype=torch.bfloat16, device="cuda", cache_dtype=torch.int8
+    )
+    drawn = half.generate(ids, max_new_tokens=30, stop_ids=[])
+    cache = half.new_cache(2, 80)
+    tokens = [half(ids, cache=cache, last_only=True)[:, 0].argmax(-1)]
+    for _ in range(29):
+        tokens.append(half(tokens[-1][:, None], cache=cache)[:, 0].argmax(-1))
+    assert torch.equal(drawn[:, 40:].cpu(), torch.stack(tokens, 1).cpu())
+
+
 def test_gpu_sampling_repeats(models: tuple[Gemma2, Gemma2]) -> None:
     gpu = models[1]
     ids = torch.randint(3, gpu.config.vocab_size, (2, 5))

@@ -269,6 +269,14 @@ uint32_t pack(float low, float high) {
 
 inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
 
+inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t bytes = uint64_t(high) << 32 | low;
+  uint32_t word = 0;
+  for (int i = 0; i < 4; ++i)
+    word |= uint32_t(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return word;
+}
+
 template <class T>
 uint32_t multiply_add_2(uint32_t a, uint32_t b, uint32_t c) {
   const auto element = [=](int shift) {

@@ -44,12 +44,10 @@ def check_integers(op: str, name: str, value: object, *, required: bool = False)
 def check_cache(
     op: str, k_cache: object, v_cache: object, k_scales: object, v_scales: object
 ) -> None:
-    """Raises unless caches are tensors of float32, bfloat16 or float16, or int8 on the CPU."""
+    """Raises unless caches are tensors of float32, bfloat16, float16 or int8."""
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if not isinstance(cache, Tensor) or cache.dtype != torch.int8:
             check_tensor(op, name, cache)
-        elif cache.device.type == "cuda":
-            raise NotImplementedError(f"gemma2_ext::{op}: {name} of int8 is for the CPU only")
     for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):
         if scales is not None and not isinstance(scales, Tensor):
             raise TypeError(

@@ -38,7 +38,7 @@ def attention_cache(
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), float32, bfloat16 or float16, any strides;
             head_dim a multiple of 8 from 8 to 256.
-        k_cache: (batch, capacity, num_kv_heads, head_dim), q's dtype or, on the CPU, int8 as
+        k_cache: (batch, capacity, num_kv_heads, head_dim), q's dtype or int8 as
             `rope_append_cache` writes it; num_kv_heads a divisor of num_heads.
         v_cache: k_cache's shape and dtype.
         key_lengths: (batch,) int32 or int64, positions written so far, q's own included.
@@ -59,7 +59,7 @@ def attention_cache(
             window or window + seqlen_q - 1 exceeds it too, as keys that are seen are overwritten
             (not checked on a GPU: the last `capacity` keys are all that a query sees); scales are
             missing or too many.
-        NotImplementedError: a gradient is asked for, or a cache of int8 is on a GPU.
+        NotImplementedError: a gradient is asked for.
 
     Source: FlashAttention-2 (arXiv 2307.08691); Flash-Decoding for the split over keys.
     """

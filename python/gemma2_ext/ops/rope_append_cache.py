@@ -45,7 +45,7 @@ def rope_append_cache(
         v: k's shape and dtype, any strides.
         positions: (seqlen,) or (batch, seqlen), int64 or int32; those of a row that are not
             padding increase and span at most `capacity`, so that no two share a slot.
-        k_cache: (batch, capacity, num_kv_heads, head_dim), k's dtype or, on the CPU and for a
+        k_cache: (batch, capacity, num_kv_heads, head_dim), k's dtype or, for a
             head_dim up to 256, int8; written in place; the last dimension contiguous.
         v_cache: like k_cache.
         theta: base of the frequencies.
@@ -61,7 +61,7 @@ def rope_append_cache(
             integer one.
         ValueError: shapes, dtypes or devices do not fit, head_dim is odd, theta is not positive,
             two positions of a row would share a slot, or scales are missing or too many.
-        NotImplementedError: a gradient is asked for, or a cache of int8 is on a GPU.
+        NotImplementedError: a gradient is asked for.
 
     Source: transformers, apply_rotary_pos_emb and Cache.update.
     """
