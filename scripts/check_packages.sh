@@ -12,7 +12,11 @@ sys.path.insert(0, 'build_backend')
 import gemma2_build
 gemma2_build.build_sdist('$folder')
 " >"$folder/log" 2>&1 || { cat "$folder/log" >&2; exit 1; }
-"$python" -m pip wheel -q --disable-pip-version-check --no-deps -w "$folder" "$folder"/*.tar.gz
+mkdir "$folder/source"
+tar -xf "$folder"/*.tar.gz -C "$folder/source" --strip-components=1
+# What .ci/run has compiled already is the same here but for the sources' folder.
+export CCACHE_BASEDIR=$folder/source/csrc
+"$python" -m pip wheel -q --disable-pip-version-check --no-deps -w "$folder" "$folder/source"
 "$python" - "$folder" <<'EOP'
 import subprocess
 import sys

@@ -399,7 +399,8 @@ int64_t group_rows(const AttentionParams& p) { return p.num_heads / p.num_kv_hea
 // Of shapes and the device alone, never of lengths, which only the device knows.
 AttentionPlan plan_attention(const AttentionParams& p, const DeviceProperties& device) {
   const int64_t rows = group_rows(p);
-  const int head_dim = padded_head_dim(p.head_dim);
+  int head_dim = padded_head_dim(p.head_dim);
+  if (p.k_scales.data && head_dim < 128) head_dim = 128;
   AttentionPlan plan{};
   plan.k_stride = int(p.k.seqlen_stride), plan.v_stride = int(p.v.seqlen_stride);
   plan.capacity = p.capacity ? int(p.capacity) : INT_MAX;
@@ -459,13 +460,11 @@ void launch_tile(const AttentionParams& p, const AttentionPlan& plan, dim3 grid,
          plan.threads, plan.shared_bytes, stream, p, plan);
 }
 
-template <class T, int kHeadDim>
+template <class Tiles>
 void launch_decode(const AttentionParams& p, const AttentionPlan& plan, dim3 grid,
                    cudaStream_t stream) {
-  launch_early("attention",
-               p.k_scales.data ? attention_decode_kernel<Int8DecodeTiles<T, kHeadDim>>
-                               : attention_decode_kernel<DecodeTiles<T, kHeadDim>>,
-               grid, plan.threads, plan.shared_bytes, stream, p, plan);
+  launch_early("attention", attention_decode_kernel<Tiles>, grid, plan.threads, plan.shared_bytes,
+               stream, p, plan);
 }
 
 template <class T>
@@ -477,9 +476,13 @@ void launch_16_bit(const AttentionParams& p, const AttentionPlan& plan, dim3 gri
     return launch_attention_wgmma(p, plan, grid.x, stream);
 #endif
   if (plan.kernel == AttentionKernel::kDecode) {
-    if (head_dim == 64) return launch_decode<T, 64>(p, plan, grid, stream);
-    if (head_dim == 128) return launch_decode<T, 128>(p, plan, grid, stream);
-    return launch_decode<T, 256>(p, plan, grid, stream);
+    if (p.k_scales.data) {
+      if (head_dim == 128) return launch_decode<Int8DecodeTiles<T, 128>>(p, plan, grid, stream);
+      return launch_decode<Int8DecodeTiles<T, 256>>(p, plan, grid, stream);
+    }
+    if (head_dim == 64) return launch_decode<DecodeTiles<T, 64>>(p, plan, grid, stream);
+    if (head_dim == 128) return launch_decode<DecodeTiles<T, 128>>(p, plan, grid, stream);
+    return launch_decode<DecodeTiles<T, 256>>(p, plan, grid, stream);
   }
 #define GEMMA2_LAUNCH_TILE(t) \
   return launch_tile<T, t.head_dim, t.warps, t.m_tiles, t.keys, t.stages>(p, plan, grid, stream)

@@ -68,9 +68,8 @@ struct DecodeTiles {
 template <int kHeadDim>
 struct Int8Layout {
   static constexpr int kChunks = kHeadDim / 16;
-  GEMMA2_DEVICE static int moved(int row) {
-    return ((row / 2 % 4 * 2) ^ (row % 2 * 4)) & (kChunks - 1);
-  }
+  static_assert(kChunks >= 8, "");
+  GEMMA2_DEVICE static int moved(int row) { return (row / 2 % 4 * 2) ^ (row % 2 * 4); }
   GEMMA2_DEVICE static int offset(int row, int chunk) {
     return row * kHeadDim + (chunk ^ moved(row)) * 16;
   }
@@ -87,8 +86,7 @@ struct Int8Row {
     at[1] = tile + row * kHeadDim + (first ^ 64);
   }
   GEMMA2_DEVICE const unsigned char* part(int i, int behind = 0) const {
-    const int flip = kHeadDim > 64 ? behind % 8 : 0;
-    return at[(i + flip) % 2] + i / 2 * 128 + behind * kHeadDim;
+    return at[(i + behind) % 2] + i / 2 * 128 + behind * kHeadDim;
   }
 };
 
