@@ -14,4 +14,4 @@ generator=()
 if [[ ! -e build/cuda_check/CMakeCache.txt ]] && command -v ninja >/dev/null; then generator=(-G Ninja); fi
 "$cmake" -S . -B build/cuda_check "${generator[@]}" -DGEMMA2_EXT_CUDA=CHECK \
   -DPython_EXECUTABLE="$PWD/$PYTHON" >/dev/null
-"$cmake" --build build/cuda_check --target cuda_check -j "${MAX_JOBS:-$(nproc)}"
+"$cmake" --build build/cuda_check --target cuda_check -j "${MAX_JOBS:-$(env -u OMP_NUM_THREADS nproc)}"

@@ -10,7 +10,7 @@ if command -v ninja >/dev/null || PATH=$PWD/.venv/bin:$PATH command -v ninja >/d
 export PATH=$PWD/.venv/bin:$PATH
 {
   cmake -S . -B "$folder/cmake" "${generator[@]}" -DPython_EXECUTABLE="$python" -DGEMMA2_EXT_CUDA=OFF "$@"
-  cmake --build "$folder/cmake" --target _C -j "${MAX_JOBS:-$(nproc)}"
+  cmake --build "$folder/cmake" --target _C -j "${MAX_JOBS:-$(env -u OMP_NUM_THREADS nproc)}"
 } >&2
 rm -rf "$folder/python"
 mkdir -p "$folder/python/gemma2_ext"
