@@ -78,6 +78,14 @@ def test_gpu_cache_of_int8(models: tuple[Gemma2, Gemma2]) -> None:
     assert torch.equal(drawn[:, 40:].cpu(), torch.stack(tokens, 1).cpu())
 
 
+def test_gpu_drafts_give_the_same_tokens(models: tuple[Gemma2, Gemma2]) -> None:
+    _, gpu = models
+    ids = torch.tensor([[7, 8, 9, 10, 11, 12] * 5])
+    right = list(gpu.stream(ids, max_new_tokens=40))
+    assert list(gpu.stream(ids, max_new_tokens=40, draft="ngram")) == right
+    assert list(gpu.stream(ids, max_new_tokens=40, draft=gpu)) == right
+
+
 def test_gpu_sampling_repeats(models: tuple[Gemma2, Gemma2]) -> None:
     gpu = models[1]
     ids = torch.randint(3, gpu.config.vocab_size, (2, 5))
