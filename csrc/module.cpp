@@ -19,8 +19,9 @@ PYBIND11_MODULE(_C, m) {
   // Memory comes as addresses, so that this file needs no torch; `gemma2_ext.bench` calls these.
   m.def("probe_memory", &gemma2::probe_memory, pybind11::arg("a"), pybind11::arg("b"),
         pybind11::arg("out"), pybind11::arg("bytes"), pybind11::arg("threads"),
-        pybind11::call_guard<pybind11::gil_scoped_release>(),
-        "Seconds to read `bytes` at a (and b, where not 0) and write as many at out (not 0).");
+        pybind11::arg("fetch") = false, pybind11::call_guard<pybind11::gil_scoped_release>(),
+        "Seconds to read `bytes` at a (and b, where not 0) and write as many at out (not 0), with "
+        "what comes next fetched by instruction or by the processor alone.");
   m.def("probe_multiply", &gemma2::probe_multiply, pybind11::arg("dtype"), pybind11::arg("threads"),
         pybind11::arg("seconds"), pybind11::call_guard<pybind11::gil_scoped_release>(),
         "Operations a second of multiply-adds in registers; dtype: float32, bfloat16 or int8 (0 "

@@ -397,6 +397,7 @@ struct ProbeParams {
   const void* a;        // read
   const void* b;        // read too; may be null
   void* out;            // written; may be null
+  bool fetch;           // the next run, by instruction
   uint32_t* sink;       // of one thread
   float factor;         // of probe_multiply
   DType dtype;          // of probe_multiply: what is multiplied,

@@ -41,7 +41,8 @@ double run_together(int threads, const F& f) {
 
 }  // namespace
 
-double probe_memory(uintptr_t a, uintptr_t b, uintptr_t out, int64_t bytes, int threads) {
+double probe_memory(uintptr_t a, uintptr_t b, uintptr_t out, int64_t bytes, int threads,
+                    bool fetch) {
   const CpuKernels& kernels = cpu_kernels();
   const int64_t units = bytes / kProbeRun;
   if (bytes <= 0 || bytes % kProbeRun) {
@@ -53,6 +54,7 @@ double probe_memory(uintptr_t a, uintptr_t b, uintptr_t out, int64_t bytes, int 
     uint32_t sink = 0;
     ProbeParams p{};
     p.a = (const void*)a, p.b = (const void*)b, p.out = (void*)out;
+    p.fetch = fetch;
     p.sink = &sink;
     for (int64_t unit; (unit = shares.take(t)) >= 0;) kernels.probe_memory(p, unit, unit + 1);
   });

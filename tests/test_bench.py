@@ -205,8 +205,11 @@ def test_probe_errors() -> None:
 
 def test_the_probe_writes_the_sum() -> None:
     a, b, out = (torch.full((1 << 15,), value) for value in (1.0, 2.0, float("nan")))
-    gemma2_ext._C.probe_memory(a.data_ptr(), b.data_ptr(), out.data_ptr(), out.nbytes, 2)
-    assert torch.equal(out, torch.full_like(out, 3.0))
+    for fetch in (False, True):
+        out.fill_(float("nan"))
+        tensors = (a.data_ptr(), b.data_ptr(), out.data_ptr())
+        gemma2_ext._C.probe_memory(*tensors, out.nbytes, 2, fetch)
+        assert torch.equal(out, torch.full_like(out, 3.0))
 
 
 def test_command(small: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -30,6 +30,15 @@ constexpr int group_columns(int rows) {
 // stream. The blocks' sums are added up in memory.
 constexpr int64_t kBlock = 2304;
 
+// Below AVX-512 the processor's own prefetcher makes more of a few long streams than of
+// neighbouring rows that are fetched by instruction.
+constexpr bool kLongStreams = kRegisters == 16;
+constexpr int kStreams = 6;
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+
 GEMMA2_INLINE int64_t group_count(const LinearParams& p) { return divide_up(p.rows, kGroupRows); }
 GEMMA2_INLINE int64_t group_begin(const LinearParams& p, int64_t group) {
   return p.rows * group / group_count(p);
@@ -62,8 +71,8 @@ void pack_group(const LinearParams& p, int64_t first_row, int64_t rows) {
 }
 
 // sums[r][c] += x[r] . w[c] over n elements of k, for kRows rows of a group and kColumns rows of
-// weight. `next` is where the tile that follows begins.
-template <class T, int kRows, int kColumns>
+// weight. With kFetch the tile that follows, at `next`, is fetched.
+template <class T, int kRows, int kColumns, bool kFetch = true>
 void dot_tile(const T* w, const T* next, int64_t w_stride, const typename Math<T>::Factor* x,
               int64_t n, VecF (*sums)[kLinearFewColumns]) {
   using M = Math<T>;
@@ -89,7 +98,7 @@ void dot_tile(const T* w, const T* next, int64_t w_stride, const typename Math<T
   for (; k + kStep <= n; k += kStep) {
     // The processor's own prefetcher starts anew at every row.
     GEMMA2_UNROLL
-    for (int c = 0; c < kColumns; ++c) prefetch(next + c * w_stride + k);
+    for (int c = 0; c < kColumns && kFetch; ++c) prefetch(next + c * w_stride + k);
     step(w + k, w_stride);
   }
   if (k < n) {
@@ -141,15 +150,40 @@ void dot_rows(int64_t rows, const Args&... args) {
   dot_group<T, kRows>(args...);
 }
 
+// One row with columns [begin, end), by kStreams streams of whole rows of weight, one row behind
+// the other.
+template <class T>
+void dot_streams(const LinearParams& p, int64_t begin, int64_t end, VecF* sums) {
+  using Factor = typename Math<T>::Factor;
+  const int64_t length = (end - begin) / kStreams;
+  const auto walk = [&](auto streams, int64_t column) {
+    constexpr int kCount = decltype(streams)::value;
+    VecF tile[1][kLinearFewColumns] = {};
+    const T* w = (const T*)p.weight + (begin + column) * p.weight_stride;
+    for (int64_t k = 0; k < p.in_features; k += kBlock) {
+      dot_tile<T, 1, kCount, false>(w + k, nullptr, length * p.weight_stride,
+                                    (const Factor*)p.packed_x + k / Math<T>::kPerFactor,
+                                    min_of(kBlock, p.in_features - k), tile);
+    }
+    for (int s = 0; s < kCount; ++s) sums[column + s * length] = tile[0][s];
+  };
+  for (int64_t c = 0; c < length; ++c) walk(Count<kStreams>{}, c);
+  for (int64_t c = length * kStreams; c < end - begin; ++c) walk(Count<1>{}, c);
+}
+
 template <class T>
 void dot_columns(const LinearParams& p, int64_t begin, int64_t end) {
   VecF sums[kLinearFewRows][kLinearFewColumns];
   memset(sums, 0, sizeof sums[0] * p.rows);
-  for (int64_t k = 0; k < p.in_features; k += kBlock) {
-    const int64_t n = min_of(kBlock, p.in_features - k);
-    for (int64_t g = 0; g < group_count(p); ++g) {
-      const int64_t row = group_begin(p, g), rows = group_begin(p, g + 1) - row;
-      dot_rows<T, kGroupRows>(rows, p, row, begin, end, k, n, sums + row);
+  if (kLongStreams && p.rows == 1) {
+    dot_streams<T>(p, begin, end, sums[0]);
+  } else {
+    for (int64_t k = 0; k < p.in_features; k += kBlock) {
+      const int64_t n = min_of(kBlock, p.in_features - k);
+      for (int64_t g = 0; g < group_count(p); ++g) {
+        const int64_t row = group_begin(p, g), rows = group_begin(p, g + 1) - row;
+        dot_rows<T, kGroupRows>(rows, p, row, begin, end, k, n, sums + row);
+      }
     }
   }
   for (int64_t r = 0; r < p.rows; ++r) {

@@ -1,8 +1,9 @@
 // What the machine itself can do, which benchmarks hold against what the kernels reach.
 //
 // probe_memory: a unit is kProbeRun bytes of one or two sources, read as they lie, and, with an
-// output, added up into it: the same mix of reads and writes as an elementwise op. probe_multiply:
-// a unit is kProbeSteps rounds of independent multiply-adds that never leave the registers.
+// output, added up into it: the same mix of reads and writes as an elementwise op; with the next
+// run fetched by instruction or not, as either can be the faster one. probe_multiply: a unit is
+// kProbeSteps rounds of independent multiply-adds that never leave the registers.
 #include "kernels.h"
 #include "linear-inl.h"
 
@@ -16,7 +17,7 @@ constexpr int kParts = 8;
 constexpr int64_t kPart = kProbeRun / kParts;
 constexpr int64_t kLine = 64;
 
-template <bool kTwo, bool kWrite>
+template <bool kTwo, bool kWrite, bool kFetch>
 void memory_run(const ProbeParams& p, int64_t offset) {
   const char* a = (const char*)p.a + offset;
   const char* b = (const char*)p.b + offset;
@@ -27,8 +28,8 @@ void memory_run(const ProbeParams& p, int64_t offset) {
     GEMMA2_UNROLL
     for (int64_t at = i; at < kProbeRun; at += kPart) {
       // The same line of the next run. (Past the last one a prefetch does no harm.)
-      prefetch(a + at + kProbeRun);
-      if (kTwo) prefetch(b + at + kProbeRun);
+      if (kFetch) prefetch(a + at + kProbeRun);
+      if (kFetch && kTwo) prefetch(b + at + kProbeRun);
       GEMMA2_UNROLL
       for (int v = 0; v < kVectors; ++v) {
         const int64_t vector = at + v * 4 * kLanes;
@@ -104,17 +105,23 @@ int64_t multiply_run_int8() {
 #endif
 }
 
-}  // namespace
-
-void probe_memory(const ProbeParams& p, int64_t begin, int64_t end) {
+template <bool kFetch>
+void memory_runs(const ProbeParams& p, int64_t begin, int64_t end) {
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t offset = unit * kProbeRun;
     if (p.out) {
-      p.b ? memory_run<true, true>(p, offset) : memory_run<false, true>(p, offset);
+      p.b ? memory_run<true, true, kFetch>(p, offset) : memory_run<false, true, kFetch>(p, offset);
     } else {
-      p.b ? memory_run<true, false>(p, offset) : memory_run<false, false>(p, offset);
+      p.b ? memory_run<true, false, kFetch>(p, offset)
+          : memory_run<false, false, kFetch>(p, offset);
     }
   }
+}
+
+}  // namespace
+
+void probe_memory(const ProbeParams& p, int64_t begin, int64_t end) {
+  p.fetch ? memory_runs<true>(p, begin, end) : memory_runs<false>(p, begin, end);
 }
 
 void probe_multiply(const ProbeParams& p, int64_t begin, int64_t end) {
