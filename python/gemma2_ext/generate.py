@@ -158,7 +158,7 @@ def generate(
         draft: what guesses tokens that one pass of the model then checks: "ngram" (what followed
             the same tokens before), a smaller model of the same vocabulary, or a
             `speculative.Draft` that calls with the same cache share. One row only. The tokens are
-            those drawn without it (on a GPU but where logits differ in their last bits only).
+            those drawn without it (on a GPU but where two are equal to the logits' last bits).
 
     Returns:
         (batch, seqlen + n), input_ids' dtype: the prompt as given, then the new tokens with the
