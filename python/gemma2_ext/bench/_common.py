@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache import cache_room
 from ..config import Gemma2Config
 from ._harness import Call, Unavailable, compare_tensors
 
@@ -60,6 +62,12 @@ class Setting:
         """A tensor of this dtype on this device; a training phase asks for its gradient."""
         x = (torch.randn(shape, device=self.device) * scale).to(self.dtype)
         return x.requires_grad_(self.phase == "training")
+
+    def weights(self, count: int, *shape: int, scale: float) -> list[Tensor]:
+        """`count` times `randn`, on the CPU in huge pages as the model's weights are."""
+        room = cache_room([math.prod(shape)] * count, self.dtype, torch.device(self.device))
+        made = [t.view(shape).normal_(0, scale) for t in room]
+        return [t.requires_grad_(self.phase == "training") for t in made]
 
 
 def number_of_sets(bytes_of_one: int) -> int:

@@ -7,13 +7,12 @@ with the code.
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import time
 
 import torch
 
 from .. import _C
+from ..cache import cache_room
 
 PROBE_BYTES = 256 << 20  # of each tensor: far beyond the caches
 MULTIPLY_SECONDS = 0.02
@@ -27,7 +26,9 @@ class CpuProbes:
     """
 
     def __init__(self, scratch_bytes: int = PROBE_BYTES) -> None:
-        self._memory = [in_huge_pages(scratch_bytes).fill_(1) for _ in range(3)]
+        # Placed as weights and caches are, in huge pages where the system has them.
+        sizes = [scratch_bytes // torch.float32.itemsize] * 3
+        self._memory = [t.fill_(1) for t in cache_room(sizes, torch.float32, torch.device("cpu"))]
 
     def bandwidth(self, reads: int, writes: int) -> float:
         """Bytes a second of one pass that reads `reads` tensors (1 or 2) and writes 0 or 1: the
@@ -69,14 +70,6 @@ class CudaProbes:
             self._factors[dtype] = (x, x.clone())
         a, b = self._factors[dtype]
         return 2 * 8192**3 / cuda_seconds(lambda: a @ b)
-
-
-def in_huge_pages(size: int) -> torch.Tensor:
-    """`size` bytes as float32, in huge pages where the system has them, as the weights are."""
-    memory = mmap.mmap(-1, size)
-    with contextlib.suppress(OSError, AttributeError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.float32)
 
 
 def cuda_seconds(call) -> float:  # type: ignore[no-untyped-def]

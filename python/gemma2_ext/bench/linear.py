@@ -32,13 +32,9 @@ def cases(setting: Setting) -> Iterator[Case]:
             weight_size = out_features * in_features * setting.dtype.itemsize
             sets = number_of_sets(weight_size) if rows <= 16 else 2
             # Weights are rotated through, so that they come from memory.
-            inputs = [
-                (
-                    setting.randn(rows, in_features),
-                    setting.randn(out_features, in_features, scale=in_features**-0.5),
-                )
-                for _ in range(sets)
-            ]
+            scale = in_features**-0.5
+            weights = setting.weights(sets, out_features, in_features, scale=scale)
+            inputs = [(setting.randn(rows, in_features), weight) for weight in weights]
             training = setting.phase == "training"
             activations = rows * (in_features + out_features) * setting.dtype.itemsize
             yield Case(

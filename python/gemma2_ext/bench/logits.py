@@ -17,7 +17,8 @@ def cases(setting: Setting) -> Iterator[Case]:
     if setting.phase != "decode":
         return
     softcap = config.final_logit_softcapping
-    weight = setting.randn(config.vocab_size, config.hidden_size, scale=config.hidden_size**-0.5)
+    shape = config.vocab_size, config.hidden_size
+    (weight,) = setting.weights(1, *shape, scale=config.hidden_size**-0.5)
     size = weight.nbytes
 
     def plain(hidden: Tensor, weight: Tensor) -> Tensor:
