@@ -362,7 +362,7 @@ GEMMA2_INLINE bool not_finite(const T* row, int64_t n) {
 // Rows of int8 are too short for that: those side by side are neighbours, and rows ahead are
 // fetched.
 template <class Word, class T>
-constexpr int kSideBySide = kPerWord<Word> > 1 ? 1 : 4 / kParts<Word, T>;
+constexpr int kSideBySide = kPerWord<Word> > 1 ? 1 : 4;
 template <class Word, class T>
 constexpr int kShares = kScaled<T> ? 1 : kSideBySide<Word, T>;
 
@@ -439,7 +439,7 @@ void dot_keys(const float* q, const KeyRows<T>& k, int64_t n, int64_t depth, flo
     VecF sum[kVecs][kLanes];  // (kRows, kParted, kOfShare)
     GEMMA2_UNROLL
     for (int first = 0; first < kOfShare; first += kNeighbours) {
-      VecF part_sum[kRows][kAtOnce][kPart];
+      VecF part_sum[kRows][kAtOnce];
       const T *rows[kAtOnce], *later[kAtOnce];
       GEMMA2_UNROLL
       for (int i = 0; i < kAtOnce; ++i) {
@@ -448,7 +448,7 @@ void dot_keys(const float* q, const KeyRows<T>& k, int64_t n, int64_t depth, flo
         later[i] = k.row(key + kAhead);
         prefetch_row(later[i], depth);
         GEMMA2_UNROLL
-        for (int r = 0; r < kRows * kPart; ++r) part_sum[r / kPart][i][r % kPart] = zero();
+        for (int r = 0; r < kRows; ++r) part_sum[r][i] = zero();
       }
       const auto step = [&](int64_t d, int64_t words) __attribute__((always_inline)) {
         VecF query[kRows][kPart];
@@ -463,7 +463,7 @@ void dot_keys(const float* q, const KeyRows<T>& k, int64_t n, int64_t depth, flo
           load_parts<Word>(rows[i], d, words, key);
           GEMMA2_UNROLL
           for (int r = 0; r < kRows * kPart; ++r) {
-            VecF& to = part_sum[r / kPart][i][r % kPart];
+            VecF& to = part_sum[r / kPart][i];
             to = multiply_add(Word{}, query[r / kPart][r % kPart], key[r % kPart], to);
           }
         }
@@ -475,10 +475,7 @@ void dot_keys(const float* q, const KeyRows<T>& k, int64_t n, int64_t depth, flo
         GEMMA2_UNROLL
         for (int i = 0; i < kAtOnce; ++i) {
           const int at = r * kKeys + i / kNeighbours * kOfShare + first + i % kNeighbours;
-          VecF total = part_sum[r][i][0];
-          GEMMA2_UNROLL
-          for (int part = 1; part < kPart; ++part) total += part_sum[r][i][part];
-          sum[at / kLanes][at % kLanes] = total;
+          sum[at / kLanes][at % kLanes] = part_sum[r][i];
         }
       }
     }
@@ -546,8 +543,15 @@ GEMMA2_INLINE void add_values(float, const float* w, const KeyRows<T>& v, int64_
   constexpr int kNeighbours = kKeys / kParted;
   const int64_t share = n / kKeys * kNeighbours;
   w += first;
-  for (int64_t j = 0; j < share; j += kNeighbours)
-    add_some_values<kRows, kKeys, kNeighbours>(w, v, j, share, head_dim, o, o_stride);
+  for (int64_t j = 0; j < share; j += kNeighbours) {
+    if (kParts<float, T> > 1 && kRows > 2) {  // all their weights would fill the registers
+      static_assert(kNeighbours == 1 || kParts<float, T> == 1, "");
+      for (int i = 0; i < kParted; i += 2)
+        add_some_values<kRows, 2, 1>(w, v, j + i * share, share, head_dim, o, o_stride);
+    } else {
+      add_some_values<kRows, kKeys, kNeighbours>(w, v, j, share, head_dim, o, o_stride);
+    }
+  }
   for (int64_t j = share * kParted; j < n; ++j)
     add_some_values<kRows, 1, 1>(w, v, j, 0, head_dim, o, o_stride);
 }
