@@ -37,7 +37,7 @@ class Settings:
     """
 
     rounds: int = 20
-    sample_seconds: float = 0.002
+    sample_seconds: float = 0.02
     budget_seconds: float = 10.0
     peers: bool = True
 
