@@ -15,7 +15,7 @@ from gemma2_ext.bench import OPS, Settings, _common, _probes, _report, _suite, a
 from gemma2_ext.bench import model as bench_model
 from gemma2_ext.bench._harness import Case, Result, Side, compare_tensors
 from gemma2_ext.bench._llama import write_gguf
-from gemma2_ext.weights import hugging_face_parts, random_weights
+from gemma2_ext.weights import Arena, hugging_face_parts, random_weights
 from training_common import student
 
 QUICK = Settings(rounds=3, sample_seconds=1e-4)
@@ -50,6 +50,36 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(gemma2_ext.Gemma2Config, name, staticmethod(lambda: tiny))
     monkeypatch.setattr(attention, "LENGTHS", {"decode": (40,), "prefill": (40,), "training": (9,)})
     monkeypatch.setattr(_common, "CACHE_BYTES", 1)
+
+
+def mapping_flags(tensor: torch.Tensor) -> set[str]:
+    """What the system says of the mapping that holds a tensor: "hg" huge pages, "sh" shared."""
+    address, inside = tensor.data_ptr(), False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return set(line.split()[1:])
+    raise AssertionError("no mapping holds the tensor")
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps").exists()
+    or not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(),
+    reason="needs a Linux with huge pages",
+)
+def test_limit_and_weights_lie_in_huge_pages() -> None:
+    """A shared mapping gets none, and a limit without is one that weights exceed."""
+    placed = {
+        "probe": _probes.CpuProbes(64 << 20)._memory[0],
+        "weights": setting().weights(2, 4096, 2304, scale=1.0)[1],
+        "model": Arena(gemma2_ext.Gemma2Config.gemma2_2b(), torch.bfloat16).flat(
+            0, 1, torch.bfloat16
+        ),
+    }
+    for name, tensor in placed.items():
+        flags = mapping_flags(tensor)
+        assert "hg" in flags and "sh" not in flags, (name, flags)
 
 
 @pytest.mark.parametrize("op", OPS)
