@@ -70,12 +70,11 @@ def mapping_flags(tensor: torch.Tensor) -> set[str]:
 )
 def test_limit_and_weights_lie_in_huge_pages() -> None:
     """A shared mapping gets none, and a limit without is one that weights exceed."""
+    config = replace(gemma2_ext.Gemma2Config.gemma2_2b(), intermediate_size=96, vocab_size=256)
     placed = {
         "probe": _probes.CpuProbes(64 << 20)._memory[0],
         "weights": setting().weights(2, 4096, 2304, scale=1.0)[1],
-        "model": Arena(gemma2_ext.Gemma2Config.gemma2_2b(), torch.bfloat16).flat(
-            0, 1, torch.bfloat16
-        ),
+        "model": Arena(config, torch.bfloat16).flat(0, 1, torch.bfloat16),
     }
     for name, tensor in placed.items():
         flags = mapping_flags(tensor)
