@@ -52,7 +52,9 @@ void few_rows(LinearParams p, const Tensor& x) {
   p.packed_x = packed.data_ptr();
   kernels.linear_pack_rows(p, 0, 1);
   const int64_t units = round_up(p.out_features, kLinearFewColumns) / kLinearFewColumns;
-  parallel_units(units, kLinearFewColumns * p.in_features * element_size(p.dtype),
+  // Several rows carry more work a byte.
+  const int64_t unit_bytes = kLinearFewColumns * p.in_features * element_size(p.dtype);
+  parallel_units(units, unit_bytes * (p.rows + 3) / 4,
                  [&](int64_t begin, int64_t end) { kernels.linear_few_rows(p, begin, end); });
 }
 
