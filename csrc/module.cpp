@@ -3,11 +3,28 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
+#include "calls.h"
 #include "cpu/isa.h"
 #include "probe.h"
 #ifdef GEMMA2_WITH_CUDA
 #include "cuda/kernels.h"
 #endif
+
+namespace {
+
+// All calls in turn, without the interpreter's lock; Ctrl-C is heard every few dozen.
+void run(const gemma2::Calls& calls) {
+  constexpr size_t kAtOnce = 32;
+  for (size_t begin = 0; begin < calls.size(); begin += kAtOnce) {
+    if (PyErr_CheckSignals()) throw pybind11::error_already_set();
+    const pybind11::gil_scoped_release released;
+    for (size_t i = begin; i < std::min(begin + kAtOnce, calls.size()); ++i) calls.run(i);
+  }
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   gemma2::cpu_isa();  // an unknown GEMMA2_EXT_CPU_ISA is an error of the import
@@ -26,6 +43,13 @@ PYBIND11_MODULE(_C, m) {
         pybind11::arg("seconds"), pybind11::call_guard<pybind11::gil_scoped_release>(),
         "Operations a second of multiply-adds in registers; dtype: float32, bfloat16 or int8 (0 "
         "where there is no such instruction).");
+  pybind11::class_<gemma2::Calls>(m, "Calls",
+                                  "Calls of `_out` ops on the CPU, to be made again as they were.")
+      .def(pybind11::init<>())
+      .def("record", &gemma2::Calls::record, "This thread's calls are added, until `stop`.")
+      .def_static("stop", &gemma2::Calls::stop)
+      .def("__len__", &gemma2::Calls::size)
+      .def("run", &run, "Makes them in turn, without torch's dispatcher; errors are the ops'.");
 #ifdef GEMMA2_WITH_CUDA
   m.def(
       "set_early_launches", [](bool on) { gemma2::early_launches = on; }, pybind11::arg("on"),

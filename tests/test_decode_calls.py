@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import copy
 import gc
 import itertools
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import tiny
-from gemma2_ext import Gemma2, KVCache, decode_calls, ops
+from gemma2_ext import _C, Gemma2, KVCache, decode_calls, ops
 from gemma2_ext import model as model_module
 
 
@@ -169,3 +171,86 @@ def test_errors_are_the_same() -> None:
     with pytest.raises(ValueError, match="row 0 holds 4 tokens and is given 1 more"):
         model(torch.ones(1, 1, dtype=torch.int64), cache=cache)
     assert cache.lengths.tolist() == [4]
+
+
+def made_as_ops(model: Gemma2, ids: Tensor, cache: KVCache) -> dict[str, int]:
+    """How often a step calls each op of this package, as torch's profiler sees it."""
+    with torch.profiler.profile() as profile:
+        model(ids, cache=cache)
+    return {e.key: e.count for e in profile.key_averages() if e.key.startswith("gemma2_ext::")}
+
+
+class Counting(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += op.namespace == "gemma2_ext"
+        return op(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_who_watches_sees_torch_ops() -> None:
+    model, ids = tiny.small_model(), torch.ones(1, 1, dtype=torch.int64)
+    cache = model.new_cache(1, 16)
+    layers = model.config.num_hidden_layers
+    for watched in range(3):  # the first step and later ones
+        counts = made_as_ops(model, ids, cache)
+        assert counts["gemma2_ext::attention_cache_out"] == layers, watched
+        assert counts["gemma2_ext::linear_out"] == 4 * layers
+        with Counting() as counting:
+            model(ids, cache=cache)
+        assert counting.calls > 9 * layers
+        model(ids, cache=cache)  # not watched
+
+
+@torch.no_grad()
+def test_a_step_under_a_mode_that_answers_itself_is_not_noted() -> None:
+    class Refusing(Counting):
+        def __torch_dispatch__(
+            self, op: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            return None if "geglu" in str(op) else op(*args, **(kwargs or {}))
+
+    model, ids = tiny.small_model(), torch.ones(1, 1, dtype=torch.int64)
+    cache = model.new_cache(1, 16)
+    with Refusing():
+        model(ids, cache=cache)
+    cache.reset()
+    assert torch.equal(model(ids, cache=cache), one_by_one(model, ids, model.new_cache(1, 16)))
+
+
+def test_calls_made_again() -> None:
+    x, y = torch.randn(2, 5, 8)
+    out = torch.empty(5, 8)
+    calls = _C.Calls()
+    geglu_out = torch.ops.gemma2_ext.geglu_out.default
+    calls.record()
+    geglu_out(x, y, out)
+    other = threading.Thread(target=geglu_out, args=(x, y, out))
+    other.start()
+    other.join()
+    with pytest.raises(ValueError, match="up must have"):
+        geglu_out(x, y[:3], out)  # a call that failed fails again
+    calls.stop()
+    geglu_out(x, y, out)
+    assert len(calls) == 2  # not the other thread's, nor the last one
+    x.mul_(2)
+    expected = ops.geglu(x, y)
+    del x, y  # their memory is held
+    with pytest.raises(ValueError, match="geglu: up must have gate's shape"):
+        calls.run()
+    assert torch.equal(out, expected)
+
+
+def test_ctrl_c_ends_calls_in_between() -> None:
+    x, out = torch.randn(64, 512), torch.empty(64, 512)
+    calls = _C.Calls()
+    calls.record()
+    for _ in range(20_000):
+        torch.ops.gemma2_ext.geglu_out.default(x, x, out)
+    calls.stop()
+    threading.Timer(0.02, _thread.interrupt_main).start()
+    with pytest.raises(KeyboardInterrupt):
+        calls.run()

@@ -212,6 +212,7 @@ def test_an_interrupt_in_the_middle_of_a_step(monkeypatch: pytest.MonkeyPatch) -
         assert calls is not None
         broken = [*calls._calls[:7], (interrupted, (), {}), *calls._calls[8:]]
         patch.setattr(calls, "_calls", broken)
+        patch.setattr(calls, "_noted", None)
         with pytest.raises(KeyboardInterrupt):
             next(stream)
     assert cache.length == 11  # the step that broke off does not count

@@ -31,6 +31,7 @@ void check_inputs(const char* op, const Tensor& x, const char* residual_name,
 
 void add_rms_norm_out(const Tensor& x, const Tensor& residual, const Tensor& post_weight,
                       const Tensor& pre_weight, double eps, Tensor residual_out, Tensor out) {
+  note(add_rms_norm_out, x, residual, post_weight, pre_weight, eps, residual_out, out);
   const char* op = "add_rms_norm";
   const DType dtype = dtype_of(op, "x", x, Dtypes::kOrFloat64);
   const DType weight_dtype = weight_dtype_of(op, "post_weight", post_weight, x);

@@ -610,6 +610,8 @@ void attention_cache_out(const Tensor& q, const Tensor& k_cache, const Tensor& v
                          const Tensor& key_lengths, std::optional<Tensor> k_scales,
                          std::optional<Tensor> v_scales, double scale,
                          std::optional<double> softcap, std::optional<int64_t> window, Tensor out) {
+  note(attention_cache_out, q, k_cache, v_cache, key_lengths, k_scales, v_scales, scale, softcap,
+       window, out);
   const char* op = "attention_cache";
   AttentionParams p{};
   p.dtype = dtype_of(op, "q", q);

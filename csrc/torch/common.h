@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../calls.h"
 #include "../params.h"
 #include "../shares.h"
 
@@ -240,6 +241,12 @@ void parallel_units(int64_t units, int64_t bytes_per_unit, const F& f) {
   int64_t run = std::max<int64_t>(1, kRunBytes / std::max<int64_t>(1, bytes_per_unit));
   run = std::max(run, units / kMostRuns);
   parallel_runs(units, run, [&](int64_t, int64_t begin, int64_t end) { f(begin, end); });
+}
+
+// First in a binding: a thread that records (calls.h) notes this call of it.
+template <class... Parameters, class... Args>
+void note(void (*binding)(Parameters...), const Args&... args) {
+  if (Calls* calls = Calls::of_this_thread()) calls->add([=] { binding(args...); });
 }
 
 }  // namespace gemma2

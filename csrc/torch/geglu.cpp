@@ -20,6 +20,7 @@ void parallel_runs(int64_t rows, int64_t columns, const F& f) {
 }
 
 void geglu_out(const Tensor& gate, const Tensor& up, Tensor out) {
+  note(geglu_out, gate, up, out);
   const char* op = "geglu";
   const DType dtype = dtype_of(op, "gate", gate, Dtypes::kOrFloat64);
   check_inputs(op, gate, up);

@@ -170,6 +170,7 @@ Tensor new_out(const Tensor& x, const Tensor& weight, ScalarType type) {
 }
 
 void linear_out(const Tensor& x, const Tensor& weight, Tensor out) {
+  note(linear_out, x, weight, out);
   run("linear", "x", x, weight, 0, out, x.scalar_type());
 }
 

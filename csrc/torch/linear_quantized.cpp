@@ -176,6 +176,7 @@ Tensor new_out(const Tensor& x, const Tensor& data, ScalarType type) {
 }
 
 void linear_int8_out(const Tensor& x, const Tensor& data, const Tensor& scales, Tensor out) {
+  note(linear_int8_out, x, data, scales, out);
   run("linear_int8", "x", kInt8, x, data, scales, 0, out, x.scalar_type());
 }
 
@@ -186,6 +187,7 @@ Tensor linear_int8(const Tensor& x, const Tensor& data, const Tensor& scales) {
 }
 
 void linear_int4_out(const Tensor& x, const Tensor& data, const Tensor& scales, Tensor out) {
+  note(linear_int4_out, x, data, scales, out);
   run("linear_int4", "x", kInt4, x, data, scales, 0, out, x.scalar_type());
 }
 

@@ -18,6 +18,7 @@ void check_inputs(const char* op, const Tensor& x, const Tensor& weight, double 
 }
 
 void rms_norm_out(const Tensor& x, const Tensor& weight, double eps, Tensor out) {
+  note(rms_norm_out, x, weight, eps, out);
   const char* op = "rms_norm";
   const DType dtype = dtype_of(op, "x", x, Dtypes::kOrFloat64);
   const DType weight_dtype = weight_dtype_of(op, "weight", weight, x);

@@ -198,6 +198,8 @@ void rope_append_cache_out(const Tensor& q, const Tensor& k, const Tensor& v,
                            const Tensor& positions, Tensor k_cache, Tensor v_cache, double theta,
                            std::optional<Tensor> k_scales, std::optional<Tensor> v_scales,
                            Tensor q_out) {
+  note(rope_append_cache_out, q, k, v, positions, k_cache, v_cache, theta, k_scales, v_scales,
+       q_out);
   const char* op = "rope_append_cache";
   const Tensor wide_positions = check_inputs(op, q, k, positions, theta, Dtypes::kCommon);
   check_device(op, "v", v, "k", k);

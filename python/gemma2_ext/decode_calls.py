@@ -5,6 +5,11 @@ microseconds of checks, attribute look-ups and allocations before it begins, whi
 decoding waits for, stands idle. Here every call's arguments stand ready, buffers included; a step
 puts embeddings, positions and lengths into place and makes the calls of the `_out` forms one after
 another. They are those of `model.run_layer`, in its order: results are equal to the bit.
+
+The first step makes them as torch ops; the extension notes them, and later steps make them again
+from there, without the interpreter and torch's dispatcher, whose code and data a step's weights
+have driven out of the caches each time. Where someone watches torch's calls (a profiler, a mode)
+they are torch ops again.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from . import _C
 from .cache import KVCache
 from .quantize import QuantizedWeight
 
@@ -65,6 +71,15 @@ def _parts(model: nn.Module, kind: type) -> Iterator[tuple[dict[str, Any], str, 
                     yield owner, name, part
 
 
+def _watched() -> bool:
+    """Whether calls of torch ops are seen by someone."""
+    return bool(
+        torch.autograd._profiler_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+    )
+
+
 class DecodeCalls:
     """A step of `seqlen` tokens for every row of `cache`; see this module.
 
@@ -81,6 +96,7 @@ class DecodeCalls:
         # What is written later must not be an inference tensor.
         with torch.inference_mode(False), torch.no_grad():
             self._calls = list(self._make(model, cache, seqlen))
+        self._noted: _C.Calls | None = None
 
     def are_of(self, model: Gemma2, cache: KVCache) -> bool:
         """Whether model and cache are still made of the same tensors."""
@@ -105,9 +121,22 @@ class DecodeCalls:
         self._residual.copy_(embedded)
         self._positions.copy_(positions)
         self._key_lengths.copy_(key_lengths)
-        for op, args, options in self._calls:
-            op(*args, **options)
+        if self._noted is None or _watched():
+            self._call_ops()
+        else:
+            self._noted.run()
         return self._hidden
+
+    def _call_ops(self) -> None:
+        noted = _C.Calls()
+        noted.record()
+        try:
+            for op, args, options in self._calls:
+                op(*args, **options)
+        finally:
+            noted.stop()
+        if len(noted) == len(self._calls):  # a mode may have answered in an op's place
+            self._noted = noted
 
     def _make(self, model: Gemma2, cache: KVCache, seqlen: int) -> Iterator[Call]:
         config, batch, ops = model.config, cache.batch_size, torch.ops.gemma2_ext
