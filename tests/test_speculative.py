@@ -279,6 +279,45 @@ def test_hashed_noise_is_exponential() -> None:
                 assert abs(correlation) < 5 / math.sqrt(a.numel())
 
 
+@pytest.mark.parametrize("vocab_size", [16383, 16384, 20_001])
+def test_tokens_of_a_large_vocabulary_have_their_frequencies(vocab_size: int) -> None:
+    """A few likely tokens, at the edges of runs among others, and all the rest together."""
+    likely = torch.tensor([0, 1, 511, 512, 513, 5000, 16382, vocab_size - 1])
+    logits = torch.randn(1, vocab_size) - 3
+    logits[0, likely] = torch.tensor([7.0, 6.0, 6.5, 5.0, 7.2, 4.0, 6.8, 5.5])
+    logits[0, 2000:4000] = -math.inf
+    sampler = Sampler(temperature=1.25, generator=torch.Generator().manual_seed(3))
+    draws = 6000
+    keys = sampler.keys(draws)
+    drawn = torch.cat([sampler(logits.expand(500, -1), part) for part in keys.split(500)])
+    assert torch.equal(drawn[:3], torch.cat([sampler(logits, keys[i : i + 1]) for i in range(3)]))
+    assert not ((drawn >= 2000) & (drawn < 4000)).any()
+    assert (drawn >= 0).all() and (drawn < vocab_size).all()
+    expected = draws * (logits / 1.25).softmax(-1)[0]
+    counts = torch.bincount(drawn, minlength=vocab_size).float()
+    chi_square, classes = 0.0, 0
+    rest, quarter = torch.ones(vocab_size, dtype=torch.bool), torch.arange(vocab_size) * 4
+    rest[likely] = False
+    parts = [torch.tensor([i]) for i in likely.unique()]
+    parts += [(rest & (quarter // vocab_size == q)).nonzero()[:, 0] for q in range(4)]
+    for part in parts:
+        mean = expected[part].sum().item()
+        assert mean > 20
+        chi_square += (counts[part].sum().item() - mean) ** 2 / mean
+        classes += 1
+    assert chi_square < classes - 1 + 5 * math.sqrt(2 * (classes - 1)), chi_square
+
+
+def test_alike_distributions_draw_alike_from_a_large_vocabulary() -> None:
+    sampler = Sampler(temperature=1.0, generator=torch.Generator().manual_seed(0))
+    logits = 3 * torch.randn(300, 30_000)
+    keys = sampler.keys(300)
+    near = logits + 0.1 * torch.randn_like(logits)
+    overlap = torch.minimum(logits.softmax(-1), near.softmax(-1)).sum(-1).mean().item()
+    equal = (sampler(near, keys) == sampler(logits, keys)).double().mean().item()
+    assert overlap / (2 - overlap) - 0.05 < equal <= overlap + 0.05
+
+
 @pytest.mark.parametrize("options", [{"temperature": 8.0}, {"temperature": 6.0, "top_k": 4}])
 def test_two_tokens_have_their_joint_distribution(options: dict[str, Any]) -> None:
     """The frequency of each pair, by a chi-square test at five standard deviations."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import KVCache
@@ -23,6 +24,10 @@ PAD_ID = 0
 # Nucleus sampling looks at this many tokens first, and sorts the vocabulary only where they do not
 # carry the asked probability.
 NUCLEUS_CANDIDATES = 1024
+# On a CPU a vocabulary of this size or more is drawn from in two steps: a run of tokens, then one
+# of them.
+TWO_STEPS_FROM = 16384
+RUN = 512
 
 
 @dataclass(frozen=True)
@@ -76,10 +81,9 @@ class Sampler:
         if keys is None:
             keys = self.keys(logits.shape[0])
         # Subtracting the largest first keeps a tiny temperature from making inf - inf.
-        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        logits = (logits - logits.amax(-1, keepdim=True)).div_(self.temperature)
         if self.top_k is None and self.top_p is None:
-            ids = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)
-            return self._draw(logits, ids, keys)
+            return _first(self._probabilities(logits), keys)
         vocab_size = logits.shape[-1]
         if self.top_k is not None:
             values, ids = logits.topk(min(self.top_k, vocab_size), dim=-1)
@@ -97,17 +101,43 @@ class Sampler:
         if self.top_p is not None:
             before = probabilities.cumsum(-1) - probabilities
             values = values.masked_fill(before >= self.top_p, -math.inf)
-        return ids.gather(-1, self._draw(values, ids, keys)[:, None])[:, 0]
+        return ids.gather(-1, _race(self._probabilities(values), ids, keys)[:, None])[:, 0]
 
-    def _draw(self, logits: Tensor, ids: Tensor, keys: Tensor) -> Tensor:
-        """Which of the tokens `ids`, (n,) or (batch, n), of these logits (batch, n)."""
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        """Of the tokens that min_p leaves, 0 for others."""
         if self.min_p is not None and self.min_p > 0:
             floor = logits.amax(-1, keepdim=True) + math.log(self.min_p)
             logits = logits.masked_fill(logits < floor, -math.inf)
-        # Where each arrives after a time of mean 1 / probability, each is the first with its
-        # probability. Times that depend on the draw and the token alone, not on what else is
-        # probable, let two distributions that are alike draw alike.
-        return (logits.softmax(-1) / _exponential(keys, ids)).argmax(-1)
+        return logits.softmax(-1)
+
+
+def _race(probabilities: Tensor, ids: Tensor, keys: Tensor) -> Tensor:
+    """Which of the tokens `ids`, (n,) or (batch, n), of these probabilities (batch, n).
+
+    Where each arrives after a time of mean 1 / probability, each is the first with its probability.
+    Times that depend on the draw and the token alone, not on what else is probable, let two
+    distributions that are alike draw alike.
+    """
+    return (probabilities / _exponential(keys, ids)).argmax(-1)
+
+
+def _first(probabilities: Tensor, keys: Tensor) -> Tensor:
+    """As `_race` of all tokens: (batch, vocab_size) -> (batch,).
+
+    On a CPU a large vocabulary's runs of tokens race, with their sums and as ids below 0, then the
+    tokens of the run that came first: a number for each token would take it several milliseconds.
+    """
+    batch, vocab_size = probabilities.shape
+    if vocab_size < TWO_STEPS_FROM or probabilities.device.type != "cpu":
+        ids = torch.arange(vocab_size, dtype=torch.int32, device=probabilities.device)
+        return _race(probabilities, ids, keys)
+    if missing := -vocab_size % RUN:
+        probabilities = F.pad(probabilities, (0, missing))
+    runs = probabilities.view(batch, -1, RUN)
+    run = _race(runs.sum(-1), -1 - torch.arange(runs.shape[1]), keys)
+    ids = RUN * run[:, None] + torch.arange(RUN)
+    token = _race(runs[torch.arange(batch), run], ids, keys)
+    return ids.gather(-1, token[:, None])[:, 0]
 
 
 def _exponential(keys: Tensor, ids: Tensor) -> Tensor:
