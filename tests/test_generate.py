@@ -77,6 +77,33 @@ def test_top_p_of_a_flat_large_vocabulary() -> None:
     assert len(ids.unique()) > 2000
 
 
+@pytest.mark.parametrize("scale", [6.0, 2.0, 1.0])
+def test_top_p_whatever_number_of_tokens_it_takes(
+    scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the first thousand, of more, or of all: the draws of a vocabulary that is sorted."""
+    logits = scale * torch.randn(20, 30_000)
+    sorted_logits = (logits / 1.3).softmax(-1).sort(-1, descending=True).values
+    taken = (sorted_logits.cumsum(-1) < 0.9).sum(-1) + 1
+    low, high = {6.0: (1, 1024), 2.0: (1025, 16384), 1.0: (1025, 30_000)}[scale]
+    assert ((low <= taken) & (taken <= high)).all()
+    sampler = Sampler(temperature=1.3, top_p=0.9)
+    keys = sampler.keys(20)
+    drawn = sampler(logits, keys)
+    assert torch.equal(
+        torch.cat([sampler(logits[i : i + 1], keys[i : i + 1]) for i in range(20)]), drawn
+    )
+    monkeypatch.setattr("gemma2_ext.generate.NUCLEUS_CANDIDATES", ())
+    assert torch.equal(sampler(logits, keys), drawn)
+
+
+def test_top_p_of_one_is_none() -> None:
+    logits = torch.randn(50, 20_000)
+    plain = Sampler(temperature=1.0)
+    keys = plain.keys(50)
+    assert torch.equal(Sampler(temperature=1.0, top_p=1.0)(logits, keys), plain(logits, keys))
+
+
 def test_top_p_and_min_p_as_transformers_does() -> None:
     from transformers import MinPLogitsWarper, TopPLogitsWarper
 

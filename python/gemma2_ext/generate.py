@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 # <eos> and <end_of_turn>: Gemma 2 ends an answer with either.
 STOP_IDS = (1, 107)
 PAD_ID = 0
-# Nucleus sampling looks at this many tokens first, and sorts the vocabulary only where they do not
-# carry the asked probability.
-NUCLEUS_CANDIDATES = 1024
+# Nucleus sampling looks at so many tokens, at more where they do not carry the asked probability,
+# and sorts the vocabulary only where those do not either.
+NUCLEUS_CANDIDATES = (1024, 16384)
 # On a CPU a vocabulary of this size or more is drawn from in two steps: a run of tokens, then one
 # of them.
 TWO_STEPS_FROM = 16384
@@ -80,28 +80,34 @@ class Sampler:
             return logits.argmax(-1)
         if keys is None:
             keys = self.keys(logits.shape[0])
-        # Subtracting the largest first keeps a tiny temperature from making inf - inf.
-        logits = (logits - logits.amax(-1, keepdim=True)).div_(self.temperature)
-        if self.top_k is None and self.top_p is None:
-            return _first(self._probabilities(logits), keys)
+        top_p = 1.0 if self.top_p is None else self.top_p
+        if self.top_k is None and top_p == 1:
+            return _first(self._probabilities(self._scaled(logits)), keys)
         vocab_size = logits.shape[-1]
         if self.top_k is not None:
             values, ids = logits.topk(min(self.top_k, vocab_size), dim=-1)
+            values = self._scaled(values)
             probabilities = values.softmax(-1)
         else:
-            values, ids = logits.topk(min(NUCLEUS_CANDIDATES, vocab_size), dim=-1)
+            logits = self._scaled(logits)
             log_total = logits.logsumexp(-1, keepdim=True)
-            probabilities = (values - log_total).exp()
-            # On a GPU the whole vocabulary is sorted rather than asked: asking would wait for it.
-            if self.top_p is not None and (
-                logits.is_cuda or bool((probabilities.sum(-1) < self.top_p).any())
-            ):
+            # A GPU sorts the whole vocabulary rather than being asked, which would wait for it.
+            for count in () if logits.is_cuda else NUCLEUS_CANDIDATES:
+                values, ids = logits.topk(min(count, vocab_size), dim=-1)
+                probabilities = (values - log_total).exp()
+                if bool((probabilities.sum(-1) >= top_p).all()):
+                    break
+            else:
                 values, ids = logits.sort(dim=-1, descending=True)
                 probabilities = (values - log_total).exp()
-        if self.top_p is not None:
+        if top_p < 1:
             before = probabilities.cumsum(-1) - probabilities
-            values = values.masked_fill(before >= self.top_p, -math.inf)
+            values = values.masked_fill(before >= top_p, -math.inf)
         return ids.gather(-1, _race(self._probabilities(values), ids, keys)[:, None])[:, 0]
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        """By the temperature. The largest is subtracted first: a tiny one makes no inf - inf."""
+        return (logits - logits.amax(-1, keepdim=True)).div_(self.temperature)
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         """Of the tokens that min_p leaves, 0 for others."""
