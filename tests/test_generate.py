@@ -11,6 +11,7 @@ from torch import Tensor
 
 import tiny
 from gemma2_ext import Gemma2, decode_calls
+from gemma2_ext import generate as generate_module
 from gemma2_ext.generate import Sampler
 
 DRAWS = 20_000
@@ -93,8 +94,22 @@ def test_top_p_whatever_number_of_tokens_it_takes(
     assert torch.equal(
         torch.cat([sampler(logits[i : i + 1], keys[i : i + 1]) for i in range(20)]), drawn
     )
-    monkeypatch.setattr("gemma2_ext.generate.NUCLEUS_CANDIDATES", ())
+    monkeypatch.setattr(generate_module, "NUCLEUS_CANDIDATES", ())
     assert torch.equal(sampler(logits, keys), drawn)
+
+
+@pytest.mark.parametrize("count", [1, 3, 40, 64, 78, 79, 1000, 10_048])
+def test_the_largest_of_many(count: int) -> None:
+    logits = torch.randn(5, 10_048)  # 157 runs
+    logits[1] = logits[1].sort().values  # the largest all in neighbouring runs
+    logits[2, 1000:] = -math.inf
+    logits[3] = torch.randint(0, 4, (10_048,)).float()  # most are equal
+    logits[4, 17] = math.nan
+    values, ids = generate_module._largest(logits, count)
+    expected = logits.topk(count).values
+    torch.testing.assert_close(values, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(logits.gather(-1, ids), expected, rtol=0, atol=0, equal_nan=True)
+    assert all(len(row.unique()) == count for row in ids)
 
 
 def test_top_p_of_one_is_none() -> None:

@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 # <eos> and <end_of_turn>: Gemma 2 ends an answer with either.
 STOP_IDS = (1, 107)
 PAD_ID = 0
-# Nucleus sampling looks at so many tokens, at more where they do not carry the asked probability,
+# Nucleus sampling looks at this many tokens, at more where they do not carry the asked probability,
 # and sorts the vocabulary only where those do not either.
-NUCLEUS_CANDIDATES = (1024, 16384)
+NUCLEUS_CANDIDATES = (128, 1024, 16384)
 # On a CPU a vocabulary of this size or more is drawn from in two steps: a run of tokens, then one
 # of them.
 TWO_STEPS_FROM = 16384
 RUN = 512
+TOP_RUN = 64  # of the k largest, which lie in the k runs of the largest maxima
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Sampler:
             return _first(self._probabilities(self._scaled(logits)), keys)
         vocab_size = logits.shape[-1]
         if self.top_k is not None:
-            values, ids = logits.topk(min(self.top_k, vocab_size), dim=-1)
+            values, ids = _largest(logits, min(self.top_k, vocab_size))
             values = self._scaled(values)
             probabilities = values.softmax(-1)
         else:
@@ -93,7 +94,7 @@ class Sampler:
             log_total = logits.logsumexp(-1, keepdim=True)
             # A GPU sorts the whole vocabulary rather than being asked, which would wait for it.
             for count in () if logits.is_cuda else NUCLEUS_CANDIDATES:
-                values, ids = logits.topk(min(count, vocab_size), dim=-1)
+                values, ids = _largest(logits, min(count, vocab_size))
                 probabilities = (values - log_total).exp()
                 if bool((probabilities.sum(-1) >= top_p).all()):
                     break
@@ -115,6 +116,19 @@ class Sampler:
             floor = logits.amax(-1, keepdim=True) + math.log(self.min_p)
             logits = logits.masked_fill(logits < floor, -math.inf)
         return logits.softmax(-1)
+
+
+def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row, falling, and their places; of equals any."""
+    vocab_size = logits.shape[-1]
+    on_cpu = logits.device.type == "cpu"
+    if not on_cpu or vocab_size % TOP_RUN or 2 * TOP_RUN * count > vocab_size:
+        values, ids = logits.topk(count, dim=-1)
+        return values, ids
+    runs = logits.unflatten(-1, (-1, TOP_RUN)).amax(-1).topk(count, dim=-1, sorted=False).indices
+    ids = (TOP_RUN * runs[..., None] + torch.arange(TOP_RUN)).flatten(1)
+    values, places = logits.gather(-1, ids).topk(count, dim=-1)
+    return values, ids.gather(-1, places)
 
 
 def _race(probabilities: Tensor, ids: Tensor, keys: Tensor) -> Tensor:
