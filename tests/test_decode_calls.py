@@ -206,6 +206,23 @@ def test_who_watches_sees_torch_ops() -> None:
 
 
 @torch.no_grad()
+def test_later_steps_are_not_made_of_ops() -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("an op was called")
+
+    model, ids = tiny.small_model(), torch.ones(1, 1, dtype=torch.int64)
+    cache, plain = model.new_cache(1, 16), model.new_cache(1, 16)
+    for step in range(4):
+        actual = model(ids, cache=cache)
+        assert torch.equal(actual, one_by_one(model, ids, plain)), step
+        calls = decode_calls.calls_for(model, cache, ids)
+        assert calls is not None
+        calls._calls = [(fail, (), {})] * len(calls._calls)
+    with Counting(), pytest.raises(AssertionError, match="an op was called"):
+        model(ids, cache=cache)
+
+
+@torch.no_grad()
 def test_a_step_under_a_mode_that_answers_itself_is_not_noted() -> None:
     class Refusing(Counting):
         def __torch_dispatch__(

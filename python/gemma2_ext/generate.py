@@ -201,7 +201,8 @@ def generate(
         input_ids: (batch, seqlen) int64 or int32; with a cache, the tokens it does not hold yet.
         max_new_tokens: at least 0.
         temperature, top_k, top_p, min_p: see `Sampler`.
-        seed: of the random numbers, for a result that can be repeated; None: torch's generator.
+        seed: of the random numbers, for a result that can be repeated on the same kind of device;
+            None: torch's generator.
         attention_mask: (batch, seqlen), true where input_ids holds a token; padding on any side.
         cache: continued, and left holding all tokens but the last one drawn; None: a fresh one.
         stop_ids: tokens that end a row; None: 1 (<eos>) and 107 (<end_of_turn>).
