@@ -71,14 +71,26 @@ def through_dispatcher(*tensors: Tensor) -> bool:
     Otherwise the public function allocates the output and calls the `_out` op, which is cheaper
     and leaves an out-of-memory error to torch.
     """
-    if torch.compiler.is_compiling() or _autocast(tensors[0]):
+    if torch.compiler.is_compiling():
+        return True
+    # Asked of all devices first: it is quick, and mostly the answer.
+    if torch._C._is_any_autocast_enabled() and _autocast(tensors[0]):
         return True
     return needs_gradient(*tensors)
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
     """Whether autograd records a call with these tensors."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:  # not any(): a generator costs as much as a small op
+            if t.requires_grad:
+                return True
+    return False
+
+
+def new_like(t: Tensor) -> Tensor:
+    """A new contiguous tensor of t's shape, dtype and device; quicker than `new_empty`."""
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -87,7 +99,12 @@ def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
     Otherwise the tensors as they are: an op computes in the dtype that it is given.
     """
     dtype = tensors[0].dtype
-    if all(t.dtype == dtype for t in tensors) or not _autocast(tensors[0]):
+    for t in tensors:
+        if t.dtype != dtype:
+            break
+    else:
+        return tensors
+    if not _autocast(tensors[0]):
         return tensors
     for t in tensors[1:]:
         dtype = torch.promote_types(dtype, t.dtype)
@@ -96,7 +113,12 @@ def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def narrow(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, float32 tensors in autocast's dtype: the rule for matrix products."""
-    if all(t.dtype != torch.float32 for t in tensors) or not _autocast(tensors[0]):
+    for t in tensors:
+        if t.dtype == torch.float32:
+            break
+    else:
+        return tensors
+    if not _autocast(tensors[0]):
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(t.to(dtype) if t.dtype == torch.float32 else t for t in tensors)

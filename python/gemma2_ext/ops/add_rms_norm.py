@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import check_tensor, promote, register_backward, through_dispatcher
+from ._common import check_tensor, new_like, promote, register_backward, through_dispatcher
 
 _op = torch.ops.gemma2_ext.add_rms_norm.default
 _out_op = torch.ops.gemma2_ext.add_rms_norm_out.default
@@ -53,7 +53,7 @@ def add_rms_norm(
     x, residual = promote(x, residual)
     if through_dispatcher(x, residual, post_weight, pre_weight):
         return _op(x, residual, post_weight, pre_weight, eps)
-    residual_out, out = x.new_empty(x.shape), x.new_empty(x.shape)
+    residual_out, out = new_like(x), new_like(x)
     _out_op(x, residual, post_weight, pre_weight, eps, residual_out, out)
     return residual_out, out
 

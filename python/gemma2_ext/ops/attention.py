@@ -12,6 +12,7 @@ from ._common import (
     check_tensor,
     narrow,
     needs_gradient,
+    new_like,
     register_backward,
     through_dispatcher,
 )
@@ -90,7 +91,7 @@ def attention(
             return_lse=return_lse or needs_gradient(q, k, v),  # which the backward reads
         )
         return (out, lse) if return_lse else out
-    out = q.new_empty(q.shape)
+    out = new_like(q)
     lse = None
     if return_lse:
         lse = q.new_empty(_lse_shape(q), dtype=_lse_dtype(q))

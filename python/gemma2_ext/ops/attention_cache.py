@@ -9,6 +9,7 @@ from ._common import (
     check_cache,
     check_integers,
     check_tensor,
+    new_like,
     refuse_backward,
     through_dispatcher,
 )
@@ -69,7 +70,7 @@ def attention_cache(
     inputs = (q, k_cache, v_cache, key_lengths, k_scales, v_scales)
     if through_dispatcher(q, k_cache, v_cache):
         return _op(*inputs, scale=scale, softcap=softcap, window=window)
-    out = q.new_empty(q.shape)
+    out = new_like(q)
     _out_op(*inputs, scale=scale, softcap=softcap, window=window, out=out)
     return out
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import check_integers, check_tensor, refuse_backward, through_dispatcher
+from ._common import check_integers, check_tensor, new_like, refuse_backward, through_dispatcher
 
 _op = torch.ops.gemma2_ext.attention_paged.default
 _out_op = torch.ops.gemma2_ext.attention_paged_out.default
@@ -71,7 +71,7 @@ def attention_paged(
             softcap=softcap,
             window=window,
         )
-    out = q.new_empty(q.shape)
+    out = new_like(q)
     _out_op(
         q,
         k_pages,

@@ -12,6 +12,7 @@ from ._common import (
     check_tensor,
     narrow,
     needs_gradient,
+    new_like,
     register_backward,
     through_dispatcher,
 )
@@ -92,7 +93,7 @@ def attention_varlen(
             return_lse=return_lse or needs_gradient(q, k, v),  # which the backward reads
         )
         return (out, lse) if return_lse else out
-    out = q.new_empty(q.shape)
+    out = new_like(q)
     lse = None
     if return_lse:
         lse = q.new_empty(_lse_shape(q), dtype=_lse_dtype(q))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import check_tensor, promote, register_backward, through_dispatcher
+from ._common import check_tensor, new_like, promote, register_backward, through_dispatcher
 
 _op = torch.ops.gemma2_ext.geglu.default
 _out_op = torch.ops.gemma2_ext.geglu_out.default
@@ -40,7 +40,7 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = promote(gate, up)
     if through_dispatcher(gate, up):
         return _op(gate, up)
-    out = gate.new_empty(gate.shape)
+    out = new_like(gate)
     _out_op(gate, up, out)
     return out
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import check_tensor, register_backward, through_dispatcher
+from ._common import check_tensor, new_like, register_backward, through_dispatcher
 
 _op = torch.ops.gemma2_ext.rms_norm.default
 _out_op = torch.ops.gemma2_ext.rms_norm_out.default
@@ -37,7 +37,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     check_tensor("rms_norm", "weight", weight, float64=True)
     if through_dispatcher(x, weight):
         return _op(x, weight, eps)
-    out = x.new_empty(x.shape)
+    out = new_like(x)
     _out_op(x, weight, eps, out)
     return out
 

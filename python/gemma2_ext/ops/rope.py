@@ -10,6 +10,7 @@ from torch import Tensor
 from ._common import (
     check_integers,
     check_tensor,
+    new_like,
     promote,
     register_backward,
     through_dispatcher,
@@ -50,7 +51,7 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, theta: float = 10000.0) -> tup
     check_integers("rope", "positions", positions, required=True)
     if through_dispatcher(q, k):
         return _op(q, k, positions, theta)
-    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    q_out, k_out = new_like(q), new_like(k)
     _out_op(q, k, positions, theta, q_out, k_out)
     return q_out, k_out
 

@@ -9,6 +9,7 @@ from ._common import (
     check_cache,
     check_integers,
     check_tensor,
+    new_like,
     refuse_gradient,
     through_dispatcher,
 )
@@ -72,7 +73,7 @@ def rope_append_cache(
     check_integers("rope_append_cache", "positions", positions, required=True)
     if through_dispatcher(q, k, v, k_cache, v_cache):
         return _op(q, k, v, positions, k_cache, v_cache, theta, k_scales, v_scales)
-    q_out = q.new_empty(q.shape)
+    q_out = new_like(q)
     _out_op(q, k, v, positions, k_cache, v_cache, theta, k_scales, v_scales, q_out)
     return q_out
 
