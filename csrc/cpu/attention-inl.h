@@ -275,21 +275,6 @@ GEMMA2_INLINE void widen_rows(const KeyRows<int8_t>& from, const float* factors,
   }
 }
 
-// A perfect shuffle of the rows' elements, log2(kLanes) times, is the transpose.
-GEMMA2_INLINE void transpose(VecF (&v)[kLanes]) {
-  GEMMA2_UNROLL
-  for (int round = 1; round < kLanes; round *= 2) {
-    VecF w[kLanes];
-    GEMMA2_UNROLL
-    for (int i = 0; i < kLanes / 2; ++i) {
-      w[2 * i] = interleave_lower(v[i], v[i + kLanes / 2]);
-      w[2 * i + 1] = interleave_upper(v[i], v[i + kLanes / 2]);
-    }
-    GEMMA2_UNROLL
-    for (int i = 0; i < kLanes; ++i) v[i] = w[i];
-  }
-}
-
 // n keys as panels of kTileCols keys, in each the words of all keys side by side: (panel, depth,
 // kTileCols). Keys past n are zero, up to the end of their panel.
 template <class Word, class T>

@@ -1,11 +1,11 @@
 // out = x weight^T for many rows: a blocked GEMM; x (rows, in_features), weight (out_features,
 // in_features).
 //
-// A unit is kLinearManyColumns columns of out for all rows (at most kLinearRowBlock). x is packed
-// before, once for all units, in panels of kPanelRows rows: [k][row], so that a vector holds one k
-// of kLanes rows. Weights stay row major: kGemmDepth columns at a time are unpacked to factors
-// and each factor is broadcast. The sums of a block of k are added to those of the blocks before,
-// so a sum's order does not depend on the number of rows or threads. Arithmetic bounds this.
+// A unit is unit_columns columns of out for all rows (at most kLinearRowBlock). x is packed before,
+// once for all units, in panels of kPanelRows rows: [k][row], so that a vector holds one k of
+// kLanes rows. Weights stay row major: kGemmDepth columns at a time are unpacked to factors and
+// each factor is broadcast. The sums of a block of k are added to those of the blocks before, so a
+// sum's order does not depend on the number of rows or threads. Arithmetic bounds this.
 #include "gemm-inl.h"
 #include "kernels.h"
 
@@ -14,11 +14,32 @@ namespace GEMMA2_ISA {
 namespace {
 
 constexpr int kPanelRows = kPanelWidth;
-static_assert(kLinearManyColumns % kNarrowRows == 0, "");
+static_assert(kLinearManyColumns % kNarrowRows == 0 && kLinearManyColumns % kLanes == 0, "");
 
 // Rows of a panel, as a number of vectors: the last panel is narrow where that suffices.
 GEMMA2_INLINE int panel_width(const LinearParams& p, int64_t panel) {
   return p.rows - panel * kPanelRows <= kLanes ? kLanes : kPanelRows;
+}
+
+// Factors [i, i + kLanes) of a row of x.
+template <class T>
+GEMMA2_INLINE VecF load_words(const T* x, int64_t i) {
+  if constexpr (Math<T>::kPerFactor == 1) {
+    return load(x + i);
+  } else {
+    return (VecF)load_bits(x + 2 * i);
+  }
+}
+// Factor i.
+template <class T>
+GEMMA2_INLINE typename Math<T>::Factor load_factor(const T* x, int64_t i, int64_t in_features) {
+  typename Math<T>::Factor factor{};
+  if constexpr (Math<T>::kPerFactor == 1) {
+    factor = to_float(x[i]);
+  } else {
+    memcpy(&factor, x + 2 * i, 2 * i + 1 < in_features ? 4 : 2);
+  }
+  return factor;
 }
 
 template <class T>
@@ -27,20 +48,25 @@ void pack_panel(const LinearParams& p, int64_t panel) {
   using Factor = typename M::Factor;
   const int width = panel_width(p, panel);
   const int64_t k_factors = factors<T>(p.in_features);
+  const int64_t whole = p.in_features / (kLanes * M::kPerFactor) * kLanes;
   Factor* packed = (Factor*)p.packed_x + panel * kPanelRows * k_factors;
-  for (int r = 0; r < width; ++r) {
-    const int64_t row = panel * kPanelRows + r;
-    const T* x = (const T*)p.x + row * p.x_stride;
-    for (int64_t i = 0; i < k_factors; ++i) {
-      Factor factor{};
-      if (row < p.rows) {
-        if constexpr (M::kPerFactor == 1) {
-          factor = to_float(x[i]);
-        } else {
-          memcpy(&factor, x + 2 * i, 2 * i + 1 < p.in_features ? 4 : 2);
-        }
-      }
-      packed[i * width + r] = factor;
+  for (int first = 0; first < width; first += kLanes) {
+    const T* rows[kLanes];
+    for (int r = 0; r < kLanes; ++r) {
+      const int64_t row = panel * kPanelRows + first + r;
+      rows[r] = row < p.rows ? (const T*)p.x + row * p.x_stride : nullptr;
+    }
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      VecF v[kLanes];
+      GEMMA2_UNROLL
+      for (int r = 0; r < kLanes; ++r) v[r] = rows[r] ? load_words(rows[r], i) : zero();
+      transpose(v);
+      GEMMA2_UNROLL
+      for (int j = 0; j < kLanes; ++j) store((float*)packed + (i + j) * width + first, v[j]);
+    }
+    for (int64_t i = whole; i < k_factors; ++i) {
+      for (int r = 0; r < kLanes; ++r)
+        packed[i * width + first + r] = rows[r] ? load_factor(rows[r], i, p.in_features) : Factor{};
     }
   }
 }
@@ -69,7 +95,7 @@ template <class T>
 void gemm_columns(const LinearParams& p, int64_t column) {
   using Factor = typename Math<T>::Factor;
   constexpr int64_t kDepth = kGemmDepth * Math<T>::kPerFactor;
-  const int64_t columns = min_of(kLinearManyColumns, p.out_features - column);
+  const int64_t columns = min_of(p.unit_columns, p.out_features - column);
   const int64_t panels = divide_up(p.rows, kPanelRows);
   const int64_t k_factors = factors<T>(p.in_features);
   Factor* weights = (Factor*)p.scratch;
@@ -93,13 +119,21 @@ void gemm_columns(const LinearParams& p, int64_t column) {
       }
     }
   }
-  for (int64_t row = 0; row < p.rows; ++row) {
-    const int64_t panel = row / kPanelRows;
+  for (int64_t first = 0; first < p.rows; first += kLanes) {
+    const int64_t panel = first / kPanelRows;
     const int width = panel_width(p, panel);
-    const float* from = sums + panel * kPanelRows * kLinearManyColumns + row % kPanelRows;
-    float line[kLinearManyColumns];
-    for (int64_t c = 0; c < columns; ++c) line[c] = from[c * width];
-    finish_row(p, row, column, columns, line);
+    const float* from = sums + panel * kPanelRows * kLinearManyColumns + first % kPanelRows;
+    float lines[kLanes][kLinearManyColumns];
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      VecF v[kLanes];
+      GEMMA2_UNROLL
+      for (int i = 0; i < kLanes; ++i) v[i] = load(from + (c + i) * width);
+      transpose(v);
+      GEMMA2_UNROLL
+      for (int i = 0; i < kLanes; ++i) store(lines[i] + c, v[i]);
+    }
+    for (int64_t r = 0; r < min_of<int64_t>(kLanes, p.rows - first); ++r)
+      finish_row(p, first + r, column, columns, lines[r]);
   }
 }
 
@@ -113,10 +147,11 @@ void linear_pack_panels(const LinearParams& p, int64_t begin, int64_t end) {
   });
 }
 
+// A unit is unit_columns columns of out.
 void linear_many_rows(const LinearParams& p, int64_t begin, int64_t end) {
   dispatch_dtype(p.dtype, [&](auto t) {
     for (int64_t unit = begin; unit < end; ++unit)
-      gemm_columns<decltype(t)>(p, unit * kLinearManyColumns);
+      gemm_columns<decltype(t)>(p, unit * p.unit_columns);
   });
 }
 

@@ -173,6 +173,21 @@ GEMMA2_INLINE VecF odd_elements(VecF a, VecF b) { return GEMMA2_SHUFFLE(a, b, GE
 #undef GEMMA2_EVEN
 #undef GEMMA2_ODD
 
+// A perfect shuffle of the rows' elements, log2(kLanes) times, is the transpose.
+GEMMA2_INLINE void transpose(VecF (&v)[kLanes]) {
+  GEMMA2_UNROLL
+  for (int round = 1; round < kLanes; round *= 2) {
+    VecF w[kLanes];
+    GEMMA2_UNROLL
+    for (int i = 0; i < kLanes / 2; ++i) {
+      w[2 * i] = interleave_lower(v[i], v[i + kLanes / 2]);
+      w[2 * i + 1] = interleave_upper(v[i], v[i + kLanes / 2]);
+    }
+    GEMMA2_UNROLL
+    for (int i = 0; i < kLanes; ++i) v[i] = w[i];
+  }
+}
+
 // ---- loads and stores of kLanes elements, any alignment
 // -------------------------------------------------------------
 

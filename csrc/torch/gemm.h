@@ -36,8 +36,8 @@ inline void gemm_pack(const GemmParams& p) {
   });
 }
 
-// Rows of a unit such that the threads finish together. Every unit reads all of b, which speaks for
-// long ones; whole register tiles (of 6 rows, 12 with AVX-512) speak for multiples.
+// Rows of a unit such that the threads finish together. Every unit reads all of the other factor,
+// which speaks for long ones; whole register tiles (of 6 rows, 12 with AVX-512) for multiples.
 inline int64_t gemm_unit_rows(int64_t rows) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t tile = cpu_isa().rfind("avx512", 0) == 0 ? 12 : 6;

@@ -60,13 +60,12 @@ void few_rows(LinearParams p, const Tensor& x) {
 
 void many_rows(LinearParams p, const Tensor& x) {
   const CpuKernels& kernels = cpu_kernels();
-  const int64_t units = round_up(p.out_features, kLinearManyColumns) / kLinearManyColumns;
-  const int64_t blocks = round_up(p.rows, kLinearRowBlock) / kLinearRowBlock;
-  const int64_t block_rows = round_up(p.rows, blocks) / blocks;
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), units);
+  p.unit_columns = gemm_unit_rows(p.out_features);
+  const int64_t units = divide_up(p.out_features, p.unit_columns);
+  const int64_t block_rows = divide_up(p.rows, divide_up(p.rows, kLinearRowBlock));
   const Tensor packed = scratch_floats(
       x, round_up(block_rows, kLinearPackMultiple) * round_up(p.in_features, kLinearPackMultiple));
-  const Tensor scratch = scratch_floats(x, threads * kLinearScratch);
+  const Tensor scratch = scratch_floats(x, sharing_threads(units) * kLinearScratch);
   p.packed_x = packed.data_ptr();
 
   const LinearParams all = p;
@@ -75,15 +74,12 @@ void many_rows(LinearParams p, const Tensor& x) {
     p.out = offset(all.out, first * p.out_stride, p.out_dtype);
     p.rows = std::min(block_rows, all.rows - first);
     // Panels have 8 rows or more.
-    parallel_units(round_up(p.rows, 8) / 8, 8 * p.in_features * 4,
+    parallel_units(divide_up(p.rows, 8), 8 * p.in_features * 4,
                    [&](int64_t begin, int64_t end) { kernels.linear_pack_panels(p, begin, end); });
-    // Shared out by thread, not by unit: each thread has its own scratch.
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        LinearParams mine = p;
-        mine.scratch = (float*)scratch.data_ptr() + t * kLinearScratch;
-        kernels.linear_many_rows(mine, units * t / threads, units * (t + 1) / threads);
-      }
+    parallel_runs(units, 1, [&](int64_t thread, int64_t begin, int64_t end) {
+      LinearParams mine = p;
+      mine.scratch = floats(scratch) + thread * kLinearScratch;
+      kernels.linear_many_rows(mine, begin, end);
     });
   }
 }
