@@ -18,8 +18,8 @@ namespace {
 
 // From how many rows on torch's GEMM serves a linear. With AVX512_BF16 oneDNN reaches 85 % of the
 // bf16 dot's peak at 512 rows, but reads weights at less than half of memory's speed at one row.
-// Without it torch widens bf16 to float32 at a quarter of this project's speed or less, and for
-// float32 and float16 this project's GEMM is at least as fast.
+// Without it torch widens bf16 to float32 at a quarter of this project's speed or less, as float16.
+// For float32 its GEMM takes 0.8 to 1.9 of this one's time from 256 columns on (docs/notes.md).
 constexpr int64_t kTorchRowsBf16Dot = 32;
 
 // Whether that is for products of `rows` rows of `depth` numbers each. Where the processor has AMX,
