@@ -82,7 +82,7 @@ def through_dispatcher(*tensors: Tensor) -> bool:
 def needs_gradient(*tensors: Tensor) -> bool:
     """Whether autograd records a call with these tensors."""
     if torch.is_grad_enabled():
-        for t in tensors:  # not any(): a generator costs as much as a small op
+        for t in tensors:  # a generator in any() takes longer than all else here
             if t.requires_grad:
                 return True
     return False
