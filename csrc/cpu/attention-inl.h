@@ -363,18 +363,6 @@ GEMMA2_INLINE void prefetch_step(const T* row, int64_t d) {
   if (kBytes == 64 && kLanes >= 16) prefetch(row + d);
 }
 
-// reduce_sum of each of the vectors, with the same order of additions: a lane's halves are added as
-// two vectors become one.
-GEMMA2_INLINE VecF reduce_sums(VecF (&v)[kLanes]) {
-  GEMMA2_UNROLL
-  for (int half = kLanes / 2; half; half /= 2) {
-    GEMMA2_UNROLL
-    for (int i = 0; i < half; ++i)
-      v[i] = interleave_lower(v[i], v[i + half]) + interleave_upper(v[i], v[i + half]);
-  }
-  return v[0];
-}
-
 // c (kTileRows, kTileCols) = a (kTileRows, depth) b (depth, kTileCols), plus c with kAdd; element
 // (r, k) of a is a[r * kARow + k * kADepth]. The sum over depth starts at zero, so that its
 // rounding errors stay those of a short sum.

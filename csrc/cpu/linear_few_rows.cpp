@@ -14,26 +14,23 @@ namespace GEMMA2_ISA {
 namespace {
 
 // Rows that one pass over the weights serves, and the weight rows beside each other then: enough
-// sums to hide the latency of an addition, few enough to stay in registers with the weights.
+// sums to hide the latency of an addition and to read x seldom, few enough to stay in registers
+// with the weights (where all 32 are taken, the compiler does not find room for them).
 constexpr int kGroupRows = kRegisters == 32 ? 8 : 4;
-constexpr int group_columns(int rows) {
-  return kRegisters == 32 ? (rows <= 3   ? 8
-                             : rows == 4 ? 6
-                             : rows <= 6 ? 4
-                                         : 3)
-                          : (rows == 1   ? 8
-                             : rows == 2 ? 4
-                                         : 3);
-}
+constexpr int group_columns(int rows) { return rows <= (kRegisters == 32 ? 4 : 2) ? 4 : 3; }
 // k is walked in blocks of this many elements: few enough for a group's part of x to stay in the
 // first-level cache and for rounding errors of a sum to stay small, many enough for weights to
 // stream. The blocks' sums are added up in memory.
-constexpr int64_t kBlock = 2304;
+constexpr int64_t kBlock = kRegisters == 32 ? 1152 : 2304;
 
-// Below AVX-512 the processor's own prefetcher makes more of a few long streams than of
-// neighbouring rows that are fetched by instruction.
-constexpr bool kLongStreams = kRegisters == 16;
-constexpr int kStreams = 6;
+// One row goes by so many streams of whole rows of weight, one behind the other. With AVX-512
+// a single one comes fastest, fetched so many bytes ahead, and serves also as few rows as have all
+// of x in the first-level cache: up to kStreamRows of so many bytes. Below, the processor's own
+// prefetcher makes more of a few long streams.
+constexpr int kStreams = kRegisters == 32 ? 1 : 6;
+constexpr int64_t kStreamAhead = kRegisters == 32 ? 6144 : 0;
+constexpr int kStreamRows = kRegisters == 32 ? 4 : 1;
+constexpr int64_t kStreamBytes = 20 << 10;
 template <int n>
 struct Count {
   static constexpr int value = n;
@@ -71,10 +68,10 @@ void pack_group(const LinearParams& p, int64_t first_row, int64_t rows) {
 }
 
 // sums[r][c] += x[r] . w[c] over n elements of k, for kRows rows of a group and kColumns rows of
-// weight. With kFetch the tile that follows, at `next`, is fetched.
-template <class T, int kRows, int kColumns, bool kFetch = true>
+// weight. With kFetch the same elements of those at `next` are fetched.
+template <class T, int kRows, int kColumns, bool kFetch, size_t kStride>
 void dot_tile(const T* w, const T* next, int64_t w_stride, const typename Math<T>::Factor* x,
-              int64_t n, VecF (*sums)[kLinearFewColumns]) {
+              int64_t n, VecF (*sums)[kStride]) {
   using M = Math<T>;
   constexpr int kFactors = kStep / M::kPerFactor;
   VecF sum[kRows][kColumns] = {};
@@ -98,7 +95,11 @@ void dot_tile(const T* w, const T* next, int64_t w_stride, const typename Math<T
   for (; k + kStep <= n; k += kStep) {
     // The processor's own prefetcher starts anew at every row.
     GEMMA2_UNROLL
-    for (int c = 0; c < kColumns && kFetch; ++c) prefetch(next + c * w_stride + k);
+    for (int c = 0; c < kColumns && kFetch; ++c) {
+      GEMMA2_UNROLL
+      for (int64_t i = 0; i < kStep; i += kLineBytes / int64_t(sizeof(T)))
+        prefetch(next + c * w_stride + k + i);
+    }
     step(w + k, w_stride);
   }
   if (k < n) {
@@ -113,83 +114,100 @@ void dot_tile(const T* w, const T* next, int64_t w_stride, const typename Math<T
   }
 }
 
+// Element k of kRows rows of packed x.
+template <class T>
+GEMMA2_INLINE const typename Math<T>::Factor* packed_at(const LinearParams& p, int64_t first_row,
+                                                        int64_t rows, int64_t k) {
+  const int64_t padded = divide_up(p.in_features, kStep) * kStep;
+  return (const typename Math<T>::Factor*)p.packed_x +
+         (first_row * padded + k * rows) / Math<T>::kPerFactor;
+}
+
 // Adds elements [k, k + n) of k to the sums of kRows rows and columns [begin, end).
 template <class T, int kRows>
 void dot_group(const LinearParams& p, int64_t first_row, int64_t begin, int64_t end, int64_t k,
                int64_t n, VecF (*sums)[kLinearFewColumns]) {
-  constexpr int kColumns = group_columns(kRows);
-  constexpr int kPerFactor = Math<T>::kPerFactor;
-  const int64_t padded = divide_up(p.in_features, kStep) * kStep;
-  const auto* x =
-      (const typename Math<T>::Factor*)p.packed_x + (first_row * padded + k * kRows) / kPerFactor;
+  const auto* x = packed_at<T>(p, first_row, kRows, k);
   const T* w = (const T*)p.weight + k;
   // Behind the last columns of a block of k come the first ones of the next block, or of the next
   // unit. (Where there is none, a prefetch past the weights does no harm.)
   const T* following = k + n < p.in_features ? w + begin * p.weight_stride + n
                                              : (const T*)p.weight + end * p.weight_stride;
   int64_t c = begin;
-  for (; c + kColumns <= end; c += kColumns) {
-    const T* row = w + c * p.weight_stride;
-    dot_tile<T, kRows, kColumns>(
-        row, c + kColumns < end ? row + kColumns * p.weight_stride : following, p.weight_stride, x,
-        n, (VecF(*)[kLinearFewColumns])(sums[0] + c - begin));
-  }
-  for (; c < end; ++c) {
-    const T* row = w + c * p.weight_stride;
-    dot_tile<T, kRows, 1>(row, c + 1 < end ? row + p.weight_stride : following, p.weight_stride, x,
-                          n, (VecF(*)[kLinearFewColumns])(sums[0] + c - begin));
-  }
+  const auto walk = [&](auto columns) {
+    constexpr int kColumns = decltype(columns)::value;
+    for (; c + kColumns <= end; c += kColumns) {
+      const T* row = w + c * p.weight_stride;
+      dot_tile<T, kRows, kColumns, true>(
+          row, c + kColumns < end ? row + kColumns * p.weight_stride : following, p.weight_stride,
+          x, n, (VecF(*)[kLinearFewColumns])(sums[0] + c - begin));
+    }
+  };
+  walk(Count<group_columns(kRows)>{});
+  walk(Count<1>{});
 }
 
-// Calls the instance for `rows` rows, 1 to kGroupRows.
-template <class T, int kRows, class... Args>
-void dot_rows(int64_t rows, const Args&... args) {
-  if constexpr (kRows > 1) {
-    if (rows < kRows) return dot_rows<T, kRows - 1>(rows, args...);
-  }
-  dot_group<T, kRows>(args...);
-}
-
-// One row with columns [begin, end), by kStreams streams of whole rows of weight, one row behind
-// the other.
-template <class T>
-void dot_streams(const LinearParams& p, int64_t begin, int64_t end, VecF* sums) {
-  using Factor = typename Math<T>::Factor;
+// kRows rows, which are all, with columns [begin, end), by kStreams streams of whole rows of
+// weight, one row behind the other.
+template <class T, int kRows>
+void dot_streams(const LinearParams& p, int64_t begin, int64_t end,
+                 VecF (*sums)[kLinearFewColumns]) {
   const int64_t length = (end - begin) / kStreams;
   const auto walk = [&](auto streams, int64_t column) {
     constexpr int kCount = decltype(streams)::value;
-    VecF tile[1][kLinearFewColumns] = {};
+    VecF tile[kRows][kCount] = {};
     const T* w = (const T*)p.weight + (begin + column) * p.weight_stride;
     for (int64_t k = 0; k < p.in_features; k += kBlock) {
-      dot_tile<T, 1, kCount, false>(w + k, nullptr, length * p.weight_stride,
-                                    (const Factor*)p.packed_x + k / Math<T>::kPerFactor,
-                                    min_of(kBlock, p.in_features - k), tile);
+      dot_tile<T, kRows, kCount, kStreamAhead != 0>(
+          w + k, w + k + kStreamAhead / int64_t(sizeof(T)), length * p.weight_stride,
+          packed_at<T>(p, 0, kRows, k), min_of(kBlock, p.in_features - k), tile);
     }
-    for (int s = 0; s < kCount; ++s) sums[column + s * length] = tile[0][s];
+    for (int r = 0; r < kRows; ++r)
+      for (int s = 0; s < kCount; ++s) sums[r][column + s * length] = tile[r][s];
   };
   for (int64_t c = 0; c < length; ++c) walk(Count<kStreams>{}, c);
   for (int64_t c = length * kStreams; c < end - begin; ++c) walk(Count<1>{}, c);
+}
+
+// Calls f with the number of rows, kMin to kMax.
+template <int kMin, int kMax, class F>
+void dispatch_rows(int64_t rows, const F& f) {
+  if constexpr (kMax > kMin) {
+    if (rows < kMax) return dispatch_rows<kMin, kMax - 1>(rows, f);
+  }
+  f(Count<kMax>{});
 }
 
 template <class T>
 void dot_columns(const LinearParams& p, int64_t begin, int64_t end) {
   VecF sums[kLinearFewRows][kLinearFewColumns];
   memset(sums, 0, sizeof sums[0] * p.rows);
-  if (kLongStreams && p.rows == 1) {
-    dot_streams<T>(p, begin, end, sums[0]);
+  const int64_t x_bytes =
+      p.rows * p.in_features * sizeof(typename Math<T>::Factor) / Math<T>::kPerFactor;
+  if (p.rows == 1 || (p.rows <= kStreamRows && x_bytes <= kStreamBytes)) {
+    dispatch_rows<1, kStreamRows>(
+        p.rows, [&](auto rows) { dot_streams<T, decltype(rows)::value>(p, begin, end, sums); });
   } else {
     for (int64_t k = 0; k < p.in_features; k += kBlock) {
       const int64_t n = min_of(kBlock, p.in_features - k);
       for (int64_t g = 0; g < group_count(p); ++g) {
-        const int64_t row = group_begin(p, g), rows = group_begin(p, g + 1) - row;
-        dot_rows<T, kGroupRows>(rows, p, row, begin, end, k, n, sums + row);
+        const int64_t row = group_begin(p, g);
+        dispatch_rows<2, kGroupRows>(group_begin(p, g + 1) - row, [&](auto rows) {
+          dot_group<T, decltype(rows)::value>(p, row, begin, end, k, n, sums + row);
+        });
       }
     }
   }
+  const int64_t count = end - begin;
   for (int64_t r = 0; r < p.rows; ++r) {
-    float line[kLinearFewColumns];
-    for (int64_t c = 0; c < end - begin; ++c) line[c] = reduce_sum(sums[r][c]);
-    finish_row(p, r, begin, end - begin, line);
+    constexpr int64_t kGroups = (kLinearFewColumns + kLanes - 1) / kLanes;
+    float line[kGroups * kLanes];
+    for (int64_t c = 0; c < count; c += kLanes) {
+      VecF group[kLanes] = {};
+      memcpy(group, sums[r] + c, min_of<int64_t>(kLanes, count - c) * sizeof(VecF));
+      store(line + c, reduce_sums(group));
+    }
+    finish_row(p, r, begin, count, line);
   }
 }
 

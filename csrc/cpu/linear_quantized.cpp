@@ -19,7 +19,7 @@ constexpr int kBlockVectors = kQuantRows / kLanes;
 // Bytes of one group of four columns of a block.
 constexpr int64_t kQuadBytes = kQuantRows * 4;
 // How far ahead of their use weights are asked for.
-constexpr int64_t kPrefetchBytes = 2048;
+constexpr int64_t kPrefetchBytes = kLanes == 16 ? 6144 : 2048;
 
 // kQuantDepth values of x as integers from -127 to 127, times a scale. Inf and NaN make the scale
 // NaN.
@@ -337,28 +337,25 @@ struct Int8 {
       }
     }
   }
-  // One row of x against kVectors vectors of rows of weight, whose data begin at data[v]: as `dot`
-  // does it, but with x's part in registers.
-  template <int kVectors>
-  static GEMMA2_INLINE void dot_row(const uint8_t* const (&data)[kVectors],
-                                    const Scales (&scales)[kVectors / kBlockVectors], const X& x,
-                                    VecF (&sums)[kVectors]) {
-    VecI total[kVectors];
-    GEMMA2_UNROLL
-    for (int v = 0; v < kVectors; ++v) total[v] = VecI{} + x.offset;
+  // As `dot`, of kRows rows of x, whose sums stay in registers from piece to piece.
+  template <int kRows>
+  static GEMMA2_INLINE void dot_rows(const uint8_t* data, const Scales& scales, const X* x,
+                                     VecF (&sums)[kRows]) {
+    VecI total[kRows][2];  // of every other four columns, so that no sum waits long
     GEMMA2_UNROLL
     for (int i = 0; i < 8; ++i) {
-      const VecI8 q = (VecI8)broadcast_bits(x.q + 4 * i);
+      const VecU8 w = (VecU8)(load_bits(data + i * kQuadBytes) ^ 0x80808080u);
       GEMMA2_UNROLL
-      for (int v = 0; v < kVectors; ++v) {
-        const VecU8 w = (VecU8)(load_bits(data[v] + i * kQuadBytes) ^ 0x80808080u);
-        total[v] = dot_quads(total[v], w, q);
+      for (int r = 0; r < kRows; ++r) {
+        VecI& sum = total[r][i % 2];
+        if (i < 2) sum = i == 0 ? VecI{} + x[r].offset : VecI{};
+        sum = dot_quads(sum, w, (VecI8)broadcast_bits(x[r].q + 4 * i));
       }
     }
     GEMMA2_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      const VecF scale = scales[v / kBlockVectors].s[v % kBlockVectors];
-      sums[v] = fma(to_floats(total[v]), scale * set(x.scale), sums[v]);
+    for (int r = 0; r < kRows; ++r) {
+      const VecF product = to_floats(total[r][0] + total[r][1]);
+      sums[r] = fma(product, scales.s[0] * set(x[r].scale), sums[r]);
     }
   }
 };
@@ -382,10 +379,11 @@ struct Int4 {
 
   static GEMMA2_INLINE X pack(const Quantized& from) {
     X x;
-    x.offset[0] = x.offset[1] = 0;
-    for (int i = 0; i < kQuantDepth; ++i) {
-      x.q[i] = int8_t(from.q[i]);
-      x.offset[i / kInt4Group] -= 8 * from.q[i];
+    for (int i = 0; i < kQuantDepth; ++i) x.q[i] = int8_t(from.q[i]);
+    for (int g = 0; g < 2; ++g) {
+      int32_t sum = 0;
+      for (int i = 0; i < kInt4Group; ++i) sum += from.q[g * kInt4Group + i];
+      x.offset[g] = -8 * sum;
     }
     x.scale = from.scale;
     return x;
@@ -448,32 +446,29 @@ struct Int4 {
       }
     }
   }
-  template <int kVectors>
-  static GEMMA2_INLINE void dot_row(const uint8_t* const (&data)[kVectors],
-                                    const Scales (&scales)[kVectors / kBlockVectors], const X& x,
-                                    VecF (&sums)[kVectors]) {
-    VecI total[2][kVectors];
-    GEMMA2_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      total[0][v] = VecI{} + x.offset[0];
-      total[1][v] = VecI{} + x.offset[1];
-    }
+  template <int kRows>
+  static GEMMA2_INLINE void dot_rows(const uint8_t* data, const Scales& scales, const X* x,
+                                     VecF (&sums)[kRows]) {
+    VecI total[kRows][2];
     GEMMA2_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const VecI8 low = (VecI8)broadcast_bits(x.q + 4 * i);
-      const VecI8 high = (VecI8)broadcast_bits(x.q + kInt4Group + 4 * i);
+      const VecU bits = load_bits(data + i * kQuadBytes);
+      const VecU8 low = (VecU8)(bits & 0x0f0f0f0fu), high = (VecU8)(bits >> 4 & 0x0f0f0f0fu);
       GEMMA2_UNROLL
-      for (int v = 0; v < kVectors; ++v) {
-        const VecU bits = load_bits(data[v] + i * kQuadBytes);
-        total[0][v] = dot_quads(total[0][v], (VecU8)(bits & 0x0f0f0f0fu), low);
-        total[1][v] = dot_quads(total[1][v], (VecU8)(bits >> 4 & 0x0f0f0f0fu), high);
+      for (int r = 0; r < kRows; ++r) {
+        if (i == 0) {
+          total[r][0] = VecI{} + x[r].offset[0];
+          total[r][1] = VecI{} + x[r].offset[1];
+        }
+        const int8_t* q = x[r].q + 4 * i;
+        total[r][0] = dot_quads(total[r][0], low, (VecI8)broadcast_bits(q));
+        total[r][1] = dot_quads(total[r][1], high, (VecI8)broadcast_bits(q + kInt4Group));
       }
     }
     GEMMA2_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      const VecI product = multiply_add_words(join_words(total[0][v], total[1][v]),
-                                              scales[v / kBlockVectors].s[v % kBlockVectors]);
-      sums[v] = fma(to_floats(product), set(x.scale), sums[v]);
+    for (int r = 0; r < kRows; ++r) {
+      const VecI product = multiply_add_words(join_words(total[r][0], total[r][1]), scales.s[0]);
+      sums[r] = fma(to_floats(product), set(x[r].scale), sums[r]);
     }
   }
 };
@@ -608,13 +603,46 @@ void dot_blocks(const Block<F>& first, int64_t pieces, const typename F::X* x, i
   }
 }
 
-#endif
+// Up to this many rows meet a block at once, with all their sums in registers.
+constexpr int64_t kFewRows = 8;
+
+// The sums of kRows rows of x with a whole block. One block after the other is one stream through
+// memory, which comes faster than two or more side by side.
+template <class F, int kRows>
+void dot_few_rows(const Block<F>& block, int64_t pieces, const typename F::X* x,
+                  VecF (*to)[kBlockVectors]) {
+  const uint8_t *data = block.data, *scales = block.scales;
+  VecF sums[kRows] = {};
+  for (int64_t i = 0; i < pieces; ++i, x += kRows) {
+    GEMMA2_UNROLL
+    for (int64_t line = 0; line < kQuantRows * F::kRowBytes; line += 64)
+      prefetch(data + kPrefetchBytes + line);
+    F::template dot_rows<kRows>(data, F::load_scales(scales), x, sums);
+    data += kQuantRows * F::kRowBytes;
+    scales += kQuantRows * F::kScaleBytes;
+  }
+  memcpy(to, sums, sizeof sums);
+}
+
+// Calls the instance for `rows` rows, 1 to kRows.
+template <class F, int kRows>
+void call_few_rows(int64_t rows, const Block<F>& block, int64_t pieces, const typename F::X* x,
+                   VecF (*to)[kBlockVectors]) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return call_few_rows<F, kRows - 1>(rows, block, pieces, x, to);
+  }
+  dot_few_rows<F, kRows>(block, pieces, x, to);
+}
+
+#else
 
 // Vectors of rows of weight that one row of x meets at once: few enough for the sums of both groups
-// of int4 to stay in registers, many enough to read x seldom. With AVX2 int4
-// comes faster from one block than from two side by side.
+// of int4 to stay in registers, many enough to read x seldom. One block comes faster from memory
+// than several side by side, but for int8 with AVX2.
 template <class F>
-constexpr int kRowVectors = kLanes == 8 && F::kRowBytes < 32 ? 2 : 4;
+constexpr int kRowVectors = kLanes == 16                       ? 1
+                            : kLanes == 8 && F::kRowBytes < 32 ? 2
+                                                               : 4;
 // The blocks that they are.
 template <class F>
 constexpr int kRowBlocks = kRowVectors<F> / kBlockVectors;
@@ -651,6 +679,8 @@ void dot_row_blocks(const Block<F>& first, int64_t pieces, const typename F::X* 
   memcpy(to, sums, sizeof sums);
 }
 
+#endif
+
 // Multiplies sums with the factors that int4's rows have, and stores them.
 template <class F>
 void finish_block(const LinearParams& p, const Block<F>& block, int64_t column, int64_t first_row,
@@ -679,18 +709,15 @@ void dot_units(const LinearParams& p, int64_t begin, int64_t end) {
   VecF sums[kQuantChunk][kBlockVectors];
   int64_t b = begin * kQuantUnitBlocks;
   end = min_of(end * kQuantUnitBlocks, blocks);
-  if (p.rows == 1) {
-    constexpr int kBlocks = kRowBlocks<F>;
-    for (; (b + kBlocks) * kQuantRows <= p.out_features && b + kBlocks <= end; b += kBlocks) {
-      dot_row_blocks<F>(Block<F>(p, b), pieces, packed_chunk<F>(p, 0), sums);
-      for (int i = 0; i < kBlocks; ++i)
-        finish_block<F>(p, Block<F>(p, b + i), (b + i) * kQuantRows, 0, 1, sums + i);
-    }
-  }
 #if defined(GEMMA2_ISA_avx512_bf16)
+  for (; p.rows <= kFewRows && (b + 1) * kQuantRows <= p.out_features && b < end; ++b) {
+    const Block<F> block(p, b);
+    call_few_rows<F, kFewRows>(p.rows, block, pieces, packed_chunk<F>(p, 0), sums);
+    finish_block<F>(p, block, b * kQuantRows, 0, p.rows, sums);
+  }
   VecF wide[kQuantChunk][kBlocksAtOnce];
-  for (;
-       p.rows > 1 && (b + kBlocksAtOnce) * kQuantRows <= p.out_features && b + kBlocksAtOnce <= end;
+  for (; p.rows > kFewRows && (b + kBlocksAtOnce) * kQuantRows <= p.out_features &&
+         b + kBlocksAtOnce <= end;
        b += kBlocksAtOnce) {
     for (int64_t chunk = 0; chunk * kQuantChunk < p.rows; ++chunk) {
       const int64_t rows = chunk_rows(p, chunk);
@@ -700,6 +727,15 @@ void dot_units(const LinearParams& p, int64_t begin, int64_t end) {
         finish_block<F>(p, Block<F>(p, b + i), (b + i) * kQuantRows, chunk * kQuantChunk, rows,
                         sums);
       }
+    }
+  }
+#else
+  if (p.rows == 1) {
+    constexpr int kBlocks = kRowBlocks<F>;
+    for (; (b + kBlocks) * kQuantRows <= p.out_features && b + kBlocks <= end; b += kBlocks) {
+      dot_row_blocks<F>(Block<F>(p, b), pieces, packed_chunk<F>(p, 0), sums);
+      for (int i = 0; i < kBlocks; ++i)
+        finish_block<F>(p, Block<F>(p, b + i), (b + i) * kQuantRows, 0, 1, sums + i);
     }
   }
 #endif

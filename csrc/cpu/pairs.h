@@ -13,7 +13,6 @@ namespace GEMMA2_ISA {
 namespace {
 
 constexpr int64_t kPair = 2 * kLanes;
-constexpr int64_t kLineBytes = 64;
 
 // T is whose order of elements it has.
 template <class T>

@@ -15,16 +15,15 @@ namespace {
 // to several streams than to one.
 constexpr int kParts = 8;
 constexpr int64_t kPart = kProbeRun / kParts;
-constexpr int64_t kLine = 64;
 
 template <bool kTwo, bool kWrite, bool kFetch>
 void memory_run(const ProbeParams& p, int64_t offset) {
   const char* a = (const char*)p.a + offset;
   const char* b = (const char*)p.b + offset;
   char* out = (char*)p.out + offset;
-  constexpr int kVectors = kLine / (4 * kLanes);  // of a line
+  constexpr int kVectors = kLineBytes / (4 * kLanes);  // of a line
   VecU seen[kVectors] = {};
-  for (int64_t i = 0; i < kPart; i += kLine) {
+  for (int64_t i = 0; i < kPart; i += kLineBytes) {
     GEMMA2_UNROLL
     for (int64_t at = i; at < kProbeRun; at += kPart) {
       // The same line of the next run. (Past the last one a prefetch does no harm.)

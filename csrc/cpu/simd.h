@@ -23,6 +23,7 @@ namespace {
 #define GEMMA2_UNROLL _Pragma("GCC unroll 32")
 
 constexpr int kLanes = GEMMA2_LANES;
+constexpr int64_t kLineBytes = 64;  // of a cache
 
 typedef float VecF __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
@@ -358,6 +359,17 @@ GEMMA2_INLINE float reduce_sum(VecF v) {
   for (int half = kLanes / 2; half; half /= 2)
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   return lanes[0];
+}
+// reduce_sum of each of the vectors, with the same order of additions: a lane's halves are added as
+// two vectors become one.
+GEMMA2_INLINE VecF reduce_sums(VecF (&v)[kLanes]) {
+  GEMMA2_UNROLL
+  for (int half = kLanes / 2; half; half /= 2) {
+    GEMMA2_UNROLL
+    for (int i = 0; i < half; ++i)
+      v[i] = interleave_lower(v[i], v[i + half]) + interleave_upper(v[i], v[i + half]);
+  }
+  return v[0];
 }
 GEMMA2_INLINE float reduce_max(VecF v) {
   float lanes[kLanes];
