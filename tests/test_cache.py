@@ -53,8 +53,13 @@ def test_int8_gives_nearly_the_same_logits(seqlen: int) -> None:
     # Taken back and given again: the same.
     cache.rewind(5)
     again = model(ids[:, 115:], cache=cache)
-    # 40 tokens go through the kernels for many rows, which sum in another order.
-    torch.testing.assert_close(again, torch.cat(pieces, 1)[:, -5:], rtol=1e-5, atol=1e-4)
+    before = torch.cat(pieces, 1)[:, -5:]
+    if seqlen < 40:
+        torch.testing.assert_close(again, before, rtol=1e-5, atol=1e-4)
+    else:
+        # These went through the kernels for many rows, which sum in another order: an element of
+        # a key or value that lies between two steps of int8 may take the other one.
+        assert (again - before).norm() < 0.007 * before.norm()
 
 
 def test_a_models_caches_are_of_its_cache_dtype() -> None:

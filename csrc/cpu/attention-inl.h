@@ -352,7 +352,8 @@ template <class Word, class T>
 constexpr int kShares = kScaled<T> ? 1 : kSideBySide<Word, T>;
 
 // Fetches a later row: whole, or, where a step of so many bytes takes a line, line by line.
-constexpr int64_t kAhead = 16;
+template <class T>
+constexpr int64_t kAhead = kScaled<T> ? 16 : 8;
 template <class T>
 GEMMA2_INLINE void prefetch_row(const T* row, int64_t n) {
   if (!kScaled<T>) return;
@@ -360,7 +361,7 @@ GEMMA2_INLINE void prefetch_row(const T* row, int64_t n) {
 }
 template <int64_t kBytes, class T>
 GEMMA2_INLINE void prefetch_step(const T* row, int64_t d) {
-  if (kBytes == 64 && kLanes >= 16) prefetch(row + d);
+  if (kBytes >= 32 && kLanes >= 16) prefetch_near(row + d);
 }
 
 // c (kTileRows, kTileCols) = a (kTileRows, depth) b (depth, kTileCols), plus c with kAdd; element
@@ -418,7 +419,7 @@ void dot_keys(const float* q, const KeyRows<T>& k, int64_t n, int64_t depth, flo
       for (int i = 0; i < kAtOnce; ++i) {
         const int64_t key = i / kNeighbours * share + j + first + i % kNeighbours;
         rows[i] = k.row(min64(key, n - 1));
-        later[i] = k.row(key + kAhead);
+        later[i] = k.row(key + kAhead<T>);
         prefetch_row(later[i], depth);
         GEMMA2_UNROLL
         for (int r = 0; r < kRows; ++r) part_sum[r][i] = zero();
@@ -481,7 +482,7 @@ GEMMA2_INLINE void add_some_values(const float* w, const KeyRows<T>& v, int64_t 
   for (int i = 0; i < kKeys; ++i) {
     const int64_t key = j + i / kNeighbours * apart + i % kNeighbours;
     rows[i] = v.row(key);
-    later[i] = v.row(key + kAhead);
+    later[i] = v.row(key + kAhead<T>);
     prefetch_row(later[i], head_dim);
     GEMMA2_UNROLL
     for (int r = 0; r < kRows; ++r) weight[r][i] = set(w[r * kScoreStride + key]);
@@ -555,32 +556,45 @@ GEMMA2_INLINE void pair_rows(VecF a, VecF b, VecF& lower, VecF& upper) {
 // What stands for the key that a pair lacks.
 alignas(64) constexpr BFloat16 kNoValue[256] = {};
 
-// As add_values, with a pair of weights w[r] for the values j and j + 1, of which one outside [0,
-// n) is not read. One pair at a time: so values come in the order of memory.
-template <int kRows>
-GEMMA2_INLINE void add_pair(const Pair* w, const KeyRows<BFloat16>& v, int64_t j, int64_t n,
-                            int64_t head_dim, float* o, int64_t o_stride) {
-  const BFloat16 *rows[2], *later[2];
+// As add_values, with kPairs pairs of weights w[r] for the values j, j + 1, ..., of which those
+// outside [0, n) are not read.
+template <int kRows, int kPairs>
+GEMMA2_INLINE void add_pairs(const Pair* w, const KeyRows<BFloat16>& v, int64_t j, int64_t n,
+                             int64_t head_dim, float* o, int64_t o_stride) {
+  const BFloat16 *rows[2 * kPairs], *later[2 * kPairs];
   GEMMA2_UNROLL
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < 2 * kPairs; ++i) {
     rows[i] = j + i >= 0 && j + i < n ? v.row(j + i) : kNoValue;
-    later[i] = v.row(j + i + kAhead);
+    later[i] = v.row(j + i + kAhead<BFloat16>);
   }
-  VecF weight[kRows];
+  VecF weight[kRows][kPairs];
   GEMMA2_UNROLL
-  for (int r = 0; r < kRows; ++r) weight[r] = broadcast(w[r * kScoreStride]);
+  for (int r = 0; r < kRows; ++r) {
+    GEMMA2_UNROLL
+    for (int i = 0; i < kPairs; ++i)
+      weight[r][i] = broadcast(j + 2 * i < n ? w[r * kScoreStride + i] : Pair{});
+  }
   const int64_t depth = head_dim / 2;
   const auto step = [&](int64_t d, int64_t words) __attribute__((always_inline)) {
     GEMMA2_UNROLL
-    for (int i = 0; i < 2; ++i) prefetch_step<64>(later[i], 2 * d);
-    VecF lower, upper;
-    pair_rows(load_words(Pair{}, rows[0], d, words), load_words(Pair{}, rows[1], d, words), lower,
-              upper);
+    for (int i = 0; i < 2 * kPairs; ++i) prefetch_step<64>(later[i], 2 * d);
+    VecF lower[kPairs], upper[kPairs];
+    GEMMA2_UNROLL
+    for (int i = 0; i < kPairs; ++i) {
+      pair_rows(load_words(Pair{}, rows[2 * i], d, words),
+                load_words(Pair{}, rows[2 * i + 1], d, words), lower[i], upper[i]);
+    }
     GEMMA2_UNROLL
     for (int r = 0; r < kRows; ++r) {
       float* to = o + r * o_stride + 2 * d;
-      store(to, multiply_add(Pair{}, weight[r], lower, load(to)));
-      store(to + kLanes, multiply_add(Pair{}, weight[r], upper, load(to + kLanes)));
+      VecF first = load(to), second = load(to + kLanes);
+      GEMMA2_UNROLL
+      for (int i = 0; i < kPairs; ++i) {
+        first = multiply_add(Pair{}, weight[r][i], lower[i], first);
+        second = multiply_add(Pair{}, weight[r][i], upper[i], second);
+      }
+      store(to, first);
+      store(to + kLanes, second);
     }
   };
   const int64_t whole = depth / kLanes * kLanes;
@@ -592,8 +606,10 @@ template <int kRows>
 GEMMA2_INLINE void add_values(Pair, const float* w, const KeyRows<BFloat16>& v, int64_t first,
                               int64_t n, int64_t head_dim, float* o, int64_t o_stride) {
   const Pair* pairs = (const Pair*)w + first / 2;
-  int64_t j = -(first & 1);  // the first pair's first key
-  for (; j < n; j += 2, ++pairs) add_pair<kRows>(pairs, v, j, n, head_dim, o, o_stride);
+  int64_t j = -(first & 1);                   // the first pair's first key
+  constexpr int kPairs = kRows <= 2 ? 4 : 2;  // with their weights in registers
+  for (; j < n; j += 2 * kPairs, pairs += kPairs)
+    add_pairs<kRows, kPairs>(pairs, v, j, n, head_dim, o, o_stride);
 }
 
 #endif
