@@ -57,8 +57,13 @@ void pack_group(const LinearParams& p, int64_t first_row, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r) {
     const T* x = (const T*)p.x + (first_row + r) * p.x_stride;
     for (int64_t s = 0; s < steps; ++s) {
-      T elements[kStep];
-      copy_tail(x + s * kStep, min_of<int64_t>(kStep, p.in_features - s * kStep), elements);
+      const int64_t left = p.in_features - s * kStep;
+      const T* elements = x + s * kStep;
+      T tail[kStep];
+      if (left < kStep) {
+        copy_tail(elements, left, tail);
+        elements = tail;
+      }
       for (int part = 0; part < M::kParts; ++part) {
         const typename M::Vec factors = M::load_part(elements, part);
         memcpy(packed + (s * rows + r) * kFactors + part * kLanes, &factors, sizeof factors);
