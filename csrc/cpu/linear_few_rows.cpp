@@ -23,14 +23,15 @@ constexpr int group_columns(int rows) { return rows <= (kRegisters == 32 ? 4 : 2
 // stream. The blocks' sums are added up in memory.
 constexpr int64_t kBlock = kRegisters == 32 ? 1152 : 2304;
 
-// One row goes by so many streams of whole rows of weight, one behind the other. With AVX-512
-// a single one comes fastest, fetched so many bytes ahead, and serves also as few rows as have all
-// of x in the first-level cache: up to kStreamRows of so many bytes. Below, the processor's own
+// One row goes by kStreams streams of whole rows of weight, one row behind the other. With AVX-512
+// a single one, fetched kStreamAhead bytes ahead, comes fastest, and serves up to kStreamRows rows
+// too where all of x stays in the first-level cache: kStreamBytes. Below, the processor's own
 // prefetcher makes more of a few long streams.
 constexpr int kStreams = kRegisters == 32 ? 1 : 6;
 constexpr int64_t kStreamAhead = kRegisters == 32 ? 6144 : 0;
 constexpr int kStreamRows = kRegisters == 32 ? 4 : 1;
 constexpr int64_t kStreamBytes = 20 << 10;
+
 template <int n>
 struct Count {
   static constexpr int value = n;
