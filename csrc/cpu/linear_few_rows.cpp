@@ -2,10 +2,10 @@
 // in_features).
 //
 // A unit is kLinearFewColumns columns of out. The weights stream once from memory, which bounds
-// this: each is unpacked in registers and multiplied with all rows of a group, several weight rows
-// at once. x is packed before, in groups of rows: [step][row][kStep]. Every sum runs over k in the
-// same order (kLanes partial sums, then reduce_sum), whatever the number of rows and threads, so a
-// row's result does not depend on its neighbours.
+// this: each is unpacked in registers and multiplied with all rows of a group. x is packed before,
+// in groups of rows: [step][row][kStep]. Every sum runs over k in the same order (kLanes partial
+// sums, then reduce_sum), whatever the number of rows and threads, so a row's result does not
+// depend on its neighbours.
 #include "kernels.h"
 #include "linear-inl.h"
 
@@ -31,11 +31,6 @@ constexpr int kStreams = kRegisters == 32 ? 1 : 6;
 constexpr int64_t kStreamAhead = kRegisters == 32 ? 6144 : 0;
 constexpr int kStreamRows = kRegisters == 32 ? 4 : 1;
 constexpr int64_t kStreamBytes = 20 << 10;
-
-template <int n>
-struct Count {
-  static constexpr int value = n;
-};
 
 GEMMA2_INLINE int64_t group_count(const LinearParams& p) { return divide_up(p.rows, kGroupRows); }
 GEMMA2_INLINE int64_t group_begin(const LinearParams& p, int64_t group) {
@@ -173,15 +168,6 @@ void dot_streams(const LinearParams& p, int64_t begin, int64_t end,
   };
   for (int64_t c = 0; c < length; ++c) walk(Count<kStreams>{}, c);
   for (int64_t c = length * kStreams; c < end - begin; ++c) walk(Count<1>{}, c);
-}
-
-// Calls f with the number of rows, kMin to kMax.
-template <int kMin, int kMax, class F>
-void dispatch_rows(int64_t rows, const F& f) {
-  if constexpr (kMax > kMin) {
-    if (rows < kMax) return dispatch_rows<kMin, kMax - 1>(rows, f);
-  }
-  f(Count<kMax>{});
 }
 
 template <class T>

@@ -604,7 +604,7 @@ void dot_blocks(const Block<F>& first, int64_t pieces, const typename F::X* x, i
 }
 
 // Up to this many rows meet a block at once, with all their sums in registers.
-constexpr int64_t kFewRows = 8;
+constexpr int kFewRows = 8;
 
 // The sums of kRows rows of x with a whole block. One block after the other is one stream through
 // memory, which comes faster than two or more side by side.
@@ -624,25 +624,13 @@ void dot_few_rows(const Block<F>& block, int64_t pieces, const typename F::X* x,
   memcpy(to, sums, sizeof sums);
 }
 
-// Calls the instance for `rows` rows, 1 to kRows.
-template <class F, int kRows>
-void call_few_rows(int64_t rows, const Block<F>& block, int64_t pieces, const typename F::X* x,
-                   VecF (*to)[kBlockVectors]) {
-  if constexpr (kRows > 1) {
-    if (rows < kRows) return call_few_rows<F, kRows - 1>(rows, block, pieces, x, to);
-  }
-  dot_few_rows<F, kRows>(block, pieces, x, to);
-}
-
 #else
 
 // Vectors of rows of weight that one row of x meets at once: few enough for the sums of both groups
-// of int4 to stay in registers, many enough to read x seldom. One block comes faster from memory
-// than several side by side, but for int8 with AVX2.
+// of int4 to stay in registers, many enough to read x seldom. With AVX2 int4
+// comes faster from one block than from two side by side.
 template <class F>
-constexpr int kRowVectors = kLanes == 16                       ? 1
-                            : kLanes == 8 && F::kRowBytes < 32 ? 2
-                                                               : 4;
+constexpr int kRowVectors = kLanes == 8 && F::kRowBytes < 32 ? 2 : 4;
 // The blocks that they are.
 template <class F>
 constexpr int kRowBlocks = kRowVectors<F> / kBlockVectors;
@@ -712,7 +700,9 @@ void dot_units(const LinearParams& p, int64_t begin, int64_t end) {
 #if defined(GEMMA2_ISA_avx512_bf16)
   for (; p.rows <= kFewRows && (b + 1) * kQuantRows <= p.out_features && b < end; ++b) {
     const Block<F> block(p, b);
-    call_few_rows<F, kFewRows>(p.rows, block, pieces, packed_chunk<F>(p, 0), sums);
+    dispatch_rows<1, kFewRows>(p.rows, [&](auto rows) {
+      dot_few_rows<F, decltype(rows)::value>(block, pieces, packed_chunk<F>(p, 0), sums);
+    });
     finish_block<F>(p, block, b * kQuantRows, 0, p.rows, sums);
   }
   VecF wide[kQuantChunk][kBlocksAtOnce];
