@@ -57,8 +57,8 @@ def test_int8_gives_nearly_the_same_logits(seqlen: int) -> None:
     if seqlen < 40:
         torch.testing.assert_close(again, before, rtol=1e-5, atol=1e-4)
     else:
-        # These went through the kernels for many rows, which sum in another order, so a key
-        # or value between two steps of int8 may take the other one. Errors of 1e-6 are up to 1.3e-4 of a
+        # These went through the kernels for many rows, which sum in another order: a key or value
+        # between two steps of int8 may take the other one. Errors of 1e-6 are up to 1.3e-4 of a
         # step: at most one element in 4000 moves by one, where int8's rounding, 2 % here, moves
         # all by 0.29. So 0.055 of that.
         assert (again - before).norm() < 1e-3 * before.norm()

@@ -351,8 +351,8 @@ constexpr int kSideBySide = kPerWord<Word> > 1 ? 1 : 4;
 template <class Word, class T>
 constexpr int kShares = kScaled<T> ? 1 : kSideBySide<Word, T>;
 
-// Fetches a later row: whole, or, where a step of so many bytes takes a line or half of one, step by
-// step.
+// Fetches a later row: whole, or, where a step of so many bytes takes a line or half of one, step
+// by step.
 template <class T>
 constexpr int64_t kAhead = kScaled<T> ? 16 : 8;
 template <class T>
