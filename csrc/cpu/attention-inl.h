@@ -249,6 +249,10 @@ struct KeyRows {
     const int64_t s = slot + j;
     return base + (s < capacity ? s : s - capacity) * stride;
   }
+  // Whether the rows of n keys from j on follow each other at distances of `stride`.
+  GEMMA2_INLINE bool in_line(int64_t j, int64_t n) const {
+    return slot + j + n <= capacity || slot + j >= capacity;
+  }
 };
 
 // Whether rows are stored as int8 with a factor each.
@@ -399,10 +403,64 @@ __attribute__((noinline)) void multiply_tile(const Word* a, const float* b, int6
   }
 }
 
+#if defined(GEMMA2_ISA_avx512_bf16)
+
+// As dot_keys, a key at a time: so keys come in the order of memory.
+template <int kRows>
+GEMMA2_INLINE void dot_pairs(const float* q, const KeyRows<BFloat16>& k, int64_t n, int64_t depth,
+                             float* s) {
+  constexpr int kKeys = kLanes / kRows;
+  const int64_t whole = depth / kLanes * kLanes;
+  for (int64_t j = 0; j < n; j += kKeys) {
+    VecF sum[kLanes];  // (kRows, kKeys)
+    const auto dot = [&](const auto& row_of) __attribute__((always_inline)) {
+      GEMMA2_UNROLL
+      for (int i = 0; i < kKeys; ++i) {
+        const BFloat16* row = row_of(i);
+        const BFloat16* later = row + kAhead<BFloat16> * k.stride;
+        VecF part_sum[kRows];
+        GEMMA2_UNROLL
+        for (int r = 0; r < kRows; ++r) part_sum[r] = zero();
+        const auto step = [&](int64_t d, int64_t words) __attribute__((always_inline)) {
+          prefetch_step<64>(later, 2 * d);
+          const VecF key = load_words(Pair{}, row, d, words);
+          GEMMA2_UNROLL
+          for (int r = 0; r < kRows; ++r)
+            part_sum[r] = multiply_add(Pair{}, load(q + r * kQueryStride + d), key, part_sum[r]);
+        };
+        for (int64_t d = 0; d < whole; d += kLanes) step(d, d + kLanes);
+        if (whole < depth) step(whole, depth);
+        GEMMA2_UNROLL
+        for (int r = 0; r < kRows; ++r) sum[r * kKeys + i] = part_sum[r];
+      }
+    };
+    if (j + kKeys <= n && k.in_line(j, kKeys)) {
+      const BFloat16* first = k.row(j);
+      dot([&](int i) { return first + i * k.stride; });
+    } else {
+      dot([&](int i) { return k.row(min64(j + i, n - 1)); });
+    }
+    float sums[kLanes];
+    store(sums, reduce_sums(sum));
+    GEMMA2_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      if (j + kKeys <= n)
+        memcpy(s + r * kScoreStride + j, sums + r * kKeys, kKeys * 4);
+      else
+        memcpy(s + r * kScoreStride + j, sums + r * kKeys, (n - j) * 4);
+    }
+  }
+}
+
+#endif
+
 // s[r, j] = q[r] . k[j] for kRows rows of `depth` words and the n keys. kKeys keys together fill
 // whole vectors of sums.
 template <int kRows, class Word, class T>
 void dot_keys(const float* q, const KeyRows<T>& k, int64_t n, int64_t depth, float* s) {
+#if defined(GEMMA2_ISA_avx512_bf16)
+  if constexpr (kPerWord<Word> > 1) return dot_pairs<kRows>(q, k, n, depth, s);
+#endif
   constexpr int kVecs = kLanes < 8 ? 2 : 1, kKeys = kVecs * kLanes / kRows;
   constexpr int kMost = kSideBySide<Word, T>, kAtOnce = kMost < kKeys ? kMost : kKeys;
   constexpr int kParted = kShares<Word, T> < kAtOnce ? kShares<Word, T> : kAtOnce;
@@ -562,45 +620,52 @@ alignas(64) constexpr BFloat16 kNoValue[256] = {};
 template <int kRows, int kPairs>
 GEMMA2_INLINE void add_pairs(const Pair* w, const KeyRows<BFloat16>& v, int64_t j, int64_t n,
                              int64_t head_dim, float* o, int64_t o_stride) {
-  const BFloat16 *rows[2 * kPairs], *later[2 * kPairs];
-  GEMMA2_UNROLL
-  for (int i = 0; i < 2 * kPairs; ++i) {
-    rows[i] = j + i >= 0 && j + i < n ? v.row(j + i) : kNoValue;
-    later[i] = v.row(j + i + kAhead<BFloat16>);
-  }
-  VecF weight[kRows][kPairs];
-  GEMMA2_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    GEMMA2_UNROLL
-    for (int i = 0; i < kPairs; ++i)
-      weight[r][i] = broadcast(j + 2 * i < n ? w[r * kScoreStride + i] : Pair{});
-  }
   const int64_t depth = head_dim / 2;
-  const auto step = [&](int64_t d, int64_t words) __attribute__((always_inline)) {
+  const auto add = [&](const auto& row_of, const auto& weight_of) __attribute__((always_inline)) {
+    const BFloat16* rows[2 * kPairs];
     GEMMA2_UNROLL
-    for (int i = 0; i < 2 * kPairs; ++i) prefetch_step<64>(later[i], 2 * d);
-    VecF lower[kPairs], upper[kPairs];
-    GEMMA2_UNROLL
-    for (int i = 0; i < kPairs; ++i) {
-      pair_rows(load_words(Pair{}, rows[2 * i], d, words),
-                load_words(Pair{}, rows[2 * i + 1], d, words), lower[i], upper[i]);
-    }
+    for (int i = 0; i < 2 * kPairs; ++i) rows[i] = row_of(i);
+    const int64_t ahead = kAhead<BFloat16> * v.stride;
+    VecF weight[kRows][kPairs];
     GEMMA2_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      float* to = o + r * o_stride + 2 * d;
-      VecF first = load(to), second = load(to + kLanes);
+      GEMMA2_UNROLL
+      for (int i = 0; i < kPairs; ++i) weight[r][i] = broadcast(weight_of(r, i));
+    }
+    const auto step = [&](int64_t d, int64_t words) __attribute__((always_inline)) {
+      GEMMA2_UNROLL
+      for (int i = 0; i < 2 * kPairs; ++i) prefetch_step<64>(rows[i] + ahead, 2 * d);
+      VecF lower[kPairs], upper[kPairs];
       GEMMA2_UNROLL
       for (int i = 0; i < kPairs; ++i) {
-        first = multiply_add(Pair{}, weight[r][i], lower[i], first);
-        second = multiply_add(Pair{}, weight[r][i], upper[i], second);
+        pair_rows(load_words(Pair{}, rows[2 * i], d, words),
+                  load_words(Pair{}, rows[2 * i + 1], d, words), lower[i], upper[i]);
       }
-      store(to, first);
-      store(to + kLanes, second);
-    }
+      GEMMA2_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        float* to = o + r * o_stride + 2 * d;
+        VecF first = load(to), second = load(to + kLanes);
+        GEMMA2_UNROLL
+        for (int i = 0; i < kPairs; ++i) {
+          first = multiply_add(Pair{}, weight[r][i], lower[i], first);
+          second = multiply_add(Pair{}, weight[r][i], upper[i], second);
+        }
+        store(to, first);
+        store(to + kLanes, second);
+      }
+    };
+    const int64_t whole = depth / kLanes * kLanes;
+    for (int64_t d = 0; d < whole; d += kLanes) step(d, d + kLanes);
+    if (whole < depth) step(whole, depth);
   };
-  const int64_t whole = depth / kLanes * kLanes;
-  for (int64_t d = 0; d < whole; d += kLanes) step(d, d + kLanes);
-  if (whole < depth) step(whole, depth);
+  if (j >= 0 && j + 2 * kPairs <= n && v.in_line(j, 2 * kPairs)) {
+    const BFloat16* first = v.row(j);
+    add([&](int i) { return first + i * v.stride; },
+        [&](int r, int i) { return w[r * kScoreStride + i]; });
+  } else {
+    add([&](int i) { return j + i >= 0 && j + i < n ? v.row(j + i) : kNoValue; },
+        [&](int r, int i) { return j + 2 * i < n ? w[r * kScoreStride + i] : Pair{}; });
+  }
 }
 
 template <int kRows>
