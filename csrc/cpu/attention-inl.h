@@ -103,7 +103,10 @@ GEMMA2_INLINE VecF load_words(float, const T* row, int64_t k, int64_t depth) {
 }
 GEMMA2_INLINE VecF load_words(Pair, const BFloat16* row, int64_t k, int64_t depth) {
   VecF words = zero();
-  memcpy(&words, row + 2 * k, k + kLanes <= depth ? sizeof words : 4 * (depth - k));
+  if (k + kLanes <= depth)
+    memcpy(&words, row + 2 * k, sizeof words);
+  else
+    memcpy(&words, row + 2 * k, 4 * (depth - k));
   return words;
 }
 
@@ -121,7 +124,10 @@ GEMMA2_INLINE void load_parts(const T* row, int64_t k, int64_t depth, VecF (&to)
     to[0] = load_words(Word{}, row, k, depth);
   } else {
     VecU both{};
-    memcpy(&both, row + k, k + 2 * kLanes <= depth ? sizeof both : 2 * (depth - k));
+    if (k + 2 * kLanes <= depth)
+      memcpy(&both, row + k, sizeof both);
+    else
+      memcpy(&both, row + k, 2 * (depth - k));
     to[0] = even_bfloat16(both);
     to[1] = odd_bfloat16(both);
   }
@@ -145,8 +151,7 @@ GEMMA2_INLINE ScoreScale score_scale(const AttentionParams& p) {
 // x P(x^2) / Q(x^2), relative error below 2e-8 before rounding; |x| clamped to 9, where tanh is 1.
 // Coefficients: minimax fit of the relative error on [0, 9].
 GEMMA2_INLINE VecF tanh_rational(VecF x) {
-  x = x < set(-9.0f) ? set(-9.0f) : x;  // comparisons that keep a NaN
-  x = x > set(9.0f) ? set(9.0f) : x;
+  x = max(set(-9.0f), min(set(9.0f), x));  // in the order that keeps a NaN
   const VecF u = x * x;
   VecF p = set(1.3354728737734647e-08f);
   p = fma(p, u, set(2.0609136598809834e-05f));
@@ -165,7 +170,7 @@ GEMMA2_INLINE VecF tanh_rational(VecF x) {
 // nearest integer; 2^r by a polynomial of degree 5, minimax in the relative error on [-0.5, 0.5].
 GEMMA2_INLINE VecF exp2_negative(VecF x) {
   const VecF floor = set(-126.0f), magic = set(0x1.8p23f);
-  const VecF clamped = x < floor ? floor : x;
+  const VecF clamped = max(floor, x);    // in the order that keeps a NaN
   const VecF shifted = clamped + magic;  // its lowest bits are n
   const VecF r = clamped - (shifted - magic);
   VecF y = set(0.0013276472190222668f);
@@ -187,47 +192,67 @@ GEMMA2_INLINE void store_weights(float* s, int64_t j, VecF w, float) { store(s +
 // In place: pairs need half the room, so they never overtake the scores still to be read.
 GEMMA2_INLINE void store_weights(float* s, int64_t j, VecF w, Pair) { store((BFloat16*)s + j, w); }
 
-// Turns a row's dot products s[0, n), n a multiple of kLanes, into softmax weights relative to the
-// row's largest score so far, as Words; columns outside [first, last), first < last, get 0 whatever
-// they hold. Returns the factor that the row's earlier output has to be multiplied with.
-template <class Word>
-GEMMA2_INLINE float softmax_row(float* s, int64_t n, int64_t first, int64_t last,
-                                const ScoreScale& c, float& row_max, float& row_sum) {
+// A few floats as the first lanes of a vector.
+template <int kCount>
+GEMMA2_INLINE VecF load_first(const float* p) {
+  VecF v{};
+  memcpy(&v, p, kCount * 4);
+  return v;
+}
+
+// Turns kRows rows' dot products, n each, a multiple of kLanes, into softmax weights relative to
+// the row's largest score so far, as Words; columns outside [first(r), last(r)) get 0 whatever they
+// hold. factors[r] is what the row's earlier output has to be multiplied with. A row's result does
+// not depend on the others, nor on how many they are.
+template <int kRows, class Word, class First, class Last>
+GEMMA2_INLINE void softmax_rows(float* s, int64_t n, First first, Last last, const ScoreScale& c,
+                                float* row_max, float* row_sum, float* factors) {
   const VecF minus_infinity = set(-INFINITY);
   VecI lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  const int64_t begin = first / kLanes * kLanes, end = (last + kLanes - 1) / kLanes * kLanes;
+  const auto begin = [&](int r) { return first(r) / kLanes * kLanes; };
+  const auto end = [&](int r) {
+    return first(r) < last(r) ? (last(r) + kLanes - 1) / kLanes * kLanes : begin(r);
+  };
 
-  VecF largest = minus_infinity;
-  for (int64_t j = begin; j < end; j += kLanes) {
-    VecF x = score(load(s + j), c);
-    if (j < first || j + kLanes > last) {
-      const VecI column = lane + int32_t(j);
-      x = (column >= int32_t(first)) & (column < int32_t(last)) ? x : minus_infinity;
+  VecF largest[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    float* row = s + r * kScoreStride;
+    VecF most = minus_infinity;
+    for (int64_t j = begin(r); j < end(r); j += kLanes) {
+      VecF x = score(load(row + j), c);
+      if (j < first(r) || j + kLanes > last(r)) {
+        const VecI column = lane + int32_t(j);
+        x = (column >= int32_t(first(r))) & (column < int32_t(last(r))) ? x : minus_infinity;
+      }
+      store(row + j, x);
+      most = max(most, x);
     }
-    store(s + j, x);
-    largest = max(largest, x);
+    largest[r] = most;
   }
-  const float block_max = reduce_max(largest);
-  float factor = 1.0f;
-  if (!(block_max <= row_max)) {  // NaN goes on to the output
-    float lanes[kLanes];
-    store(lanes, exp2_negative(set(row_max - block_max)));
-    factor = lanes[0];
-    row_max = block_max;
-  }
+  const VecF before = load_first<kRows>(row_max), block_max = reduce_maxima(largest);
+  const auto keeps = block_max <= before;  // not where it is NaN, which goes on to the output
+  const VecF after = keeps ? before : block_max;
+  const VecF factor = keeps ? set(1.0f) : exp2_negative(before - block_max);
+  memcpy(row_max, &after, kRows * 4);
+  memcpy(factors, &factor, kRows * 4);
 
-  const VecF reference = set(row_max);
-  VecF sum = zero();
-  for (int64_t j = 0; j < begin; j += kLanes) store_weights(s, j, zero(), Word{});
-  for (int64_t j = begin; j < end; j += kLanes) {
-    const VecF w = exp2_negative(load(s + j) - reference);
-    sum += w;
-    store_weights(s, j, w, Word{});
+  VecF sums[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    float* row = s + r * kScoreStride;
+    const VecF reference = set(row_max[r]);
+    VecF sum = zero();
+    for (int64_t j = 0; j < begin(r); j += kLanes) store_weights(row, j, zero(), Word{});
+    for (int64_t j = begin(r); j < end(r); j += kLanes) {
+      const VecF w = exp2_negative(load(row + j) - reference);
+      sum += w;
+      store_weights(row, j, w, Word{});
+    }
+    for (int64_t j = end(r); j < n; j += kLanes) store_weights(row, j, zero(), Word{});
+    sums[r] = sum;
   }
-  for (int64_t j = end; j < n; j += kLanes) store_weights(s, j, zero(), Word{});
-  row_sum = row_sum * factor + reduce_sum(sum);
-  return factor;
+  const VecF total = load_first<kRows>(row_sum) * factor + reduce_sums(sums);
+  memcpy(row_sum, &total, kRows * 4);
 }
 
 GEMMA2_INLINE void scale_row(float* o, int64_t n, float factor) {
@@ -313,7 +338,7 @@ GEMMA2_INLINE VecF value_words(Pair, VecF even, VecF odd) {  // both are bfloat1
 // n keys' values as panels of kTileCols dimensions: (panel, kKeyBlock / kPerWord, kTileCols). Keys
 // in `skip` (bit j) and dimensions past head_dim are zero.
 template <class Word, class T>
-void pack_values(const KeyRows<T>& v, int64_t n, int64_t head_dim, uint64_t skip, float* out) {
+void pack_values(const KeyRows<T>& v, int64_t n, int64_t head_dim, unsigned __int128 skip, float* out) {
   constexpr int kStep = kPerWord<Word>;
   for (int64_t j = 0; j < n; j += kStep) {
     const T* even = skip >> j & 1 ? nullptr : v.row(j);

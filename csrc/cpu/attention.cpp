@@ -9,6 +9,8 @@
 // bounds it), and the keys are split over units. int8 keys (K is their type, T that of queries)
 // become T where they are packed; for few rows scores and weights take their factors instead.
 // Source: FlashAttention-2 (arXiv 2307.08691), Flash-Decoding.
+#include <type_traits>
+
 #include "attention-inl.h"
 #include "kernels.h"
 
@@ -151,11 +153,15 @@ struct Stream {
   template <int kRows>
   void block(int64_t r, int64_t first, int64_t n, const KeyRows<K>& k, const KeyRows<K>& v) {
     dot_keys<kRows, Word>(q + r * kQueryStride, k, n, p.head_dim / kPerWord<Word>, s + first);
+    if (kScaled<K>) {
+      for (int i = 0; i < kRows; ++i) multiply_row(s + i * kScoreStride, k_factors);
+    }
+    float factors[kRows];
+    softmax_rows<kRows, Word>(
+        s, kKeyBlock, [&](int) { return first; }, [&](int) { return first + n; }, scale,
+        largest + r, sum + r, factors);
     for (int i = 0; i < kRows; ++i) {
-      if (kScaled<K>) multiply_row(s + i * kScoreStride, k_factors);
-      const float factor = softmax_row<Word>(s + i * kScoreStride, kKeyBlock, first, first + n,
-                                             scale, largest[r + i], sum[r + i]);
-      if (factor != 1.0f) scale_row(o + (r + i) * o_stride, o_stride, factor);
+      if (factors[i] != 1.0f) scale_row(o + (r + i) * o_stride, o_stride, factors[i]);
       if (kScaled<K>) multiply_row(s + i * kScoreStride, v_factors);
     }
     add_values<kRows>(Word{}, s, v, first, n, p.head_dim, o + r * o_stride, o_stride);
@@ -246,7 +252,7 @@ void tile_unit(const AttentionWork& w, const Unit& u) {
 
   const ScoreScale scale = score_scale(p);
   const int64_t rows = (u.rows + kTileRows - 1) / kTileRows * kTileRows;
-  float largest[kRowBlock], sum[kRowBlock];
+  float largest[kRowBlock], sum[kRowBlock], factors[kRowBlock];
   int64_t first[kRowBlock], end[kRowBlock];  // keys that a row sees
   for (int64_t r = 0; r < rows; ++r) {
     const bool inside = r < u.rows;
@@ -268,9 +274,9 @@ void tile_unit(const AttentionWork& w, const Unit& u) {
     // Some row does not see all of the block. Then a value that is not finite must not pass through
     // the product, where a weight of 0 does not hide it.
     const bool edge = first[rows - 1] > j || end[0] < j + n;
-    uint64_t apart = 0;
+    unsigned __int128 apart = 0;
     if (edge) {
-      for (int64_t i = 0; i < n; ++i) apart |= uint64_t(not_finite(v.row(i), head_dim)) << i;
+      for (int64_t i = 0; i < n; ++i) apart |= (unsigned __int128)(not_finite(v.row(i), head_dim)) << i;
     }
     pack_keys<Word>(k, n, depth, k_packed);
     pack_values<Word>(v, n, head_dim, apart, v_packed);
@@ -291,15 +297,17 @@ void tile_unit(const AttentionWork& w, const Unit& u) {
               a + d, b + d * kTileCols, min64(depth - d, kDepthBlock), to_s, kScoreStride);
       }
     }
-    for (int64_t r = 0; r < rows; ++r) {
-      float* row = s + r * kScoreStride;
-      if (from(r) >= to(r)) {
-        memset(row, 0, kKeyBlock * 4);
-        continue;
-      }
-      const float factor =
-          softmax_row<Word>(row, kKeyBlock, from(r), to(r), scale, largest[r], sum[r]);
-      if (factor != 1.0f) scale_row(o + r * o_stride, o_stride, factor);
+    const auto softmax = [&](auto count, int64_t r) {
+      softmax_rows<count, Word>(
+          s + r * kScoreStride, kKeyBlock, [&](int i) { return from(r + i); },
+          [&](int i) { return to(r + i); }, scale, largest + r, sum + r, factors + r);
+    };
+    static_assert(kTileRows % 2 == 0, "");
+    int64_t r = 0;
+    for (; r + kLanes <= rows; r += kLanes) softmax(std::integral_constant<int, kLanes>(), r);
+    for (; r < rows; r += 2) softmax(std::integral_constant<int, 2>(), r);
+    for (r = 0; r < rows; ++r) {
+      if (factors[r] != 1.0f) scale_row(o + r * o_stride, o_stride, factors[r]);
     }
     for (int64_t d = 0; d < head_dim; d += kTileCols) {
       for (int64_t r = 0; r < rows; r += kTileRows) {

@@ -360,34 +360,54 @@ GEMMA2_INLINE VecF abs(VecF a) { return (VecF)((VecU)a & 0x7fffffffu); }
 GEMMA2_INLINE VecF round_small(VecF a) { return a + set(0x1.8p23f) - set(0x1.8p23f); }
 GEMMA2_INLINE VecI to_int(VecF a) { return __builtin_convertvector(a, VecI); }
 
-// In a fixed order (halves, quarters, ...), so that a sum is the same wherever it is computed.
-GEMMA2_INLINE float reduce_sum(VecF v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  GEMMA2_UNROLL
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+// Lane i is v's lane i + kBy, from the end on again from the first.
+template <int kBy>
+GEMMA2_INLINE VecF rotate(VecF v) {
+#if defined(__clang__)
+  VecF w;
+  for (int i = 0; i < kLanes; ++i) w[i] = v[(i + kBy) % kLanes];
+  return w;
+#else
+  VecI lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = (i + kBy) % kLanes;
+  return __builtin_shuffle(v, lane);
+#endif
 }
-// reduce_sum of each of the vectors, with the same order of additions: a lane's halves are added as
-// two vectors become one.
-GEMMA2_INLINE VecF reduce_sums(VecF (&v)[kLanes]) {
+template <int kBy, int kUntil, class Op>
+GEMMA2_INLINE VecF reduce_halves(VecF v, Op op) {
+  if constexpr (kBy < kUntil)
+    return v;
+  else
+    return reduce_halves<kBy / 2, kUntil>(op(v, rotate<kBy>(v)), op);
+}
+
+// Lane i is the lanes of v[i], i < kCount, taken together by op in a fixed order (halves, quarters,
+// ...), so that a sum is the same wherever it is computed; higher lanes repeat those.
+template <int kCount, class Op>
+GEMMA2_INLINE VecF reduce_each(VecF (&v)[kCount], Op op) {
   GEMMA2_UNROLL
-  for (int half = kLanes / 2; half; half /= 2) {
+  for (int half = kCount / 2; half; half /= 2) {
     GEMMA2_UNROLL
     for (int i = 0; i < half; ++i)
-      v[i] = interleave_lower(v[i], v[i + half]) + interleave_upper(v[i], v[i + half]);
+      v[i] = op(interleave_lower(v[i], v[i + half]), interleave_upper(v[i], v[i + half]));
   }
-  return v[0];
+  return reduce_halves<kLanes / 2, kCount>(v[0], op);
+}
+template <int kCount>
+GEMMA2_INLINE VecF reduce_sums(VecF (&v)[kCount]) {
+  return reduce_each(v, [](VecF a, VecF b) __attribute__((always_inline)) { return a + b; });
+}
+template <int kCount>
+GEMMA2_INLINE VecF reduce_maxima(VecF (&v)[kCount]) {
+  return reduce_each(v, [](VecF a, VecF b) __attribute__((always_inline)) { return max(a, b); });
+}
+GEMMA2_INLINE float reduce_sum(VecF v) {
+  VecF one[] = {v};
+  return reduce_sums(one)[0];
 }
 GEMMA2_INLINE float reduce_max(VecF v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  GEMMA2_UNROLL
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i)
-      lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-  return lanes[0];
+  VecF one[] = {v};
+  return reduce_maxima(one)[0];
 }
 
 // e^x, relative error below 2.5e-7; 0 below -87.7, inf above 88.4, NaN of NaN.
