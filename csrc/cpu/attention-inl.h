@@ -338,7 +338,7 @@ GEMMA2_INLINE VecF value_words(Pair, VecF even, VecF odd) {  // both are bfloat1
 // n keys' values as panels of kTileCols dimensions: (panel, kKeyBlock / kPerWord, kTileCols). Keys
 // in `skip` (bit j) and dimensions past head_dim are zero.
 template <class Word, class T>
-void pack_values(const KeyRows<T>& v, int64_t n, int64_t head_dim, unsigned __int128 skip, float* out) {
+void pack_values(const KeyRows<T>& v, int64_t n, int64_t head_dim, uint64_t skip, float* out) {
   constexpr int kStep = kPerWord<Word>;
   for (int64_t j = 0; j < n; j += kStep) {
     const T* even = skip >> j & 1 ? nullptr : v.row(j);

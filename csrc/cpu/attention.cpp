@@ -274,9 +274,9 @@ void tile_unit(const AttentionWork& w, const Unit& u) {
     // Some row does not see all of the block. Then a value that is not finite must not pass through
     // the product, where a weight of 0 does not hide it.
     const bool edge = first[rows - 1] > j || end[0] < j + n;
-    unsigned __int128 apart = 0;
+    uint64_t apart = 0;
     if (edge) {
-      for (int64_t i = 0; i < n; ++i) apart |= (unsigned __int128)(not_finite(v.row(i), head_dim)) << i;
+      for (int64_t i = 0; i < n; ++i) apart |= uint64_t(not_finite(v.row(i), head_dim)) << i;
     }
     pack_keys<Word>(k, n, depth, k_packed);
     pack_values<Word>(v, n, head_dim, apart, v_packed);
