@@ -14,6 +14,7 @@ from gemma2_ext import ops
 OP = torch.ops.gemma2_ext.attention_cache.default
 OUT_OP = torch.ops.gemma2_ext.attention_cache_out.default
 NAN = float("nan")
+INFINITY = float("inf")
 
 
 def ring(linear: Tensor, lengths: list[int], capacity: int) -> Tensor:
@@ -240,6 +241,43 @@ def test_int8_hides_what_is_not_seen(isa: str, seqlen_q: int) -> None:
     assert out[:, -1, :2].isnan().all()
     assert torch.isfinite(out[:, -1, 2:]).all()
     assert torch.isfinite(out[:, :-1]).all()
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 5, 30])
+@pytest.mark.parametrize("factor", [-1.0, 2.0**-110, 0.0])
+def test_int8_any_scales(isa: str, seqlen_q: int, factor: float) -> None:
+    # Such as no cache has that rope_append_cache wrote. Scales of a whole block of keys and more,
+    # with others after them.
+    k8, k_scales = int8_rows([200], 200, 2, 72)
+    v8, v_scales = int8_rows([200], 200, 2, 72)
+    v_scales[:, :150] *= factor
+    k_scales[:, 100:] *= factor
+    q = torch.randn(1, seqlen_q, 4, 72).bfloat16()
+    scales = {"k_scales": k_scales, "v_scales": v_scales}
+    for length in (130, 200):
+        key_lengths = torch.tensor([length])
+        actual = ops.attention_cache(q, k8, v8, key_lengths, scale=0.2, **scales)
+        k, v = ((x * s[..., None]).bfloat16() for x, s in ((k8, k_scales), (v8, v_scales)))
+        reference = reference_of(scale=0.2, key_lengths=key_lengths)
+        assert_accurate(actual, reference, q, k[:, :length], v[:, :length], roundings=3)
+
+
+@pytest.mark.parametrize("value", [NAN, INFINITY])
+def test_int8_rows_are_apart(isa: str, value: float) -> None:
+    # A query that is not finite does not touch what others give, to the bit.
+    k8, k_scales = int8_rows([150], 150, 1, 64)
+    v8, v_scales = int8_rows([150], 150, 1, 64)
+    q = torch.randn(1, 1, 2, 64).bfloat16()
+    scales = {"k_scales": k_scales, "v_scales": v_scales}
+
+    def run() -> Tensor:
+        return ops.attention_cache(q, k8, v8, torch.tensor([150]), scale=0.1, **scales)
+
+    expected = run()
+    q[:, :, 1, 3] = value
+    out = run()
+    assert torch.equal(out[:, :, 0], expected[:, :, 0])
+    assert not torch.isfinite(out[:, :, 1]).any()
 
 
 @pytest.mark.parametrize("shape", [(0, 1, 4), (2, 0, 4), (2, 3, 0)])

@@ -286,9 +286,10 @@ constexpr bool kScaled = false;
 template <>
 constexpr bool kScaled<int8_t> = true;
 
-// A block of scores or weights times its keys' factors.
-GEMMA2_INLINE void multiply_row(float* s, const float* factors) {
-  for (int64_t j = 0; j < kKeyBlock; j += kLanes) store(s + j, load(s + j) * load(factors + j));
+// A block of scores or weights times its keys' factors and its row's.
+GEMMA2_INLINE void multiply_row(float* s, const float* factors, float of_row = 1.0f) {
+  for (int64_t j = 0; j < kKeyBlock; j += kLanes)
+    store(s + j, load(s + j) * (load(factors + j) * set(of_row)));
 }
 
 // n int8 rows times their factors, one behind another.

@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "attention-inl.h"
+#include "attention_int8.h"
 #include "kernels.h"
 
 namespace gemma2 {
@@ -69,7 +70,11 @@ GEMMA2_INLINE void load_factors(const AttentionParams& p, const Unit& u, const H
   const float* base =
       (const float*)scales.data + u.batch * scales.batch_stride + u.kv_head * scales.head_stride;
   const KeyRows<float> rows = key_rows<float>(p, base, scales.seqlen_stride, key);
-  for (int64_t j = 0; j < n; ++j) to[j] = *rows.row(j);
+  if (rows.stride == 1 && rows.in_line(0, n)) {
+    memcpy(to, rows.row(0), n * 4);
+  } else {
+    for (int64_t j = 0; j < n; ++j) to[j] = *rows.row(j);
+  }
 }
 
 // Rows of T from `key` on; int8 ones are written to `room` (kKeyBlock, head_dim), n of them.
@@ -138,7 +143,7 @@ void finish_unit(const AttentionWork& w, const Unit& u, const float* o, int64_t 
 
 // ---- few rows
 
-template <class K>
+template <class T, class K>
 struct Stream {
   using Word = typename Packed<K>::Word;
   const AttentionParams& p;
@@ -148,10 +153,31 @@ struct Stream {
   int64_t o_stride;
   float largest[kAttentionStreamRows], sum[kAttentionStreamRows];
   float k_factors[kKeyBlock], v_factors[kKeyBlock];  // of int8 rows, 0 past those at work
+  float q_factors[kAttentionStreamRows];             // where q is in integers
+
+  void set_query(int64_t r, const T* row) {
+    float* to = q + r * kQueryStride;
+#if defined(GEMMA2_ISA_avx512_bf16)
+    if constexpr (kInIntegers<T, K>) {
+      q_factors[r] = split_query(row, p.head_dim, (uint8_t*)to);
+      return;
+    }
+#endif
+    constexpr int kPart = kParts<Word, K>;
+    const int64_t depth = p.head_dim / kPerWord<Word>;
+    for (int64_t d = 0; d < depth; d += kPart * kLanes) {
+      VecF words[kPart];
+      load_parts<Word>(row, d, depth, words);
+      for (int i = 0; i < kPart; ++i) store(to + d + i * kLanes, words[i]);
+    }
+  }
 
   // n keys, of which the first is number `first` of its block.
   template <int kRows>
   void block(int64_t r, int64_t first, int64_t n, const KeyRows<K>& k, const KeyRows<K>& v) {
+#if defined(GEMMA2_ISA_avx512_bf16)
+    if constexpr (kInIntegers<T, K>) return block_in_integers<kRows>(r, first, n, k, v);
+#endif
     dot_keys<kRows, Word>(q + r * kQueryStride, k, n, p.head_dim / kPerWord<Word>, s + first);
     if (kScaled<K>) {
       for (int i = 0; i < kRows; ++i) multiply_row(s + i * kScoreStride, k_factors);
@@ -166,6 +192,33 @@ struct Stream {
     }
     add_values<kRows>(Word{}, s, v, first, n, p.head_dim, o + r * o_stride, o_stride);
   }
+
+#if defined(GEMMA2_ISA_avx512_bf16)
+  template <int kRows>
+  void block_in_integers(int64_t r, int64_t first, int64_t n, const KeyRows<int8_t>& k,
+                         const KeyRows<int8_t>& v) {
+    dot_keys<kRows>(q + r * kQueryStride, k, n, p.head_dim, s + first);
+    for (int i = 0; i < kRows; ++i) {
+      multiply_row(s + i * kScoreStride, k_factors, q_factors[r + i]);
+    }
+    float factors[kRows];
+    softmax_rows<kRows, float>(
+        s, kKeyBlock, [&](int) { return first; }, [&](int) { return first + n; }, scale,
+        largest + r, sum + r, factors);
+    SplitWeights w[kRows];
+    for (int i = 0; i < kRows; ++i) {
+      float *weights = s + i * kScoreStride, *to = o + (r + i) * o_stride;
+      if (factors[i] != 1.0f) scale_row(to, o_stride, factors[i]);
+      multiply_row(weights, v_factors);
+      if (split_weights(weights, w[i])) continue;
+      add_values_in_floats(weights + first, v, n, p.head_dim, to);
+      w[i] = {};
+    }
+    constexpr int kAtOnce = kRows < 2 ? 1 : 2;  // with their sums in registers
+    for (int i = 0; i < kRows; i += kAtOnce)
+      add_values<kAtOnce>(w + i, v, first, n, p.head_dim, o + (r + i) * o_stride, o_stride);
+  }
+#endif
 
   // Rows [row_begin, row_end) meet keys [begin, end) of one block, all of which they see.
   void keys(int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
@@ -195,16 +248,11 @@ void stream_unit(const AttentionWork& w, const Unit& u) {
   float* s = q + w.block_rows * kQueryStride;
   float* o = s + w.block_rows * kScoreStride;
   const int64_t o_stride = attention_padded_dim(p.head_dim);
-  Stream<K> stream{p, u, score_scale(p), q, s, o, o_stride, {}, {}, {}, {}};
+  Stream<T, K> stream{p, u, score_scale(p), q, s, o, o_stride, {}, {}, {}, {}, {}};
   for (int64_t r = 0; r < u.rows; ++r) {
     stream.largest[r] = -INFINITY;
     const T* row = query_row<T>(p, u, r);
-    const int64_t depth = p.head_dim / kPerWord<Word>;
-    for (int64_t d = 0; d < depth; d += kPart * kLanes) {
-      VecF words[kPart];
-      load_parts<Word>(row, d, depth, words);
-      for (int i = 0; i < kPart; ++i) store(q + r * kQueryStride + d + i * kLanes, words[i]);
-    }
+    stream.set_query(r, row);
     for (int64_t d = 0; d < o_stride; d += kLanes) store(o + r * o_stride + d, zero());
   }
 
@@ -230,6 +278,11 @@ void stream_unit(const AttentionWork& w, const Unit& u) {
       store(at + kLanes, interleave_upper(even, odd));
     }
   }
+#if defined(GEMMA2_ISA_avx512_bf16)
+  if constexpr (kInIntegers<T, K>) {
+    for (int64_t r = 0; r < u.rows; ++r) sort_joined(o + r * o_stride, p.head_dim);
+  }
+#endif
   finish_unit<T>(w, u, o, o_stride, stream.largest, stream.sum);
 }
 

@@ -8,7 +8,9 @@
 // nothing is summed across lanes, and a row of x is computed the same way whatever rows and threads
 // are beside it. Memory bounds few rows, arithmetic many.
 #include "kernels.h"
-#include "quantized-inl.h"
+#include "integers.h"
+#include "linear-inl.h"
+#include "quantized.h"
 
 namespace gemma2 {
 namespace GEMMA2_ISA {

@@ -5,7 +5,9 @@
 // the one whose rounded numbers err least in the sum of squares; f is the row's, such that s = 127
 // serves its largest group. Arithmetic bounds this: about 30 scales are tried a group.
 #include "kernels.h"
-#include "quantized-inl.h"
+#include "integers.h"
+#include "linear-inl.h"
+#include "quantized.h"
 
 namespace gemma2 {
 namespace GEMMA2_ISA {

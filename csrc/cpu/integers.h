@@ -1,9 +1,8 @@
-// Vectors of small integers, beside simd.h's floats: products of bytes and words, summed into the
-// 32-bit lanes that hold a row of packed weights each. Every wide instruction has its portable form
+// Vectors of small integers, beside simd.h's floats: products of bytes and words, summed into
+// 32-bit lanes. Every wide instruction has its portable form
 // beside it, which gives the same bits.
 #pragma once
-#include "linear-inl.h"
-#include "quantized.h"
+#include "simd.h"
 
 namespace gemma2 {
 namespace GEMMA2_ISA {
@@ -80,6 +79,27 @@ GEMMA2_INLINE VecI8 with_sign(VecI8 w, VecI8 x) {
 }
 
 #if defined(GEMMA2_ISA_avx512_bf16)
+// Byte 4i + k of to[u] is byte 16 (i / 4) + 4 u + i % 4 of rows[k]: the bytes of four rows side by
+// side, 128 bits of a row to 128 bits of the result.
+GEMMA2_INLINE void join_rows(const VecI8 (&rows)[4], VecI8 (&to)[4]) {
+#if defined(__AVX512BW__)
+  const __m512i a = (__m512i)rows[0], b = (__m512i)rows[1], c = (__m512i)rows[2];
+  const __m512i d = (__m512i)rows[3];
+  const __m512i ab_lower = _mm512_unpacklo_epi8(a, b), ab_upper = _mm512_unpackhi_epi8(a, b);
+  const __m512i cd_lower = _mm512_unpacklo_epi8(c, d), cd_upper = _mm512_unpackhi_epi8(c, d);
+  to[0] = (VecI8)_mm512_unpacklo_epi16(ab_lower, cd_lower);
+  to[1] = (VecI8)_mm512_unpackhi_epi16(ab_lower, cd_lower);
+  to[2] = (VecI8)_mm512_unpacklo_epi16(ab_upper, cd_upper);
+  to[3] = (VecI8)_mm512_unpackhi_epi16(ab_upper, cd_upper);
+#else
+  for (int u = 0; u < 4; ++u) {
+    for (int i = 0; i < kLanes; ++i) {
+      for (int k = 0; k < 4; ++k) to[u][4 * i + k] = rows[k][16 * (i / 4) + 4 * u + i % 4];
+    }
+  }
+#endif
+}
+
 // sum[i] + a[4i] * b[4i] + ... + a[4i + 3] * b[4i + 3].
 GEMMA2_INLINE VecI dot_quads(VecI sum, VecU8 a, VecI8 b) {
 #if defined(__AVX512VNNI__)
