@@ -7,8 +7,8 @@
 // exactly, then scaled and added to the row's sums in float32. Every lane is a row of weight, so
 // nothing is summed across lanes, and a row of x is computed the same way whatever rows and threads
 // are beside it. Memory bounds few rows, arithmetic many.
-#include "kernels.h"
 #include "integers.h"
+#include "kernels.h"
 #include "linear-inl.h"
 #include "quantized.h"
 

@@ -4,8 +4,8 @@
 // int4: of all scales f s|s| that take the group's largest magnitude to 6 .. 8.75, of either sign,
 // the one whose rounded numbers err least in the sum of squares; f is the row's, such that s = 127
 // serves its largest group. Arithmetic bounds this: about 30 scales are tried a group.
-#include "kernels.h"
 #include "integers.h"
+#include "kernels.h"
 #include "linear-inl.h"
 #include "quantized.h"
 
