@@ -9,8 +9,6 @@
 // bounds it), and the keys are split over units. int8 keys (K is their type, T that of queries)
 // become T where they are packed; for few rows scores and weights take their factors instead.
 // Source: FlashAttention-2 (arXiv 2307.08691), Flash-Decoding.
-#include <type_traits>
-
 #include "attention-inl.h"
 #include "attention_int8.h"
 #include "kernels.h"
@@ -351,14 +349,14 @@ void tile_unit(const AttentionWork& w, const Unit& u) {
       }
     }
     const auto softmax = [&](auto count, int64_t r) {
-      softmax_rows<count, Word>(
+      softmax_rows<decltype(count)::value, Word>(
           s + r * kScoreStride, kKeyBlock, [&](int i) { return from(r + i); },
           [&](int i) { return to(r + i); }, scale, largest + r, sum + r, factors + r);
     };
     static_assert(kTileRows % 2 == 0, "");
     int64_t r = 0;
-    for (; r + kLanes <= rows; r += kLanes) softmax(std::integral_constant<int, kLanes>(), r);
-    for (; r < rows; r += 2) softmax(std::integral_constant<int, 2>(), r);
+    for (; r + kLanes <= rows; r += kLanes) softmax(Count<kLanes>{}, r);
+    for (; r < rows; r += 2) softmax(Count<2>{}, r);
     for (r = 0; r < rows; ++r) {
       if (factors[r] != 1.0f) scale_row(o + r * o_stride, o_stride, factors[r]);
     }

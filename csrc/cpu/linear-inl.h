@@ -22,12 +22,6 @@ GEMMA2_INLINE T min_of(T a, T b) {
 }
 GEMMA2_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A number known to the compiler, as an argument.
-template <int n>
-struct Count {
-  static constexpr int value = n;
-};
-
 // Calls f with the number of rows, kMin to kMax.
 template <int kMin, int kMax, class F>
 void dispatch_rows(int64_t rows, const F& f) {

@@ -25,6 +25,12 @@ namespace {
 constexpr int kLanes = GEMMA2_LANES;
 constexpr int64_t kLineBytes = 64;  // of a cache
 
+// A number known to the compiler, as an argument.
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+
 typedef float VecF __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
