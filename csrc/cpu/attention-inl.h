@@ -376,10 +376,9 @@ GEMMA2_INLINE bool not_finite(const T* row, int64_t n) {
 // streams ahead of their use by itself, faster than one, and much faster than several short rows.
 // Rows of int8 are too short for that: those side by side are neighbours, and rows ahead are
 // fetched.
-template <class Word, class T>
-constexpr int kSideBySide = kPerWord<Word> > 1 ? 1 : 4;
-template <class Word, class T>
-constexpr int kShares = kScaled<T> ? 1 : kSideBySide<Word, T>;
+constexpr int kSideBySide = 4;
+template <class T>
+constexpr int kShares = kScaled<T> ? 1 : kSideBySide;
 
 // Fetches a later row: whole, or, where a step of so many bytes takes a line or half of one, step
 // by step.
@@ -429,70 +428,16 @@ __attribute__((noinline)) void multiply_tile(const Word* a, const float* b, int6
   }
 }
 
-#if defined(GEMMA2_ISA_avx512_bf16)
-
-// As dot_keys, a key at a time: so keys come in the order of memory.
-template <int kRows>
-GEMMA2_INLINE void dot_pairs(const float* q, const KeyRows<BFloat16>& k, int64_t n, int64_t depth,
-                             float* s) {
-  constexpr int kKeys = kLanes / kRows;
-  const int64_t whole = depth / kLanes * kLanes;
-  for (int64_t j = 0; j < n; j += kKeys) {
-    VecF sum[kLanes];  // (kRows, kKeys)
-    const auto dot = [&](const auto& row_of) __attribute__((always_inline)) {
-      GEMMA2_UNROLL
-      for (int i = 0; i < kKeys; ++i) {
-        const BFloat16* row = row_of(i);
-        const BFloat16* later = row + kAhead<BFloat16> * k.stride;
-        VecF part_sum[kRows];
-        GEMMA2_UNROLL
-        for (int r = 0; r < kRows; ++r) part_sum[r] = zero();
-        const auto step = [&](int64_t d, int64_t words) __attribute__((always_inline)) {
-          prefetch_step<64>(later, 2 * d);
-          const VecF key = load_words(Pair{}, row, d, words);
-          GEMMA2_UNROLL
-          for (int r = 0; r < kRows; ++r)
-            part_sum[r] = multiply_add(Pair{}, load(q + r * kQueryStride + d), key, part_sum[r]);
-        };
-        for (int64_t d = 0; d < whole; d += kLanes) step(d, d + kLanes);
-        if (whole < depth) step(whole, depth);
-        GEMMA2_UNROLL
-        for (int r = 0; r < kRows; ++r) sum[r * kKeys + i] = part_sum[r];
-      }
-    };
-    if (j + kKeys <= n && k.in_line(j, kKeys)) {
-      const BFloat16* first = k.row(j);
-      dot([&](int i) { return first + i * k.stride; });
-    } else {
-      dot([&](int i) { return k.row(min64(j + i, n - 1)); });
-    }
-    float sums[kLanes];
-    store(sums, reduce_sums(sum));
-    GEMMA2_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      if (j + kKeys <= n)
-        memcpy(s + r * kScoreStride + j, sums + r * kKeys, kKeys * 4);
-      else
-        memcpy(s + r * kScoreStride + j, sums + r * kKeys, (n - j) * 4);
-    }
-  }
-}
-
-#endif
-
 // s[r, j] = q[r] . k[j] for kRows rows of `depth` words and the n keys. kKeys keys together fill
 // whole vectors of sums.
-template <int kRows, class Word, class T>
-void dot_keys(const float* q, const KeyRows<T>& k, int64_t n, int64_t depth, float* s) {
-#if defined(GEMMA2_ISA_avx512_bf16)
-  if constexpr (kPerWord<Word> > 1) return dot_pairs<kRows>(q, k, n, depth, s);
-#endif
+template <int kRows, class T>
+void dot_keys(float, const float* q, const KeyRows<T>& k, int64_t n, int64_t depth, float* s) {
   constexpr int kVecs = kLanes < 8 ? 2 : 1, kKeys = kVecs * kLanes / kRows;
-  constexpr int kMost = kSideBySide<Word, T>, kAtOnce = kMost < kKeys ? kMost : kKeys;
-  constexpr int kParted = kShares<Word, T> < kAtOnce ? kShares<Word, T> : kAtOnce;
+  constexpr int kAtOnce = kSideBySide < kKeys ? kSideBySide : kKeys;
+  constexpr int kParted = kShares<T> < kAtOnce ? kShares<T> : kAtOnce;
   constexpr int kOfShare = kKeys / kParted, kNeighbours = kAtOnce / kParted;
-  constexpr int kPart = kParts<Word, T>, kStep = kPart * kLanes;
-  constexpr int64_t kBytes = kStep * kPerWord<Word> * sizeof(T);
+  constexpr int kPart = kParts<float, T>, kStep = kPart * kLanes;
+  constexpr int64_t kBytes = kStep * sizeof(T);
   const int64_t whole = depth / kStep * kStep, share = (n + kParted - 1) / kParted;
   for (int64_t j = 0; j < share; j += kOfShare) {
     VecF sum[kVecs][kLanes];  // (kRows, kParted, kOfShare)
@@ -512,18 +457,18 @@ void dot_keys(const float* q, const KeyRows<T>& k, int64_t n, int64_t depth, flo
       const auto step = [&](int64_t d, int64_t words) __attribute__((always_inline)) {
         VecF query[kRows][kPart];
         GEMMA2_UNROLL
-        for (int i = 0; i < kAtOnce; ++i) prefetch_step<kBytes>(later[i], d * kPerWord<Word>);
+        for (int i = 0; i < kAtOnce; ++i) prefetch_step<kBytes>(later[i], d);
         GEMMA2_UNROLL
         for (int r = 0; r < kRows * kPart; ++r)
           query[r / kPart][r % kPart] = load(q + r / kPart * kQueryStride + d + r % kPart * kLanes);
         GEMMA2_UNROLL
         for (int i = 0; i < kAtOnce; ++i) {
           VecF key[kPart];
-          load_parts<Word>(rows[i], d, words, key);
+          load_parts<float>(rows[i], d, words, key);
           GEMMA2_UNROLL
           for (int r = 0; r < kRows * kPart; ++r) {
             VecF& to = part_sum[r / kPart][i];
-            to = multiply_add(Word{}, query[r / kPart][r % kPart], key[r % kPart], to);
+            to = multiply_add(0.0f, query[r / kPart][r % kPart], key[r % kPart], to);
           }
         }
       };
@@ -598,7 +543,7 @@ GEMMA2_INLINE void add_some_values(const float* w, const KeyRows<T>& v, int64_t 
 template <int kRows, class T>
 GEMMA2_INLINE void add_values(float, const float* w, const KeyRows<T>& v, int64_t first, int64_t n,
                               int64_t head_dim, float* o, int64_t o_stride) {
-  constexpr int kKeys = kSideBySide<float, T>, kParted = kShares<float, T>;
+  constexpr int kKeys = kSideBySide, kParted = kShares<T>;
   constexpr int kNeighbours = kKeys / kParted;
   const int64_t share = n / kKeys * kNeighbours;
   w += first;
@@ -616,6 +561,60 @@ GEMMA2_INLINE void add_values(float, const float* w, const KeyRows<T>& v, int64_
 }
 
 #if defined(GEMMA2_ISA_avx512_bf16)
+
+// s[r, j], s[r, j + 1], ... of the n keys: the dot products (kRows, kLanes / kRows).
+template <int kRows>
+GEMMA2_INLINE void store_dots(VecF dots, float* s, int64_t j, int64_t n) {
+  constexpr int kKeys = kLanes / kRows;
+  float values[kLanes];
+  store(values, dots);
+  GEMMA2_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    if (j + kKeys <= n)
+      memcpy(s + r * kScoreStride + j, values + r * kKeys, kKeys * 4);
+    else
+      memcpy(s + r * kScoreStride + j, values + r * kKeys, (n - j) * 4);
+  }
+}
+
+// As dot_keys, a key at a time: so keys come in the order of memory.
+template <int kRows>
+GEMMA2_INLINE void dot_keys(Pair, const float* q, const KeyRows<BFloat16>& k, int64_t n,
+                            int64_t depth, float* s) {
+  constexpr int kKeys = kLanes / kRows;
+  const int64_t whole = depth / kLanes * kLanes;
+  for (int64_t j = 0; j < n; j += kKeys) {
+    VecF sum[kLanes];  // (kRows, kKeys)
+    const auto dot = [&](const auto& row_of) __attribute__((always_inline)) {
+      GEMMA2_UNROLL
+      for (int i = 0; i < kKeys; ++i) {
+        const BFloat16* row = row_of(i);
+        const BFloat16* later = row + kAhead<BFloat16> * k.stride;
+        VecF part_sum[kRows];
+        GEMMA2_UNROLL
+        for (int r = 0; r < kRows; ++r) part_sum[r] = zero();
+        const auto step = [&](int64_t d, int64_t words) __attribute__((always_inline)) {
+          prefetch_step<64>(later, 2 * d);
+          const VecF key = load_words(Pair{}, row, d, words);
+          GEMMA2_UNROLL
+          for (int r = 0; r < kRows; ++r)
+            part_sum[r] = multiply_add(Pair{}, load(q + r * kQueryStride + d), key, part_sum[r]);
+        };
+        for (int64_t d = 0; d < whole; d += kLanes) step(d, d + kLanes);
+        if (whole < depth) step(whole, depth);
+        GEMMA2_UNROLL
+        for (int r = 0; r < kRows; ++r) sum[r * kKeys + i] = part_sum[r];
+      }
+    };
+    if (j + kKeys <= n && k.in_line(j, kKeys)) {
+      const BFloat16* first = k.row(j);
+      dot([&](int i) { return first + i * k.stride; });
+    } else {
+      dot([&](int i) { return k.row(min64(j + i, n - 1)); });
+    }
+    store_dots<kRows>(reduce_sums(sum), s, j, n);
+  }
+}
 
 // The pairs (a[i], b[i]) of two rows' elements, of the lower and of the upper half.
 typedef uint16_t VecPairs __attribute__((vector_size(kLanes * 4)));

@@ -176,7 +176,7 @@ struct Stream {
 #if defined(GEMMA2_ISA_avx512_bf16)
     if constexpr (kInIntegers<T, K>) return block_in_integers<kRows>(r, first, n, k, v);
 #endif
-    dot_keys<kRows, Word>(q + r * kQueryStride, k, n, p.head_dim / kPerWord<Word>, s + first);
+    dot_keys<kRows>(Word{}, q + r * kQueryStride, k, n, p.head_dim / kPerWord<Word>, s + first);
     if (kScaled<K>) {
       for (int i = 0; i < kRows; ++i) multiply_row(s + i * kScoreStride, k_factors);
     }

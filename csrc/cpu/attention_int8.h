@@ -109,17 +109,9 @@ GEMMA2_INLINE void dot_keys(const float* q, const KeyRows<int8_t>& k, int64_t n,
     } else {
       dot([&](int i) { return k.row(min64(j + i, n - 1)); });
     }
-    float sums[kLanes];
-    store(sums, to_floats((VecI)reduce_each(sum, [](VecF a, VecF b) __attribute__((always_inline)) {
-            return (VecF)((VecU)a + (VecU)b);
-          })));
-    GEMMA2_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      if (j + kKeys <= n)
-        memcpy(s + r * kScoreStride + j, sums + r * kKeys, kKeys * 4);
-      else
-        memcpy(s + r * kScoreStride + j, sums + r * kKeys, (n - j) * 4);
-    }
+    const auto add = [](VecF a, VecF b)
+                         __attribute__((always_inline)) { return (VecF)((VecU)a + (VecU)b); };
+    store_dots<kRows>(to_floats((VecI)reduce_each(sum, add)), s, j, n);
   }
 }
 
