@@ -263,6 +263,7 @@ def _train(args: argparse.Namespace, teacher_folder: Path | None, distil: bool) 
         result = trainer.run()
         if trainer.rank == 0:
             _report(args, result)
+        del trainer  # what holds the group of processes
 
 
 def _trainer(

@@ -9,6 +9,7 @@ in the same layout equals one that never stopped, to the bit.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
@@ -175,6 +176,9 @@ def processes(device: str) -> Iterator[torch.device]:
     try:
         yield local
     finally:
+        # gloo's threads end with what holds the group, cycles included. One that lets go of its
+        # last work while the interpreter ends aborts the process.
+        gc.collect()
         dist.destroy_process_group()
 
 
