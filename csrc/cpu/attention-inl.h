@@ -577,7 +577,7 @@ GEMMA2_INLINE void store_dots(VecF dots, float* s, int64_t j, int64_t n) {
   }
 }
 
-// As dot_keys, a key at a time: so keys come in the order of memory.
+// The same of pairs, a key at a time: so keys come in the order of memory.
 template <int kRows>
 GEMMA2_INLINE void dot_keys(Pair, const float* q, const KeyRows<BFloat16>& k, int64_t n,
                             int64_t depth, float* s) {

@@ -21,6 +21,7 @@ constexpr int64_t kAttentionStreamRows = 128;
 constexpr int64_t kAttentionQueryStride = 256 + 16;
 constexpr int64_t kAttentionScoreStride = kAttentionKeyBlock + 16;
 
+// Whole vectors of floats, and of bytes.
 constexpr int64_t attention_padded_dim(int64_t head_dim) { return (head_dim + 63) / 64 * 64; }
 
 // A row is one position of one query head; the rows of a group (the query heads of one key head)

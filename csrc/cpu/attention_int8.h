@@ -1,5 +1,5 @@
 // Few rows over keys and values of int8, in integers, where the machine sums products of four bytes
-// in one instruction (of an unsigned and a signed one). Floats took three times as many.
+// in one instruction (of an unsigned and a signed one).
 //
 // A query's elements, and a block's weights, become integers of 16 bits with one factor, so that
 // they keep more than a bfloat16 or float16 holds; each is two bytes, multiplied one after the

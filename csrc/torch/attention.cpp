@@ -162,18 +162,6 @@ void take_units(int64_t workers, int64_t units, const F& f) {
   });
 }
 
-// As take_units, where units cost the same: those of a worker lie next to each other, so that it
-// reads keys and values as they lie in memory.
-template <class F>
-void share_units(int64_t workers, int64_t units, const F& f) {
-  Shares shares(units, workers);
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t unit; (unit = shares.take(worker)) >= 0;) f(worker, unit);
-    }
-  });
-}
-
 #ifdef GEMMA2_WITH_CUDA
 // An int8 cache as one of like's dtype; p's view of it becomes one of the result.
 Tensor widen_cache(const AttentionParams& p, const Tensor& like, HeadsView& cache,
@@ -244,12 +232,18 @@ void run(const AttentionParams& p, const Tensor& like) {
   w.partial = data + workers * scratch;
 
   const CpuKernels& kernels = cpu_kernels();
-  const auto unit = [&](int64_t worker, int64_t index) {
+  const auto run_units = [&](int64_t worker, int64_t begin, int64_t end) {
     AttentionWork mine = w;
     mine.scratch = data + worker * scratch;
-    kernels.attention_units(mine, index, index + 1);
+    kernels.attention_units(mine, begin, end);
   };
-  stream ? share_units(workers, units, unit) : take_units(workers, units, unit);
+  if (stream) {
+    // They cost the same; a worker's lie next to each other, so that it reads keys as they lie.
+    parallel_runs(units, 1, workers, run_units);
+  } else {
+    take_units(workers, units,
+               [&](int64_t worker, int64_t unit) { run_units(worker, unit, unit + 1); });
+  }
   if (w.splits > 1) {
     parallel_units(heads, w.splits * w.block_rows * p.head_dim * 4,
                    [&](int64_t begin, int64_t end) { kernels.attention_combine(w, begin, end); });

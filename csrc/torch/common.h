@@ -214,10 +214,10 @@ inline int64_t sharing_threads(int64_t runs) {
   return std::min<int64_t>(torch::stable::get_num_threads(), runs);
 }
 
-// f(thread, begin, end) over [0, units), `run` units at a time, thread < sharing_threads(runs).
+// f(thread, begin, end) over [0, units), `run` units at a time, thread < threads.
 template <class F>
-void parallel_runs(int64_t units, int64_t run, const F& f) {
-  const int64_t runs = (units + run - 1) / run, threads = sharing_threads(runs);
+void parallel_runs(int64_t units, int64_t run, int64_t threads, const F& f) {
+  const int64_t runs = (units + run - 1) / run;
   if (threads <= 1) {
     if (units > 0) f(0, 0, units);
     return;
@@ -228,6 +228,12 @@ void parallel_runs(int64_t units, int64_t run, const F& f) {
       for (int64_t r; (r = shares.take(t)) >= 0;) f(t, r * run, std::min(units, (r + 1) * run));
     }
   });
+}
+
+// The same with thread < sharing_threads(runs).
+template <class F>
+void parallel_runs(int64_t units, int64_t run, const F& f) {
+  parallel_runs(units, run, sharing_threads((units + run - 1) / run), f);
 }
 
 // f(begin, end) over [0, units), in runs that carry at least ~64 KiB of work each; by one thread
