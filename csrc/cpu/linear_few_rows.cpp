@@ -29,8 +29,8 @@ constexpr int64_t kBlock = kRegisters == 32 ? 1152 : 2304;
 // prefetcher makes more of a few long streams.
 constexpr int kStreams = kRegisters == 32 ? 1 : 6;
 constexpr int64_t kStreamAhead = kRegisters == 32 ? 6144 : 0;
-constexpr int kStreamRows = kRegisters == 32 ? 4 : 1;
-constexpr int64_t kStreamBytes = 20 << 10;
+constexpr int kStreamRows = kRegisters == 32 ? 6 : 1;
+constexpr int64_t kStreamBytes = 24 << 10;
 
 GEMMA2_INLINE int64_t group_count(const LinearParams& p) { return divide_up(p.rows, kGroupRows); }
 GEMMA2_INLINE int64_t group_begin(const LinearParams& p, int64_t group) {
@@ -173,7 +173,7 @@ void dot_streams(const LinearParams& p, int64_t begin, int64_t end,
 template <class T>
 void dot_columns(const LinearParams& p, int64_t begin, int64_t end) {
   VecF sums[kLinearFewRows][kLinearFewColumns];
-  memset(sums, 0, sizeof sums[0] * p.rows);
+  memset(sums, 0, divide_up(p.rows * kLinearFewColumns, kLanes) * sizeof(VecF[kLanes]));
   const int64_t x_bytes =
       p.rows * p.in_features * sizeof(typename Math<T>::Factor) / Math<T>::kPerFactor;
   if (p.rows == 1 || (p.rows <= kStreamRows && x_bytes <= kStreamBytes)) {
@@ -190,17 +190,15 @@ void dot_columns(const LinearParams& p, int64_t begin, int64_t end) {
       }
     }
   }
-  const int64_t count = end - begin;
-  for (int64_t r = 0; r < p.rows; ++r) {
-    constexpr int64_t kGroups = (kLinearFewColumns + kLanes - 1) / kLanes;
-    float line[kGroups * kLanes];
-    for (int64_t c = 0; c < count; c += kLanes) {
-      VecF group[kLanes] = {};
-      memcpy(group, sums[r] + c, min_of<int64_t>(kLanes, count - c) * sizeof(VecF));
-      store(line + c, reduce_sums(group));
-    }
-    finish_row(p, r, begin, count, line);
+  // As many sums as there are lanes at once, whichever rows they are of.
+  float lines[kLinearFewRows * kLinearFewColumns];
+  for (int64_t i = 0; i < p.rows * kLinearFewColumns; i += kLanes) {
+    VecF group[kLanes];
+    memcpy(group, sums[0] + i, sizeof group);
+    store(lines + i, reduce_sums(group));
   }
+  for (int64_t r = 0; r < p.rows; ++r)
+    finish_row(p, r, begin, end - begin, lines + r * kLinearFewColumns);
 }
 
 }  // namespace

@@ -291,9 +291,9 @@ GEMMA2_INLINE VecF load_n(const T* p, int64_t n, float fill = 0.0f) {
 }
 template <class T>
 GEMMA2_INLINE void store_n(T* p, VecF v, int64_t n) {
-  float lanes[kLanes];
+  T lanes[kLanes];
   store(lanes, v);
-  for (int64_t i = 0; i < n; ++i) p[i] = from_float<T>(lanes[i]);
+  memcpy(p, lanes, n * sizeof(T));
 }
 
 // Rounds every lane to T and widens it again.
