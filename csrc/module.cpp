@@ -24,6 +24,20 @@ void run(const gemma2::Calls& calls) {
   }
 }
 
+// As a loop in Python each comparison would wait for memory alone.
+bool hold(const pybind11::tuple& dicts, const pybind11::tuple& keys,
+          const pybind11::tuple& values) {
+  if (keys.size() != dicts.size() || values.size() != dicts.size())
+    throw pybind11::value_error("hold: dicts, keys and values must be as many");
+  for (size_t i = 0; i < dicts.size(); ++i) {
+    const pybind11::handle dict = PyTuple_GET_ITEM(dicts.ptr(), i);
+    PyObject* value = PyDict_GetItemWithError(dict.ptr(), PyTuple_GET_ITEM(keys.ptr(), i));
+    if (!value && PyErr_Occurred()) throw pybind11::error_already_set();
+    if (value != PyTuple_GET_ITEM(values.ptr(), i)) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -43,6 +57,8 @@ PYBIND11_MODULE(_C, m) {
         pybind11::arg("seconds"), pybind11::call_guard<pybind11::gil_scoped_release>(),
         "Operations a second of multiply-adds in registers; dtype: float32, bfloat16 or int8 (0 "
         "where there is no such instruction).");
+  m.def("hold", &hold, pybind11::arg("dicts"), pybind11::arg("keys"), pybind11::arg("values"),
+        "Whether each dict holds this very value under its key.");
   pybind11::class_<gemma2::Calls>(m, "Calls",
                                   "Calls of `_out` ops on the CPU, to be made again as they were.")
       .def(pybind11::init<>())

@@ -391,6 +391,26 @@ struct QuantizeParams {
   DType dtype;  // of weight
 };
 
+// Rows `ids` of a packed weight, times `scale`.
+struct EmbeddingParams {
+  const int64_t* ids;
+  const void* data;
+  const void* scales;
+  void* out;                          // (ids, in_features) contiguous
+  int64_t out_features, in_features;  // of the weight
+  float scale;
+  DType dtype;  // of out
+};
+
+// The largest of each run of kArgmaxRun elements of a row, NaN where one is.
+constexpr int64_t kArgmaxRun = 1024;
+struct ArgmaxParams {
+  const float* x;  // (rows, columns), last dimension contiguous
+  int64_t x_stride;
+  float* maxima;  // (rows, runs of a row)
+  int64_t rows, columns;
+};
+
 // What the machine itself can do, for benchmarks.
 constexpr int64_t kProbeRun = 64 << 10;  // bytes of one unit of probe_memory
 constexpr int64_t kProbeSteps = 4096;    // of one unit of probe_multiply

@@ -47,6 +47,7 @@ STABLE_TORCH_LIBRARY(gemma2_ext, m) {
   m.def(
       "linear_backward_out(Tensor grad_out, Tensor x, Tensor weight, Tensor(a!)? grad_x, "
       "Tensor(b!)? grad_weight) -> ()");
+  m.def("argmax_out(Tensor x, Tensor(a!) out) -> ()");
   m.def("linear_geglu(Tensor x, Tensor weight) -> Tensor");
   m.def("linear_geglu_out(Tensor x, Tensor weight, Tensor(a!) out) -> ()");
   m.def("logits(Tensor hidden, Tensor weight, float? softcap=None) -> Tensor");
@@ -58,6 +59,9 @@ STABLE_TORCH_LIBRARY(gemma2_ext, m) {
       "logits_int8_out(Tensor hidden, Tensor data, Tensor scales, float? softcap, "
       "Tensor(a!) out) -> ()");
   m.def("quantize_int8_out(Tensor weight, Tensor(a!) data, Tensor(b!) scales) -> ()");
+  m.def(
+      "embedding_int8_out(Tensor ids, Tensor data, Tensor scales, float scale, Tensor(a!) out) "
+      "-> ()");
   m.def("linear_int4(Tensor x, Tensor data, Tensor scales) -> Tensor");
   m.def("linear_int4_out(Tensor x, Tensor data, Tensor scales, Tensor(a!) out) -> ()");
   m.def("logits_int4(Tensor hidden, Tensor data, Tensor scales, float? softcap=None) -> Tensor");
@@ -65,6 +69,9 @@ STABLE_TORCH_LIBRARY(gemma2_ext, m) {
       "logits_int4_out(Tensor hidden, Tensor data, Tensor scales, float? softcap, "
       "Tensor(a!) out) -> ()");
   m.def("quantize_int4_out(Tensor weight, Tensor(a!) data, Tensor(b!) scales) -> ()");
+  m.def(
+      "embedding_int4_out(Tensor ids, Tensor data, Tensor scales, float scale, Tensor(a!) out) "
+      "-> ()");
   m.def(
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, *, float? softcap=None, "
       "int ignore_index=-100, str reduction='mean', float label_smoothing=0.0, float z_loss=0.0) "

@@ -39,6 +39,9 @@ namespace gemma2 {
   X(linear_int4_units, LinearParams)                         \
   X(quantize_int8_blocks, QuantizeParams)                    \
   X(quantize_int4_blocks, QuantizeParams)                    \
+  X(embed_int8_rows, EmbeddingParams)                        \
+  X(embed_int4_rows, EmbeddingParams)                        \
+  X(argmax_runs, ArgmaxParams)                               \
   X(probe_memory, ProbeParams)                               \
   X(probe_multiply, ProbeParams)                             \
   X(attention_backward_rows, AttentionBackwardWork)          \

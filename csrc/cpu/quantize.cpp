@@ -1,5 +1,5 @@
-// Weights to 8 and 4 bits, in the layout that python/gemma2_ext/quantize.py describes. A unit is a
-// block of kQuantRows rows.
+// Weights to 8 and 4 bits, in the layout that python/gemma2_ext/quantize.py describes, a unit being
+// a block of kQuantRows rows; and rows of those, looked up.
 //
 // int4: of all scales f s|s| that take the group's largest magnitude to 6 .. 8.75, of either sign,
 // the one whose rounded numbers err least in the sum of squares; f is the row's, such that s = 127
@@ -43,15 +43,16 @@ GEMMA2_INLINE VecF rounded(VecF x, float low, float high) {
   return max(set(low), min(set(high), round_small(x)));
 }
 
-// A row of a block: where its quads of bytes and its scales go.
-struct Target {
+// Where a row's quads of bytes and its scales are.
+struct PackedRow {
   uint8_t* data;
-  uint8_t* scales;
+  uint8_t* scales;  // of the row's block
   int64_t block_rows;
   int64_t row;  // within the block
 
-  Target(const QuantizeParams& p, int64_t row, int64_t row_bytes, int64_t scale_bytes,
-         int64_t factor_bytes) {
+  template <class Params>
+  PackedRow(const Params& p, int64_t row, int64_t row_bytes, int64_t scale_bytes,
+            int64_t factor_bytes) {
     const int64_t first = row / kQuantRows * kQuantRows;
     const int64_t pieces = divide_up(p.in_features, kQuantDepth);
     block_rows = min_of(kQuantRows, p.out_features - first);
@@ -59,14 +60,19 @@ struct Target {
     scales = (uint8_t*)p.scales + first * (pieces * scale_bytes + factor_bytes);
     this->row = row - first;
   }
-  void set_quad(int64_t quad, const uint8_t* bytes) const {
-    memcpy(data + (quad * block_rows + row) * 4, bytes, 4);
+  uint8_t* quad(int64_t quad) const { return data + (quad * block_rows + row) * 4; }
+  BFloat16& int8_scale(int64_t group) const {
+    return ((BFloat16*)scales)[group * block_rows + row];
+  }
+  BFloat16& int4_factor() const { return ((BFloat16*)scales)[row]; }
+  int8_t& int4_scale(int64_t group) const {
+    return ((int8_t*)scales + block_rows * kInt4FactorBytes)[group * block_rows + row];
   }
 };
 
 template <class T>
 void quantize_int8_row(const QuantizeParams& p, int64_t row) {
-  const Target target(p, row, kInt8RowBytes, kInt8ScaleBytes, 0);
+  const PackedRow target(p, row, kInt8RowBytes, kInt8ScaleBytes, 0);
   for (int64_t k = 0; k < p.in_features; k += kQuantDepth) {
     float w[kQuantDepth];
     load_weights<T>(p, row, k, w);
@@ -76,9 +82,8 @@ void quantize_int8_row(const QuantizeParams& p, int64_t row) {
     int8_t q[kQuantDepth];
     for (int64_t i = 0; i < kQuantDepth; i += kLanes)
       store_integers(q + i, to_int(rounded(load(w + i) * set(inverse), -127, 127)));
-    for (int64_t i = 0; i < kQuantDepth; i += 4)
-      target.set_quad((k + i) / 4, (const uint8_t*)q + i);
-    ((BFloat16*)target.scales)[k / kInt8Group * target.block_rows + target.row] = scale;
+    for (int64_t i = 0; i < kQuantDepth; i += 4) memcpy(target.quad((k + i) / 4), q + i, 4);
+    target.int8_scale(k / kInt8Group) = scale;
   }
 }
 
@@ -123,7 +128,7 @@ GEMMA2_INLINE int best_scale(const VecF* w, float largest) {
 
 template <class T>
 void quantize_int4_row(const QuantizeParams& p, int64_t row) {
-  const Target target(p, row, kInt4RowBytes, kInt4ScaleBytes, kInt4FactorBytes);
+  const PackedRow target(p, row, kInt4RowBytes, kInt4ScaleBytes, kInt4FactorBytes);
   float w[kQuantDepth], largest = 0;
   for (int64_t k = 0; k < p.in_features; k += kQuantDepth) {
     load_weights<T>(p, row, k, w);
@@ -133,8 +138,7 @@ void quantize_int4_row(const QuantizeParams& p, int64_t row) {
   BFloat16 factor = round_up(largest / (kFewest * kLargestScale * kLargestScale));
   float per_factor = 1 / to_float(factor);
   if (!(per_factor < 0x1p127f)) factor = {}, per_factor = 0;  // too small to be told from 0
-  ((BFloat16*)target.scales)[target.row] = factor;
-  int8_t* scales = (int8_t*)target.scales + target.block_rows * kInt4FactorBytes + target.row;
+  target.int4_factor() = factor;
 
   for (int64_t k = 0; k < p.in_features; k += kQuantDepth) {
     load_weights<T>(p, row, k, w);
@@ -147,13 +151,50 @@ void quantize_int4_row(const QuantizeParams& p, int64_t row) {
       const VecF inverse = set(s ? 1.0f / float(s * (s < 0 ? -s : s)) : 0.0f);
       for (int i = 0; i < kGroupVectors; ++i)
         store_integers(q + g + i * kLanes, to_int(rounded(group[i] * inverse, -8, 7)) + 8);
-      scales[(k + g) / kInt4Group * target.block_rows] = int8_t(s);
+      target.int4_scale((k + g) / kInt4Group) = int8_t(s);
     }
     for (int64_t i = 0; i < kInt4Group; i += 4) {
       uint8_t bytes[4];
       for (int j = 0; j < 4; ++j) bytes[j] = uint8_t(q[i + j] | q[kInt4Group + i + j] << 4);
-      target.set_quad(k / kQuantDepth * 4 + i / 4, bytes);
+      memcpy(target.quad(k / kQuantDepth * 4 + i / 4), bytes, 4);
     }
+  }
+}
+
+// The next n floats of a row, of which it has `left`, rounded to out's dtype, then times p.scale.
+template <class T>
+GEMMA2_INLINE void store_scaled(const EmbeddingParams& p, const float* from, int64_t n,
+                                int64_t left, T* out) {
+  for (int64_t j = 0; j < min_of(n, left); ++j)
+    out[j] = from_float<T>(to_float(from_float<T>(from[j])) * p.scale);
+}
+
+template <class T>
+void embed_int8_row(const EmbeddingParams& p, int64_t i) {
+  const PackedRow from(p, p.ids[i], kInt8RowBytes, kInt8ScaleBytes, 0);
+  T* out = (T*)p.out + i * p.in_features;
+  for (int64_t k = 0; k < p.in_features; k += kInt8Group) {
+    const float scale = to_float(from.int8_scale(k / kInt8Group));
+    float group[kInt8Group];
+    for (int64_t j = 0; j < kInt8Group; ++j)
+      group[j] = float(int8_t(from.quad((k + j) / 4)[j % 4])) * scale;
+    store_scaled(p, group, kInt8Group, p.in_features - k, out + k);
+  }
+}
+
+template <class T>
+void embed_int4_row(const EmbeddingParams& p, int64_t i) {
+  const PackedRow from(p, p.ids[i], kInt4RowBytes, kInt4ScaleBytes, kInt4FactorBytes);
+  T* out = (T*)p.out + i * p.in_features;
+  for (int64_t k = 0; k < p.in_features; k += kInt4Group) {
+    const int64_t quad = k / kQuantDepth * 4;
+    const int shift = k % kQuantDepth ? 4 : 0;
+    const float s = float(from.int4_scale(k / kInt4Group));
+    const float scale = to_float(from.int4_factor()) * (s * (s < 0 ? -s : s));
+    float group[kInt4Group];
+    for (int64_t j = 0; j < kInt4Group; ++j)
+      group[j] = float((from.quad(quad + j / 4)[j % 4] >> shift & 15) - 8) * scale;
+    store_scaled(p, group, kInt4Group, p.in_features - k, out + k);
   }
 }
 
@@ -174,6 +215,18 @@ void quantize_int8_blocks(const QuantizeParams& p, int64_t begin, int64_t end) {
 void quantize_int4_blocks(const QuantizeParams& p, int64_t begin, int64_t end) {
   dispatch_dtype(p.dtype, [&](auto t) {
     for_rows(p, begin, end, [&](int64_t row) { quantize_int4_row<decltype(t)>(p, row); });
+  });
+}
+
+// A unit is an id.
+void embed_int8_rows(const EmbeddingParams& p, int64_t begin, int64_t end) {
+  dispatch_dtype(p.dtype, [&](auto t) {
+    for (int64_t i = begin; i < end; ++i) embed_int8_row<decltype(t)>(p, i);
+  });
+}
+void embed_int4_rows(const EmbeddingParams& p, int64_t begin, int64_t end) {
+  dispatch_dtype(p.dtype, [&](auto t) {
+    for (int64_t i = begin; i < end; ++i) embed_int4_row<decltype(t)>(p, i);
   });
 }
 

@@ -51,7 +51,7 @@ GEMMA2_INLINE float quantize_row(const float* x, int64_t n, int8_t* out) {
   const float most = reduce_max(largest);
   const bool finite = reduce_sum(difference) == 0.0f;
   if (!finite || most < 0x1p-100f) {  // the inverse of less would overflow
-    memset(out, 0, n);
+    for (int64_t i = 0; i < n; ++i) out[i] = 0;
     return finite ? 0.0f : NAN;
   }
   const VecF inverse = set(127.0f / most);

@@ -19,6 +19,7 @@ struct Format {
   void (*CpuKernels::*pack)(const LinearParams&, int64_t, int64_t);
   void (*CpuKernels::*units)(const LinearParams&, int64_t, int64_t);
   void (*CpuKernels::*quantize)(const QuantizeParams&, int64_t, int64_t);
+  void (*CpuKernels::*embed)(const EmbeddingParams&, int64_t, int64_t);
 #ifdef GEMMA2_WITH_CUDA
   void (*launch)(const LinearParams&, cudaStream_t);
   void (*launch_dequantize)(const DequantizeParams&, cudaStream_t);
@@ -38,7 +39,8 @@ const Format kInt8{ScalarType::Char,
                    kQuantDepth / kInt8Group,
                    &CpuKernels::linear_int8_pack,
                    &CpuKernels::linear_int8_units,
-                   &CpuKernels::quantize_int8_blocks GEMMA2_LAUNCHERS(int8)};
+                   &CpuKernels::quantize_int8_blocks,
+                   &CpuKernels::embed_int8_rows GEMMA2_LAUNCHERS(int8)};
 const Format kInt4{ScalarType::Byte,
                    ScalarType::Char,
                    kInt4RowBytes,
@@ -46,7 +48,8 @@ const Format kInt4{ScalarType::Byte,
                    kQuantDepth / kInt4Group,
                    &CpuKernels::linear_int4_pack,
                    &CpuKernels::linear_int4_units,
-                   &CpuKernels::quantize_int4_blocks GEMMA2_LAUNCHERS(int4)};
+                   &CpuKernels::quantize_int4_blocks,
+                   &CpuKernels::embed_int4_rows GEMMA2_LAUNCHERS(int4)};
 
 int64_t piece_count(int64_t in_features) { return (in_features + kQuantDepth - 1) / kQuantDepth; }
 int64_t block_count(int64_t out_features) { return (out_features + kQuantRows - 1) / kQuantRows; }
@@ -258,6 +261,53 @@ void quantize_int4_out(const Tensor& weight, Tensor data, Tensor scales) {
   quantize_out("quantize_int4", kInt4, weight, data, scales);
 }
 
+void embedding_out(const char* op, const Format& format, const Tensor& ids, const Tensor& data,
+                   const Tensor& scales, double scale, Tensor out) {
+  check_cpu(op, "ids", ids);
+  if (ids.scalar_type() != ScalarType::Long || !ids.is_contiguous()) {
+    fail(op, std::string("ids must be contiguous int64, got ") +
+                 torch::headeronly::toString(ids.scalar_type()) + " " + to_string(ids));
+  }
+  check_device(op, "out", out, "ids", ids);
+  bool right = out.dim() == ids.dim() + 1 && out.is_contiguous();
+  for (int64_t i = 0; right && i < ids.dim(); ++i) right = out.size(i) == ids.size(i);
+  if (!right) {
+    fail(op, "out must be contiguous of shape (*ids.shape, in_features) for ids of shape " +
+                 to_string(ids) + ", got " + to_string(out));
+  }
+  EmbeddingParams p{};
+  p.dtype = dtype_of(op, "out", out);
+  p.in_features = out.size(ids.dim());
+  check_weight(op, format, data, scales, -1, p.in_features, "ids", ids);
+  p.ids = static_cast<const int64_t*>(ids.data_ptr());
+  p.out_features = data.size(0);
+  for (int64_t i = 0; i < ids.numel(); ++i) {
+    if (p.ids[i] < 0 || p.ids[i] >= p.out_features) {
+      fail(op, "ids must be in [0, out_features = " + std::to_string(p.out_features) + "), got " +
+                   std::to_string(p.ids[i]));
+    }
+  }
+  p.data = data.data_ptr();
+  p.scales = scales.data_ptr();
+  p.out = out.data_ptr();
+  p.scale = float(scale);
+  const CpuKernels& kernels = cpu_kernels();
+  parallel_units(ids.numel(), p.in_features * 16,
+                 [&](int64_t begin, int64_t end) { (kernels.*format.embed)(p, begin, end); });
+}
+
+void embedding_int8_out(const Tensor& ids, const Tensor& data, const Tensor& scales, double scale,
+                        Tensor out) {
+  note(embedding_int8_out, ids, data, scales, scale, out);
+  embedding_out("embedding_int8", kInt8, ids, data, scales, scale, out);
+}
+
+void embedding_int4_out(const Tensor& ids, const Tensor& data, const Tensor& scales, double scale,
+                        Tensor out) {
+  note(embedding_int4_out, ids, data, scales, scale, out);
+  embedding_out("embedding_int4", kInt4, ids, data, scales, scale, out);
+}
+
 template <class Library>
 void implement(Library& m) {
   m.impl("linear_int8", TORCH_BOX(&linear_int8));
@@ -278,4 +328,6 @@ GEMMA2_REGISTER(gemma2::implement)
 STABLE_TORCH_LIBRARY_IMPL(gemma2_ext, CPU, m) {
   m.impl("quantize_int8_out", TORCH_BOX(&gemma2::quantize_int8_out));
   m.impl("quantize_int4_out", TORCH_BOX(&gemma2::quantize_int4_out));
+  m.impl("embedding_int8_out", TORCH_BOX(&gemma2::embedding_int8_out));
+  m.impl("embedding_int4_out", TORCH_BOX(&gemma2::embedding_int4_out));
 }

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -93,7 +94,6 @@ class KVCache:
             each head's slots are contiguous.
         key_scales, value_scales: of an int8 cache one tensor a layer, (batch, capacity,
             num_key_value_heads) float32; empty otherwise.
-        lengths: (batch,) int64 on the CPU, tokens held by each row.
 
     Raises:
         ValueError: batch_size or max_length is below 1, or max_length exceeds the model's context.
@@ -147,14 +147,20 @@ class KVCache:
                 for shape in (shapes * 2 if dtype == torch.int8 else [])
             ]
             self.key_scales, self.value_scales = scales[: len(shapes)], scales[len(shapes) :]
-            self.lengths = torch.zeros(batch_size, dtype=torch.int64)
+        # Numbers of the host: a step does without torch's calls for them.
+        self._held = [0] * batch_size
         # One past the last position ever written: older ones may have lost their slot to it.
-        self._written = torch.zeros(batch_size, dtype=torch.int64)
+        self._written = [0] * batch_size
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens held by each row: (batch,) int64 on the CPU, a copy."""
+        return torch.tensor(self._held)
 
     @property
     def length(self) -> int:
         """Tokens held by the longest row."""
-        return int(self.lengths.max())
+        return max(self._held)
 
     @property
     def nbytes(self) -> int:
@@ -168,28 +174,34 @@ class KVCache:
             return {}
         return {"k_scales": self.key_scales[layer], "v_scales": self.value_scales[layer]}
 
-    def check_room(self, counts: Tensor) -> None:
-        """Whether `counts` (batch,) more tokens fit.
+    def check_room(self, counts: Sequence[int]) -> list[int]:
+        """Whether `counts` more tokens fit, one count a row.
+
+        Returns:
+            The tokens that each row then holds.
 
         Raises:
             ValueError: a row would hold more than max_length tokens.
         """
-        end = self.lengths + counts
-        if int(end.max()) > self.max_length:
-            row = int(end.argmax())
+        ends = [held + count for held, count in zip(self._held, counts, strict=True)]
+        end = max(ends)
+        if end > self.max_length:
+            row = ends.index(end)
             raise ValueError(
-                f"KVCache: row {row} holds {int(self.lengths[row])} tokens and is given "
-                f"{int(counts[row])} more, but max_length is {self.max_length}"
+                f"KVCache: row {row} holds {self._held[row]} tokens and is given {counts[row]} "
+                f"more, but max_length is {self.max_length}"
             )
+        return ends
 
-    def reserve(self, counts: Tensor) -> None:
-        """Announces the write of `counts` (batch,) more tokens; `commit` completes it."""
-        self.check_room(counts)
-        self._written = torch.maximum(self._written, self.lengths + counts)
+    def reserve(self, counts: Sequence[int]) -> list[int]:
+        """As `check_room`, and announces the write of the tokens; `commit` completes it."""
+        ends = self.check_room(counts)
+        self._written = list(map(max, self._written, ends))
+        return ends
 
-    def commit(self, counts: Tensor) -> None:
-        """Counts `counts` (batch,) more tokens as held, once all layers have written them."""
-        self.lengths = self.lengths + counts
+    def commit(self, counts: Sequence[int]) -> None:
+        """Counts `counts` more tokens as held, once all layers have written them."""
+        self._held = [held + count for held, count in zip(self._held, counts, strict=True)]
 
     def rewind(self, n: int | Tensor) -> None:
         """Takes back the last n tokens of every row, as if they had never been given.
@@ -201,29 +213,28 @@ class KVCache:
             ValueError: n is negative, a row holds fewer tokens, or a ring has already lost keys
                 that the shorter sequence needs (more than `chunk_size` tokens back).
         """
-        lengths = self.lengths - n
-        if int((self.lengths - lengths).min()) < 0:
+        counts = torch.as_tensor(n).expand(self.batch_size).tolist()
+        if min(counts) < 0:
             raise ValueError(f"KVCache: rewind needs n >= 0, got {n}")
-        if int(lengths.min()) < 0:
-            raise ValueError(
-                f"KVCache: cannot take back {n} tokens, the rows hold {self.lengths.tolist()}"
-            )
+        lengths = [held - count for held, count in zip(self._held, counts, strict=True)]
+        if min(lengths) < 0:
+            raise ValueError(f"KVCache: cannot take back {n} tokens, the rows hold {self._held}")
         config = self.config
         for layer in range(config.num_hidden_layers):
             if not config.is_local(layer):
                 continue
             capacity = self.keys[layer].shape[1]
-            lost = self._written - capacity  # positions below this one are overwritten
-            oldest = (lengths - config.sliding_window + 1).clamp(min=0)
-            if bool((lost > oldest).any()):
-                raise ValueError(
-                    f"KVCache: cannot take back {n} tokens: local layers keep "
-                    f"{config.sliding_window} positions and {self.chunk_size} more"
-                )
+            for written, length in zip(self._written, lengths, strict=True):
+                # Positions below the first are overwritten; the second is the oldest in sight.
+                if written - capacity > max(length - config.sliding_window + 1, 0):
+                    raise ValueError(
+                        f"KVCache: cannot take back {n} tokens: local layers keep "
+                        f"{config.sliding_window} positions and {self.chunk_size} more"
+                    )
             break  # all rings are alike
-        self.lengths = lengths
+        self._held = lengths
 
     def reset(self) -> None:
         """Forgets all tokens."""
-        self.lengths = torch.zeros_like(self.lengths)
-        self._written = torch.zeros_like(self._written)
+        self._held = [0] * self.batch_size
+        self._written = [0] * self.batch_size

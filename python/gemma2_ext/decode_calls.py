@@ -14,8 +14,7 @@ they are torch ops again.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from . import _C
 from .cache import KVCache
-from .quantize import QuantizedWeight
+from .quantize import QuantizedWeight, embedding_op
 
 if TYPE_CHECKING:
     from .model import Gemma2
@@ -104,23 +103,33 @@ class DecodeCalls:
             model.config is self._config
             and cache.keys is self._keys
             and model._modules is self._owners[0]
-            and all(map(operator.is_, map(dict.get, self._owners, self._names), self._parts))
+            and _C.hold(self._owners, self._names, self._parts)
         )
 
-    def run(self, embedded: Tensor, positions: Tensor, key_lengths: Tensor) -> Tensor:
-        """The layers and the final norm.
+    def run(
+        self,
+        model: Gemma2,
+        input_ids: Tensor,
+        positions: Sequence[Sequence[int]],
+        key_lengths: Sequence[int],
+    ) -> Tensor:
+        """The embedding, the layers and the final norm.
 
         Args:
-            embedded: (batch, seqlen, hidden_size), the scaled embeddings.
+            model: whose calls these are.
+            input_ids: (batch, seqlen).
             positions: (batch, seqlen), -1 where there is padding.
             key_lengths: (batch,), tokens that the cache then holds.
 
         Returns:
             (batch, seqlen, hidden_size), overwritten by the next step.
         """
-        self._residual.copy_(embedded)
-        self._positions.copy_(positions)
-        self._key_lengths.copy_(key_lengths)
+        # By numpy, whose assignments take a fraction of torch's.
+        self._ids[...] = input_ids.numpy()
+        self._positions[...] = positions
+        self._key_lengths[...] = key_lengths
+        if not self._embeds:
+            self._residual.copy_(model._embed(input_ids))
         if self._noted is None or _watched():
             self._call_ops()
         else:
@@ -146,6 +155,7 @@ class DecodeCalls:
         def buffer(*shape: int) -> Tensor:
             return torch.empty(batch, seqlen, *shape, dtype=model.dtype)
 
+        ids = torch.empty(batch, seqlen, dtype=torch.int64)
         residual, middle, hidden, projected = (buffer(config.hidden_size) for _ in range(4))
         qkv, rotated = buffer(heads + 2 * kv_heads, head_dim), buffer(heads, head_dim)
         attended, gate_up, mlp = buffer(heads, head_dim), buffer(2 * inner), buffer(inner)
@@ -153,7 +163,9 @@ class DecodeCalls:
         positions = torch.empty(batch, seqlen, dtype=torch.int64)
         key_lengths = torch.empty(batch, dtype=torch.int64)
         self._residual, self._hidden = residual, hidden
-        self._positions, self._key_lengths = positions, key_lengths
+        self._ids, self._positions, self._key_lengths = (
+            t.numpy() for t in (ids, positions, key_lengths)
+        )
 
         def linear(x: Tensor, weight: Tensor | QuantizedWeight, out: Tensor) -> Call:
             x, out = x.flatten(2), out.flatten(2)
@@ -162,6 +174,12 @@ class DecodeCalls:
             op = ops.linear_int8_out if weight.format == "int8" else ops.linear_int4_out
             return op.default, (x, weight.data, weight.scales, out), {}
 
+        embedding = model.embed_tokens.weight
+        self._embeds = isinstance(embedding, QuantizedWeight)
+        if isinstance(embedding, QuantizedWeight):
+            scale = config.embedding_scale(model.dtype)
+            packed = embedding.data, embedding.scales
+            yield embedding_op(embedding.format), (ids, *packed, scale, residual), {}
         layers: Any = list(model.layers)
         norm = ops.add_rms_norm_out.default
         yield (

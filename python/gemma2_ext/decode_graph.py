@@ -58,7 +58,7 @@ class DecodeGraph:
 
     def step(self) -> None:
         """Starts a step; the host does not wait for it."""
-        ones = torch.ones_like(self.cache.lengths)
+        ones = [1] * self.cache.batch_size
         self.cache.reserve(ones)
         # Drawn on the host, so that a seed gives the tokens that it gives on the CPU.
         keys = self.sampler.keys(self.cache.batch_size)

@@ -30,6 +30,8 @@ TWO_STEPS_FROM = 16384
 RUN = 512
 TOP_RUN = 64  # of the k largest, which lie in the k runs of the largest maxima
 
+_argmax_out = torch.ops.gemma2_ext.argmax_out.default
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -78,7 +80,7 @@ class Sampler:
         The same keys (batch, 2) and logits give the same tokens; None: the next ones.
         """
         if self.temperature == 0:
-            return logits.argmax(-1)
+            return _most_probable(logits)
         if keys is None:
             keys = self.keys(logits.shape[0])
         top_p = 1.0 if self.top_p is None else self.top_p
@@ -116,6 +118,15 @@ class Sampler:
             floor = logits.amax(-1, keepdim=True) + math.log(self.min_p)
             logits = logits.masked_fill(logits < floor, -math.inf)
         return logits.softmax(-1)
+
+
+def _most_probable(logits: Tensor) -> Tensor:
+    """argmax of each row: (batch, vocab_size) -> (batch,); of equals the first."""
+    if logits.device.type != "cpu":
+        return logits.argmax(-1)
+    tokens = torch.empty(len(logits), dtype=torch.int64)
+    _argmax_out(logits, tokens)
+    return tokens
 
 
 def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -286,11 +297,11 @@ def _steps(
         raise ValueError(f"generate: max_new_tokens must be at least 0, got {max_new_tokens}")
     model._check_input(input_ids, attention_mask, cache)
     batch = input_ids.shape[0]
-    counts = torch.full((batch,), input_ids.shape[1])
+    counts = [input_ids.shape[1]] * batch
     if attention_mask is not None:
-        counts = (attention_mask != 0).sum(-1).cpu()
+        counts = (attention_mask != 0).sum(-1).tolist()
     if cache is None:
-        longest, context = int(counts.max()), model.config.max_position_embeddings
+        longest, context = max(counts), model.config.max_position_embeddings
         if longest > context:
             raise ValueError(
                 f"generate: the prompt's {longest} tokens exceed the context, "

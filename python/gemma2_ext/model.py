@@ -27,7 +27,7 @@ from . import generate as _generate
 from . import ops
 from .cache import KVCache
 from .config import Gemma2Config
-from .decode_calls import calls_for
+from .decode_calls import MOST_ROWS, calls_for
 from .device import check_device
 from .packed import load_checkpoint
 from .quantize import Format, QuantizedWeight
@@ -230,26 +230,27 @@ class Gemma2(nn.Module):
         batch, seqlen = input_ids.shape
         input_ids = input_ids.to(self.device)
         if attention_mask is None or bool((attention_mask != 0).all()):
-            counts = torch.full((batch,), seqlen, dtype=torch.int64)
+            counts = [seqlen] * batch
             order = None
         else:
             # Tokens to the right, padding to the left, order kept: then each row's last column is
             # its last token, and a token's distance to the right end is the same in every view.
             attention_mask = attention_mask.to(self.device) != 0
-            counts = attention_mask.sum(-1).cpu()
-            if int(counts.min()) == 0:
-                row = int(counts.argmin())
+            counts = attention_mask.sum(-1).tolist()
+            if 0 in counts:
+                row = counts.index(0)
                 raise ValueError(f"Gemma2: row {row} of attention_mask holds no token")
             order = attention_mask.int().argsort(dim=-1, stable=True)
             input_ids = input_ids.gather(-1, order)
 
         if cache is None:
-            logits = self._forward_whole(input_ids, counts, last_only)
+            logits = self._forward_whole(input_ids, torch.tensor(counts), last_only)
         else:
             logits = self._forward_cached(input_ids, counts, cache, last_only)
         if order is None or last_only:
             return logits
-        padding = (torch.arange(seqlen) < (seqlen - counts)[:, None]).to(self.device)
+        starts = seqlen - torch.tensor(counts)
+        padding = (torch.arange(seqlen) < starts[:, None]).to(self.device)
         logits.masked_fill_(padding[..., None], 0.0)
         index = order[..., None].expand_as(logits)
         return torch.empty_like(logits).scatter_(1, index, logits)
@@ -311,16 +312,19 @@ class Gemma2(nn.Module):
         return self._logits(self._layers(input_ids, attend), last_only)
 
     def _forward_cached(
-        self, input_ids: Tensor, counts: Tensor, cache: KVCache, last_only: bool
+        self, input_ids: Tensor, counts: list[int], cache: KVCache, last_only: bool
     ) -> Tensor:
-        """Attention over the cache, in chunks that its rings can take. Rows are right-aligned."""
+        """Attention over the cache, in chunks that its rings can take.
+
+        Rows are right-aligned, `counts` tokens each.
+        """
         batch, seqlen = input_ids.shape
         cache.check_room(counts)  # before the first chunk is written
-        starts = seqlen - counts
         logits = None
         for begin in range(0, seqlen, cache.chunk_size):
             end = min(begin + cache.chunk_size, seqlen)
-            hidden = self._chunk(input_ids[:, begin:end], (starts - begin).clamp(0), cache)
+            here = [min(max(count - (seqlen - end), 0), end - begin) for count in counts]
+            hidden = self._chunk(input_ids[:, begin:end], here, cache)
             if last_only:
                 if end == seqlen:
                     logits = self._logits(hidden, last_only=True)
@@ -334,18 +338,19 @@ class Gemma2(nn.Module):
         assert logits is not None
         return logits
 
-    def _chunk(self, input_ids: Tensor, starts: Tensor, cache: KVCache) -> Tensor:
-        """Runs the layers over a chunk whose first `starts` (batch,) columns are padding."""
+    def _chunk(self, input_ids: Tensor, counts: list[int], cache: KVCache) -> Tensor:
+        """Runs the layers over a chunk, of whose columns the last `counts` (batch,) are tokens."""
         seqlen = input_ids.shape[1]
-        starts = starts.clamp(max=seqlen)
-        counts = seqlen - starts
-        column = torch.arange(seqlen) - starts[:, None]
-        positions = torch.where(column < 0, -1, cache.lengths[:, None] + column)
-        key_lengths = cache.lengths + counts
-        cache.reserve(counts)
-        hidden = self._decode(
-            input_ids, positions.to(self.device), key_lengths.to(self.device), cache
-        )
+        ends = cache.reserve(counts)
+        positions = [
+            [-1] * (seqlen - count) + list(range(end - count, end))
+            for count, end in zip(counts, ends, strict=True)
+        ]
+        if calls := calls_for(self, cache, input_ids):
+            hidden = calls.run(self, input_ids, positions, ends)
+        else:
+            places = torch.tensor(positions).to(self.device), torch.tensor(ends).to(self.device)
+            hidden = self._decode(input_ids, *places, cache)
         cache.commit(counts)
         return hidden
 
@@ -353,8 +358,6 @@ class Gemma2(nn.Module):
         self, input_ids: Tensor, positions: Tensor, key_lengths: Tensor, cache: KVCache
     ) -> Tensor:
         """The layers over tokens at these places of the cache; touches nothing on the host."""
-        if calls := calls_for(self, cache, input_ids):
-            return calls.run(self._embed(input_ids), positions, key_lengths)
         config = self.config
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -440,7 +443,11 @@ def _check_integers(name: str, value: object) -> None:
 
 
 def _check_ids(config: Gemma2Config, input_ids: Tensor) -> None:
-    low, high = (int(x) for x in input_ids.aminmax())
+    if input_ids.numel() > MOST_ROWS:
+        low, high = (int(x) for x in input_ids.aminmax())
+    else:
+        ids = input_ids.flatten().tolist()
+        low, high = min(ids), max(ids)
     if low < 0 or high >= config.vocab_size:
         raise ValueError(
             f"Gemma2: token ids must be in [0, vocab_size = {config.vocab_size}), "

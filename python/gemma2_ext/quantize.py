@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -131,9 +131,13 @@ class QuantizedWeight(nn.Module):
 
     def rows(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows of the matrix, as an embedding is looked up: (*index.shape, in_features)."""
-        flat = index.reshape(-1).to(self.device, torch.int64)
-        rows = take_rows(self.format, self.data, self.scales, flat)[:, : self.in_features]
-        return rows.to(dtype).view(*index.shape, self.in_features)
+        index = index.to(self.device, torch.int64).contiguous()
+        if self.device.type == "cpu":
+            rows = torch.empty(*index.shape, self.in_features, dtype=dtype)
+            embedding_op(self.format)(index, self.data, self.scales, 1.0, rows)
+            return rows
+        rows = take_rows(self.format, self.data, self.scales, index.view(-1))
+        return rows[:, : self.in_features].to(dtype).view(*index.shape, self.in_features)
 
     def extra_repr(self) -> str:
         """What stands between the parentheses of repr()."""
@@ -317,6 +321,11 @@ def dequantize(format: Format, data: Tensor, scales: Tensor, in_features: int) -
         row, s = _split_scales(scales)
         weight = _scaled(format, _halves(q), s, row)
     return weight[:, :in_features]
+
+
+def embedding_op(format: Format) -> Any:
+    """The CPU's op (ids, data, scales, scale, out): rows in out's dtype, times the scale."""
+    return getattr(torch.ops.gemma2_ext, f"embedding_{format}_out").default
 
 
 def take_rows(format: Format, data: Tensor, scales: Tensor, index: Tensor) -> Tensor:

@@ -336,7 +336,6 @@ def speculate(
     Arguments as for `generate`, checked. Whenever a token is handed out, the cache holds all but
     that one.
     """
-    one = torch.ones(1, dtype=torch.int64)
     keys = _Keys(sampler)
     mask, fed, proposal, kind, drawn = attention_mask, input_ids, list[int](), -1, 0
     given = input_ids[0] if mask is None else input_ids[mask != 0]
@@ -366,7 +365,7 @@ def speculate(
             draft.record(kind, len(proposal), right, drafted - start, end - drafted)
         for i, token in enumerate(tokens[: right + 1]):
             if i:
-                cache.commit(one)
+                cache.commit([1])
             draft.ids.append(token)
             drawn += 1
             yield torch.tensor([token])

@@ -59,7 +59,7 @@ class Packed(NamedTuple):
 
 
 def register(format: Format) -> None:
-    """Registers fakes of the format's linear and linear's gradient to x."""
+    """Registers fakes of the format's linear and embedding, and linear's gradient to x."""
 
     @torch.library.register_fake(f"gemma2_ext::linear_{format}")
     def _(x: Tensor, data: Tensor, scales: Tensor) -> Tensor:
@@ -67,6 +67,10 @@ def register(format: Format) -> None:
 
     @torch.library.register_fake(f"gemma2_ext::linear_{format}_out")
     def _(x: Tensor, data: Tensor, scales: Tensor, out: Tensor) -> None:
+        return None
+
+    @torch.library.register_fake(f"gemma2_ext::embedding_{format}_out")
+    def _(ids: Tensor, data: Tensor, scales: Tensor, scale: float, out: Tensor) -> None:
         return None
 
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
