@@ -26,36 +26,55 @@ constexpr int64_t kPrefetchBytes = kLanes == 16 ? 6144 : 2048;
 // kQuantDepth values of x as integers from -127 to 127, times a scale. Inf and NaN make the scale
 // NaN.
 struct Quantized {
-  int32_t q[kQuantDepth];
+  const int8_t* q;
+  int32_t sums[2];  // of its halves
   float scale;
 };
 
-template <class T>
-GEMMA2_INLINE Quantized quantize_x(const T* x, int64_t n) {
+// Of the n elements of a row at x, n > 0, as many pieces as there are lanes at most: f(piece,
+// Quantized) of each. Beside each other, so that their maxima are found together.
+template <class T, class F>
+GEMMA2_INLINE void quantize_pieces(const T* x, int64_t n, const F& f) {
   constexpr float limit = 127;
-  float values[kQuantDepth] = {};
-  if (n == kQuantDepth) {
-    for (int64_t i = 0; i < kQuantDepth; i += kLanes) store(values + i, load(x + i));
-  } else {
-    for (int64_t i = 0; i < n; ++i) values[i] = to_float(x[i]);
+  constexpr int kPieceVectors = kQuantDepth / kLanes;
+  VecF values[kLanes][kPieceVectors];
+  VecF largest[kLanes], nan[kLanes];
+  const int64_t pieces = min_of<int64_t>(kLanes, divide_up(n, kQuantDepth));
+  for (int64_t i = 0; i < kLanes; ++i) {
+    VecF most = zero(), not_finite = zero();
+    GEMMA2_UNROLL
+    for (int v = 0; v < kPieceVectors; ++v) {
+      const int64_t k = i * kQuantDepth + v * kLanes;
+      const VecF value = k + kLanes <= n ? load(x + k) : k < n ? load_n(x + k, n - k) : zero();
+      most = max(most, abs(value));
+      not_finite += value * zero();
+      values[i][v] = value;
+    }
+    largest[i] = most;
+    nan[i] = not_finite;
   }
-  VecF largest = zero(), nan = zero();
-  for (int64_t i = 0; i < kQuantDepth; i += kLanes) {
-    const VecF v = load(values + i);
-    largest = max(largest, abs(v));
-    nan += v * zero();
-  }
-  const float most = reduce_max(largest);
-  Quantized result;
-  result.scale = most / limit + reduce_sum(nan);
+  const VecF most = reduce_maxima(largest);
+  float scales[kLanes], inverses[kLanes];
+  store(scales, most / set(limit) + reduce_sums(nan));
   // What is smaller has an inverse beyond float's range, and counts as 0.
-  const VecF inverse = set(most > 1e-30f ? limit / most : 0.0f);
-  for (int64_t i = 0; i < kQuantDepth; i += kLanes) {
-    const VecF v = round_small(load(values + i) * inverse);
-    const VecI q = to_int(max(min(v, set(limit)), set(-limit)));
-    memcpy(result.q + i, &q, sizeof q);
+  store(inverses, most > set(1e-30f) ? set(limit) / most : zero());
+  int8_t q[kLanes][kQuantDepth];
+  VecF halves[2][kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) {
+    const VecF inverse = set(inverses[i]);
+    VecF sum[2] = {};
+    GEMMA2_UNROLL
+    for (int v = 0; v < kPieceVectors; ++v) {
+      const VecF rounded = max(min(round_small(values[i][v] * inverse), set(limit)), set(-limit));
+      store_integers(q[i] + v * kLanes, to_int(rounded));
+      sum[v * 2 / kPieceVectors] += rounded;
+    }
+    for (int half = 0; half < 2; ++half) halves[half][i] = sum[half];
   }
-  return result;
+  float sums[2][kLanes];
+  for (int half = 0; half < 2; ++half) store(sums[half], reduce_sums(halves[half]));
+  for (int64_t i = 0; i < pieces; ++i)
+    f(i, Quantized{q[i], {int32_t(sums[0][i]), int32_t(sums[1][i])}, scales[i]});
 }
 
 #if !defined(GEMMA2_ISA_avx512_bf16)
@@ -82,10 +101,9 @@ struct Int8 {
 
   static GEMMA2_INLINE X pack(const Quantized& from) {
     X x;
-    for (int i = 0; i < kQuantDepth; ++i) {
-      x.q[i] = int8_t(from.q[i]);
+    memcpy(x.q, from.q, sizeof x.q);
+    for (int i = 0; i < kQuantDepth; ++i)
       x.magnitude[i] = uint8_t(from.q[i] < 0 ? -from.q[i] : from.q[i]);
-    }
     x.scale = from.scale;
     return x;
   }
@@ -187,7 +205,7 @@ struct Int4 {
 
   static GEMMA2_INLINE X pack(const Quantized& from) {
     X x;
-    for (int i = 0; i < kQuantDepth; ++i) x.q[i] = int8_t(from.q[i]);
+    memcpy(x.q, from.q, sizeof x.q);
     for (int g = 0; g < 2; ++g) {
       int32_t sums[4] = {};  // of every fourth column
       for (int i = 0; i < kInt4Group; ++i) sums[i % 4] += from.q[g * kInt4Group + i];
@@ -283,11 +301,8 @@ struct Int8 {
 
   static GEMMA2_INLINE X pack(const Quantized& from) {
     X x;
-    x.offset = 0;
-    for (int i = 0; i < kQuantDepth; ++i) {
-      x.q[i] = int8_t(from.q[i]);
-      x.offset -= 128 * from.q[i];
-    }
+    memcpy(x.q, from.q, sizeof x.q);
+    x.offset = -128 * (from.sums[0] + from.sums[1]);
     x.scale = from.scale;
     return x;
   }
@@ -381,12 +396,8 @@ struct Int4 {
 
   static GEMMA2_INLINE X pack(const Quantized& from) {
     X x;
-    for (int i = 0; i < kQuantDepth; ++i) x.q[i] = int8_t(from.q[i]);
-    for (int g = 0; g < 2; ++g) {
-      int32_t sum = 0;
-      for (int i = 0; i < kInt4Group; ++i) sum += from.q[g * kInt4Group + i];
-      x.offset[g] = -8 * sum;
-    }
+    memcpy(x.q, from.q, sizeof x.q);
+    for (int g = 0; g < 2; ++g) x.offset[g] = -8 * from.sums[g];
     x.scale = from.scale;
     return x;
   }
@@ -497,8 +508,11 @@ void pack_row(const LinearParams& p, int64_t row) {
   typename F::X* to = packed_chunk<F>(p, chunk) + row % kQuantChunk;
   dispatch_dtype(p.dtype, [&](auto t) {
     const auto* x = (const decltype(t)*)p.x + row * p.x_stride;
-    for (int64_t k = 0; k < p.in_features; k += kQuantDepth, to += rows)
-      *to = F::pack(quantize_x(x + k, min_of(kQuantDepth, p.in_features - k)));
+    for (int64_t k = 0; k < p.in_features; k += kLanes * kQuantDepth, to += kLanes * rows) {
+      quantize_pieces(x + k, p.in_features - k,
+                      [&](int64_t piece, const Quantized& q)
+                          __attribute__((always_inline)) { to[piece * rows] = F::pack(q); });
+    }
   });
 }
 
