@@ -173,6 +173,19 @@ def test_errors_are_the_same() -> None:
     assert cache.lengths.tolist() == [4]
 
 
+def test_hold() -> None:
+    one, other = object(), object()
+    dicts = {"a": one, "b": None}, {"a": other}
+    keys, values = ("a", "b", "a"), (one, None, other)
+    of = (dicts[0], dicts[0], dicts[1])
+    assert _C.hold(of, keys, values)
+    assert _C.hold((), (), ())
+    assert not _C.hold(of, keys, (one, None, one))
+    assert not _C.hold(of, ("a", "c", "a"), values)
+    with pytest.raises(ValueError, match="must be as many"):
+        _C.hold(of, keys, values[:2])
+
+
 def made_as_ops(model: Gemma2, ids: Tensor, cache: KVCache) -> dict[str, int]:
     """How often a step calls each op of this package, as torch's profiler sees it."""
     with torch.profiler.profile() as profile:

@@ -185,6 +185,43 @@ def test_packing_and_unpacking(rows: int, columns: int, format: quantize.Format)
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embedding(isa: str, format: quantize.Format, dtype: torch.dtype) -> None:
+    if isa == "cuda":
+        pytest.skip("the op is the CPU's")
+    for rows, columns in ((40, 33), (16, 64), (7, 100)):
+        weight = ops.quantize(weights(rows, columns), format)
+        for shape in ((), (0,), (5,), (2, 300)):
+            ids = torch.randint(0, rows, shape)
+            out = torch.full((*shape, columns), torch.nan, dtype=dtype)
+            quantize.embedding_op(format)(ids, weight.data, weight.scales, 48.0, out)
+            assert torch.equal(out, weight.dequantize()[ids].to(dtype) * 48.0)
+            rows_of = quantize.take_rows(format, weight.data, weight.scales, ids.flatten())
+            assert torch.equal(weight.rows(ids).view(-1, columns), rows_of[:, :columns])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_embedding_bad_input(format: quantize.Format) -> None:
+    weight = ops.quantize(weights(20, 64), format)
+    packed = weight.data, weight.scales
+    ids, out = torch.zeros(3, dtype=torch.int64), torch.empty(3, 64)
+    op = quantize.embedding_op(format)
+    for wrong in (-1, 20):
+        with pytest.raises(ValueError, match=rf"ids must be in \[0, .* = 20\), got {wrong}"):
+            op(torch.tensor([0, wrong, 1]), *packed, 1.0, out)
+    for bad_ids in (ids.int(), torch.zeros(6, dtype=torch.int64)[::2]):
+        with pytest.raises(ValueError, match="ids must be contiguous int64"):
+            op(bad_ids, *packed, 1.0, out)
+    for bad_out in (out[:2], out[0], torch.empty(64, 3).t()):
+        with pytest.raises(ValueError, match="out must be contiguous of shape"):
+            op(ids, *packed, 1.0, bad_out)
+    with pytest.raises(ValueError, match="out must be float32, bfloat16 or float16"):
+        op(ids, *packed, 1.0, out.int())
+    with pytest.raises(ValueError, match="data must have shape"):
+        op(ids, *packed, 1.0, torch.empty(3, 200))
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_module(format: quantize.Format) -> None:
     weight = ops.quantize(weights(33, 70), format)
     size = weight.group_size

@@ -155,7 +155,7 @@ class KVCache:
     @property
     def lengths(self) -> Tensor:
         """Tokens held by each row: (batch,) int64 on the CPU, a copy."""
-        return torch.tensor(self._held)
+        return torch.tensor(self._held, device="cpu")
 
     @property
     def length(self) -> int:

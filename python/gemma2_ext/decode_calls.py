@@ -153,15 +153,14 @@ class DecodeCalls:
         head_dim, inner, eps = config.head_dim, config.intermediate_size, config.rms_norm_eps
 
         def buffer(*shape: int) -> Tensor:
-            return torch.empty(batch, seqlen, *shape, dtype=model.dtype)
+            return torch.empty(batch, seqlen, *shape, dtype=model.dtype, device="cpu")
 
-        ids = torch.empty(batch, seqlen, dtype=torch.int64)
+        ids, positions = torch.empty(2, batch, seqlen, dtype=torch.int64, device="cpu")
         residual, middle, hidden, projected = (buffer(config.hidden_size) for _ in range(4))
         qkv, rotated = buffer(heads + 2 * kv_heads, head_dim), buffer(heads, head_dim)
         attended, gate_up, mlp = buffer(heads, head_dim), buffer(2 * inner), buffer(inner)
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)
-        positions = torch.empty(batch, seqlen, dtype=torch.int64)
-        key_lengths = torch.empty(batch, dtype=torch.int64)
+        key_lengths = torch.empty(batch, dtype=torch.int64, device="cpu")
         self._residual, self._hidden = residual, hidden
         self._ids, self._positions, self._key_lengths = (
             t.numpy() for t in (ids, positions, key_lengths)

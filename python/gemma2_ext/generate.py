@@ -124,7 +124,7 @@ def _most_probable(logits: Tensor) -> Tensor:
     """argmax of each row: (batch, vocab_size) -> (batch,); of equals the first."""
     if logits.device.type != "cpu":
         return logits.argmax(-1)
-    tokens = torch.empty(len(logits), dtype=torch.int64)
+    tokens = logits.new_empty(len(logits), dtype=torch.int64)
     _argmax_out(logits, tokens)
     return tokens
 

@@ -133,7 +133,7 @@ class QuantizedWeight(nn.Module):
         """Rows of the matrix, as an embedding is looked up: (*index.shape, in_features)."""
         index = index.to(self.device, torch.int64).contiguous()
         if self.device.type == "cpu":
-            rows = torch.empty(*index.shape, self.in_features, dtype=dtype)
+            rows = torch.empty(*index.shape, self.in_features, dtype=dtype, device="cpu")
             embedding_op(self.format)(index, self.data, self.scales, 1.0, rows)
             return rows
         rows = take_rows(self.format, self.data, self.scales, index.view(-1))

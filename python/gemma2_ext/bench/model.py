@@ -100,6 +100,8 @@ def _step(side: Any, tokens: Tensor) -> Tensor:
     if isinstance(side, _OursCaptured):
         return side.step(tokens)
     logits: Tensor = side.decode(tokens)
+    if isinstance(side, _Ours):
+        return Sampler()(logits)[:, None]
     return logits.argmax(-1, keepdim=True)
 
 
