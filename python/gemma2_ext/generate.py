@@ -84,40 +84,38 @@ class Sampler:
         if keys is None:
             keys = self.keys(logits.shape[0])
         top_p = 1.0 if self.top_p is None else self.top_p
-        if self.top_k is None and top_p == 1:
-            return _first(self._probabilities(self._scaled(logits)), keys)
         vocab_size = logits.shape[-1]
         if self.top_k is not None:
-            values, ids = _largest(logits, min(self.top_k, vocab_size))
-            values = self._scaled(values)
-            probabilities = values.softmax(-1)
+            largest, ids = _largest(logits, min(self.top_k, vocab_size))
+            weights = self._weights(largest)
+            total = weights.sum(-1, keepdim=True)
         else:
-            logits = self._scaled(logits)
-            log_total = logits.logsumexp(-1, keepdim=True)
+            every = self._weights(logits)
+            if top_p == 1:
+                return _first(self._filter(every), keys)
+            total = every.sum(-1, keepdim=True)
             # A GPU sorts the whole vocabulary rather than being asked, which would wait for it.
             for count in () if logits.is_cuda else NUCLEUS_CANDIDATES:
-                values, ids = _largest(logits, min(count, vocab_size))
-                probabilities = (values - log_total).exp()
-                if bool((probabilities.sum(-1) >= top_p).all()):
+                weights, ids = _largest(every, min(count, vocab_size))
+                if bool((weights.sum(-1, keepdim=True) >= top_p * total).all()):
                     break
             else:
-                values, ids = logits.sort(dim=-1, descending=True)
-                probabilities = (values - log_total).exp()
+                weights, ids = every.sort(dim=-1, descending=True)
         if top_p < 1:
-            before = probabilities.cumsum(-1) - probabilities
-            values = values.masked_fill(before >= top_p, -math.inf)
-        return ids.gather(-1, _race(self._probabilities(values), ids, keys)[:, None])[:, 0]
+            before = weights.cumsum(-1) - weights
+            weights.masked_fill_(before >= top_p * total, 0.0)
+        return ids.gather(-1, _race(self._filter(weights), ids, keys)[:, None])[:, 0]
 
-    def _scaled(self, logits: Tensor) -> Tensor:
-        """By the temperature. The largest is subtracted first: a tiny one makes no inf - inf."""
-        return (logits - logits.amax(-1, keepdim=True)).div_(self.temperature)
+    def _weights(self, logits: Tensor) -> Tensor:
+        """Probabilities by the temperature, as multiples of the largest one. (A new tensor: on a
+        CPU the allocation of another one this large would take as long as all else.)"""
+        return (logits - logits.amax(-1, keepdim=True)).div_(self.temperature).exp_()
 
-    def _probabilities(self, logits: Tensor) -> Tensor:
-        """Of the tokens that min_p leaves, 0 for others."""
+    def _filter(self, weights: Tensor) -> Tensor:
+        """The same tensor with zeros for what min_p does not leave."""
         if self.min_p is not None and self.min_p > 0:
-            floor = logits.amax(-1, keepdim=True) + math.log(self.min_p)
-            logits = logits.masked_fill(logits < floor, -math.inf)
-        return logits.softmax(-1)
+            weights.masked_fill_(weights < self.min_p * weights.amax(-1, keepdim=True), 0.0)
+        return weights
 
 
 def _most_probable(logits: Tensor) -> Tensor:
@@ -143,7 +141,8 @@ def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _race(probabilities: Tensor, ids: Tensor, keys: Tensor) -> Tensor:
-    """Which of the tokens `ids`, (n,) or (batch, n), of these probabilities (batch, n).
+    """Which of the tokens `ids`, (n,) or (batch, n), of these probabilities (batch, n), or of
+    multiples of them.
 
     Where each arrives after a time of mean 1 / probability, each is the first with its probability.
     Times that depend on the draw and the token alone, not on what else is probable, let two
