@@ -330,18 +330,20 @@ def _run(
     cache: KVCache,
     stop_ids: list[int],
 ) -> Iterator[Tensor]:
-    stops = torch.tensor(stop_ids, dtype=torch.int64)
-    running = torch.ones(input_ids.shape[0], dtype=torch.bool)
+    stops = set(stop_ids)
+    running = [True] * input_ids.shape[0]
     step_ids, step_mask = input_ids, attention_mask
     for _ in range(max_new_tokens):
         # The mode must not leak into the caller between two tokens of a stream.
         with torch.inference_mode():
             logits = model(step_ids, step_mask, cache=cache, last_only=True)[:, 0]
             tokens = sampler(logits)
-        tokens = torch.where(running, tokens, PAD_ID)
+        if not all(running):
+            tokens = tokens.masked_fill(~torch.tensor(running, device=tokens.device), PAD_ID)
         yield tokens
-        running = running & ~torch.isin(tokens, stops)
-        if not bool(running.any()) or cache.length >= cache.max_length:
+        for row, token in enumerate(tokens.tolist()):
+            running[row] = running[row] and token not in stops
+        if not any(running) or cache.length >= cache.max_length:
             return
         step_ids, step_mask = tokens[:, None], None
 
