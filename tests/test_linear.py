@@ -160,6 +160,16 @@ def test_independent_of_the_rows_beside(isa: str, dtype: torch.dtype) -> None:
             assert torch.equal(ops.linear(x[:rows], weight), many[:rows])
 
 
+@pytest.mark.parametrize("in_features", [2304, 4630, 9216])
+def test_large_weights(isa: str, in_features: int) -> None:
+    """Weights that are expected from memory; the last columns are not a whole unit of work."""
+    x, weight = operands(16, in_features, 1021, torch.bfloat16)
+    alone = torch.cat([ops.linear(x[i : i + 1], weight) for i in range(16)])
+    assert_product(alone, x, weight)
+    for rows in range(2, 17):
+        assert torch.equal(ops.linear(x[:rows], weight), alone[:rows]), rows
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype: torch.dtype) -> None:
     x, weight = operands(6, 16, 10, dtype)

@@ -17,7 +17,7 @@ namespace {
 // sums to hide the latency of an addition and to read x seldom, few enough to stay in registers
 // with the weights (where all 32 are taken, the compiler does not find room for them).
 constexpr int kGroupRows = kRegisters == 32 ? 8 : 4;
-constexpr int group_columns(int rows) { return rows <= (kRegisters == 32 ? 4 : 2) ? 4 : 3; }
+constexpr int group_columns(int rows) { return rows <= (kRegisters == 32 ? 6 : 2) ? 4 : 3; }
 // k is walked in blocks of this many elements: few enough for a group's part of x to stay in the
 // first-level cache and for rounding errors of a sum to stay small, many enough for weights to
 // stream. The blocks' sums are added up in memory.
@@ -31,10 +31,33 @@ constexpr int kStreams = kRegisters == 32 ? 1 : 6;
 constexpr int64_t kStreamAhead = kRegisters == 32 ? 6144 : 0;
 constexpr int kStreamRows = kRegisters == 32 ? 6 : 1;
 constexpr int64_t kStreamBytes = 24 << 10;
+// Of more rows the first kSplitRows do, where one group holds the others, an instruction multiplies
+// two elements, and the weights are so many bytes that they come from memory: the group meets a
+// unit's weights in the second-level cache then. With more rows at once, memory and arithmetic wait
+// for each other.
+constexpr int kSplitRows = 2;
+constexpr int64_t kSplitBytes = 4 << 20;
+template <class T>
+constexpr bool kSplits = kRegisters == 32 && Math<T>::kPerFactor == 2;
 
-GEMMA2_INLINE int64_t group_count(const LinearParams& p) { return divide_up(p.rows, kGroupRows); }
+// The first rows of x, which go as streams; the others are in groups.
+template <class T>
+GEMMA2_INLINE int64_t stream_rows(const LinearParams& p) {
+  const int64_t row_bytes = p.in_features * sizeof(typename Math<T>::Factor) / Math<T>::kPerFactor;
+  if (p.rows == 1 || (p.rows <= kStreamRows && p.rows * row_bytes <= kStreamBytes)) return p.rows;
+  const bool splits = kSplits<T> && p.rows <= kSplitRows + kGroupRows &&
+                      kSplitRows * row_bytes <= kStreamBytes &&
+                      p.out_features * p.weight_stride * int64_t(sizeof(T)) >= kSplitBytes;
+  return splits ? kSplitRows : 0;
+}
+template <class T>
+GEMMA2_INLINE int64_t group_count(const LinearParams& p) {
+  return divide_up(p.rows - stream_rows<T>(p), kGroupRows);
+}
+template <class T>
 GEMMA2_INLINE int64_t group_begin(const LinearParams& p, int64_t group) {
-  return p.rows * group / group_count(p);
+  const int64_t first = stream_rows<T>(p);
+  return first + (p.rows - first) * group / group_count<T>(p);
 }
 
 // n <= kStep elements, followed by zeros up to kStep.
@@ -125,7 +148,7 @@ GEMMA2_INLINE const typename Math<T>::Factor* packed_at(const LinearParams& p, i
 }
 
 // Adds elements [k, k + n) of k to the sums of kRows rows and columns [begin, end).
-template <class T, int kRows>
+template <class T, int kRows, bool kFetch>
 void dot_group(const LinearParams& p, int64_t first_row, int64_t begin, int64_t end, int64_t k,
                int64_t n, VecF (*sums)[kLinearFewColumns]) {
   const auto* x = packed_at<T>(p, first_row, kRows, k);
@@ -139,7 +162,7 @@ void dot_group(const LinearParams& p, int64_t first_row, int64_t begin, int64_t 
     constexpr int kColumns = decltype(columns)::value;
     for (; c + kColumns <= end; c += kColumns) {
       const T* row = w + c * p.weight_stride;
-      dot_tile<T, kRows, kColumns, true>(
+      dot_tile<T, kRows, kColumns, kFetch>(
           row, c + kColumns < end ? row + kColumns * p.weight_stride : following, p.weight_stride,
           x, n, (VecF(*)[kLinearFewColumns])(sums[0] + c - begin));
     }
@@ -148,8 +171,8 @@ void dot_group(const LinearParams& p, int64_t first_row, int64_t begin, int64_t 
   walk(Count<1>{});
 }
 
-// kRows rows, which are all, with columns [begin, end), by kStreams streams of whole rows of
-// weight, one row behind the other.
+// The first kRows rows with columns [begin, end), by kStreams streams of whole rows of weight, one
+// row behind the other.
 template <class T, int kRows>
 void dot_streams(const LinearParams& p, int64_t begin, int64_t end,
                  VecF (*sums)[kLinearFewColumns]) {
@@ -174,21 +197,27 @@ template <class T>
 void dot_columns(const LinearParams& p, int64_t begin, int64_t end) {
   VecF sums[kLinearFewRows][kLinearFewColumns];
   memset(sums, 0, divide_up(p.rows * kLinearFewColumns, kLanes) * sizeof(VecF[kLanes]));
-  const int64_t x_bytes =
-      p.rows * p.in_features * sizeof(typename Math<T>::Factor) / Math<T>::kPerFactor;
-  if (p.rows == 1 || (p.rows <= kStreamRows && x_bytes <= kStreamBytes)) {
+  const int64_t first = stream_rows<T>(p);
+  if (first) {
     dispatch_rows<1, kStreamRows>(
-        p.rows, [&](auto rows) { dot_streams<T, decltype(rows)::value>(p, begin, end, sums); });
-  } else {
+        first, [&](auto rows) { dot_streams<T, decltype(rows)::value>(p, begin, end, sums); });
+  }
+  const auto add_groups = [&](auto split) {
+    constexpr bool kSplit = decltype(split)::value;
     for (int64_t k = 0; k < p.in_features; k += kBlock) {
       const int64_t n = min_of(kBlock, p.in_features - k);
-      for (int64_t g = 0; g < group_count(p); ++g) {
-        const int64_t row = group_begin(p, g);
-        dispatch_rows<2, kGroupRows>(group_begin(p, g + 1) - row, [&](auto rows) {
-          dot_group<T, decltype(rows)::value>(p, row, begin, end, k, n, sums + row);
+      for (int64_t g = 0; g < group_count<T>(p); ++g) {
+        const int64_t row = group_begin<T>(p, g);
+        dispatch_rows<kSplit ? 1 : 2, kGroupRows>(group_begin<T>(p, g + 1) - row, [&](auto rows) {
+          dot_group<T, decltype(rows)::value, !kSplit>(p, row, begin, end, k, n, sums + row);
         });
       }
     }
+  };
+  if (first == 0) {
+    add_groups(Count<false>{});
+  } else if (kSplits<T> && first < p.rows) {
+    add_groups(Count<kSplits<T>>{});
   }
   // As many sums as there are lanes at once, whichever rows they are of.
   float lines[kLinearFewRows * kLinearFewColumns];
@@ -206,8 +235,10 @@ void dot_columns(const LinearParams& p, int64_t begin, int64_t end) {
 // One unit: all of x.
 void linear_pack_rows(const LinearParams& p, int64_t, int64_t) {
   dispatch_dtype(p.dtype, [&](auto t) {
-    for (int64_t g = 0; g < group_count(p); ++g)
-      pack_group<decltype(t)>(p, group_begin(p, g), group_begin(p, g + 1) - group_begin(p, g));
+    using T = decltype(t);
+    pack_group<T>(p, 0, stream_rows<T>(p));
+    for (int64_t g = 0; g < group_count<T>(p); ++g)
+      pack_group<T>(p, group_begin<T>(p, g), group_begin<T>(p, g + 1) - group_begin<T>(p, g));
   });
 }
 
