@@ -15,8 +15,10 @@ namespace {
 
 // Rows that one pass over the weights serves, and the weight rows beside each other then: enough
 // sums to hide the latency of an addition and to read x seldom, few enough to stay in registers
-// with the weights (where all 32 are taken, the compiler does not find room for them).
-constexpr int kGroupRows = kRegisters == 32 ? 8 : 4;
+// with the weights (where all 32 are taken, as by 8 rows of floats, the compiler does not find
+// room).
+template <class T>
+constexpr int kGroupRows = kRegisters == 32 ? (Math<T>::kPerFactor == 2 ? 8 : 6) : 4;
 constexpr int group_columns(int rows) { return rows <= (kRegisters == 32 ? 6 : 2) ? 4 : 3; }
 // k is walked in blocks of this many elements: few enough for a group's part of x to stay in the
 // first-level cache and for rounding errors of a sum to stay small, many enough for weights to
@@ -45,14 +47,14 @@ template <class T>
 GEMMA2_INLINE int64_t stream_rows(const LinearParams& p) {
   const int64_t row_bytes = p.in_features * sizeof(typename Math<T>::Factor) / Math<T>::kPerFactor;
   if (p.rows == 1 || (p.rows <= kStreamRows && p.rows * row_bytes <= kStreamBytes)) return p.rows;
-  const bool splits = kSplits<T> && p.rows <= kSplitRows + kGroupRows &&
+  const bool splits = kSplits<T> && p.rows <= kSplitRows + kGroupRows<T> &&
                       kSplitRows * row_bytes <= kStreamBytes &&
                       p.out_features * p.weight_stride * int64_t(sizeof(T)) >= kSplitBytes;
   return splits ? kSplitRows : 0;
 }
 template <class T>
 GEMMA2_INLINE int64_t group_count(const LinearParams& p) {
-  return divide_up(p.rows - stream_rows<T>(p), kGroupRows);
+  return divide_up(p.rows - stream_rows<T>(p), kGroupRows<T>);
 }
 template <class T>
 GEMMA2_INLINE int64_t group_begin(const LinearParams& p, int64_t group) {
@@ -208,9 +210,10 @@ void dot_columns(const LinearParams& p, int64_t begin, int64_t end) {
       const int64_t n = min_of(kBlock, p.in_features - k);
       for (int64_t g = 0; g < group_count<T>(p); ++g) {
         const int64_t row = group_begin<T>(p, g);
-        dispatch_rows<kSplit ? 1 : 2, kGroupRows>(group_begin<T>(p, g + 1) - row, [&](auto rows) {
-          dot_group<T, decltype(rows)::value, !kSplit>(p, row, begin, end, k, n, sums + row);
-        });
+        dispatch_rows<kSplit ? 1 : 2, kGroupRows<T>>(
+            group_begin<T>(p, g + 1) - row, [&](auto rows) {
+              dot_group<T, decltype(rows)::value, !kSplit>(p, row, begin, end, k, n, sums + row);
+            });
       }
     }
   };
