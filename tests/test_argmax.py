@@ -7,21 +7,17 @@ import torch
 from torch import Tensor
 
 from common import ISAS
-from gemma2_ext import _C
+
+pytestmark = [
+    pytest.mark.usefixtures("isa"),
+    pytest.mark.parametrize("isa", ISAS, indirect=True),  # the op is the CPU's
+]
 
 
 def argmax(x: Tensor) -> Tensor:
     out = torch.full((len(x),), -1)
     torch.ops.gemma2_ext.argmax_out(x, out)
     return out
-
-
-@pytest.fixture(params=ISAS, autouse=True)
-def cpu_isa(request: pytest.FixtureRequest) -> str:
-    before = _C.cpu_isa()
-    _C.set_cpu_isa(request.param)
-    request.addfinalizer(lambda: _C.set_cpu_isa(before))
-    return str(request.param)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3])

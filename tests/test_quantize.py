@@ -184,11 +184,10 @@ def test_packing_and_unpacking(rows: int, columns: int, format: quantize.Format)
     assert torch.equal(weight.rows(index), expected[:, :columns][index])
 
 
+@pytest.mark.parametrize("isa", ISAS, indirect=True)  # the op is the CPU's
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_embedding(isa: str, format: quantize.Format, dtype: torch.dtype) -> None:
-    if isa == "cuda":
-        pytest.skip("the op is the CPU's")
     for rows, columns in ((40, 33), (16, 64), (7, 100)):
         weight = ops.quantize(weights(rows, columns), format)
         for shape in ((), (0,), (5,), (2, 300)):

@@ -204,6 +204,7 @@ void dot_columns(const LinearParams& p, int64_t begin, int64_t end) {
     dispatch_rows<1, kStreamRows>(
         first, [&](auto rows) { dot_streams<T, decltype(rows)::value>(p, begin, end, sums); });
   }
+  // A split's groups find their weights in a cache, and fetch none.
   const auto add_groups = [&](auto split) {
     constexpr bool kSplit = decltype(split)::value;
     for (int64_t k = 0; k < p.in_features; k += kBlock) {

@@ -3,7 +3,7 @@
 A step of few rows is some 240 calls of ops. Called by their public functions, each costs ten
 microseconds of checks, attribute look-ups and allocations before it begins, while memory, which
 decoding waits for, stands idle. Here every call's arguments stand ready, buffers included; a step
-puts embeddings, positions and lengths into place and makes the calls of the `_out` forms one after
+puts ids, positions and lengths into place and makes the calls of the `_out` forms one after
 another. They are those of `model.run_layer`, in its order: results are equal to the bit.
 
 The first step makes them as torch ops; the extension notes them, and later steps make them again

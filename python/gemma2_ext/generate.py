@@ -107,8 +107,7 @@ class Sampler:
         return ids.gather(-1, _race(self._filter(weights), ids, keys)[:, None])[:, 0]
 
     def _weights(self, logits: Tensor) -> Tensor:
-        """Probabilities by the temperature, as multiples of the largest one. (A new tensor: on a
-        CPU the allocation of another one this large would take as long as all else.)"""
+        """Probabilities by the temperature, as multiples of the largest one; a new tensor."""
         return (logits - logits.amax(-1, keepdim=True)).div_(self.temperature).exp_()
 
     def _filter(self, weights: Tensor) -> Tensor:
