@@ -1,8 +1,8 @@
 // The inner loop of every blocked product: a tile of sums from packed operands.
 //
 // One operand is packed in panels of kPanelWidth columns, [k][column], so that a vector holds one k
-// of kLanes columns. The other is unpacked kGemmDepth factors of a row at a time, and each factor
-// is broadcast. The sums of a block of k are added to those of the blocks before, so a sum's order
+// of kLanes columns. The other goes kGemmDepth factors of a row at a time, and each factor is
+// broadcast. The sums of a block of k are added to those of the blocks before, so a sum's order
 // does not depend on the sizes of the other dimensions, nor on the threads.
 #pragma once
 #include "linear-inl.h"
@@ -23,14 +23,18 @@ GEMMA2_INLINE int64_t factors(int64_t k) {
   return divide_up(k, Math<T>::kPerFactor);
 }
 
-// sums[r][c] (+)= over i of rows[r][i] * panel[i][c], for kRows rows and kVectors vectors of
-// columns.
-template <class T, int kVectors, int kRows, class Factor = typename Math<T>::Factor>
-void gemm_tile(const Factor* panel, const Factor* rows, int64_t depth, float* sums,
-               int64_t sums_stride, bool add) {
+// sums[r][c] (+)= over i of rows[r][i] * panel[i][c], for kRows rows, `stride` factors apart, and
+// kVectors vectors of columns. With kFetch as many bytes of T as the rows have are fetched from
+// `next` on.
+template <class T, int kVectors, int kRows, bool kFetch = false,
+          class Factor = typename Math<T>::Factor>
+void gemm_tile(const Factor* panel, const Factor* rows, int64_t stride, int64_t depth, float* sums,
+               int64_t sums_stride, bool add, const T* next = nullptr) {
   using M = Math<T>;
+  static_assert(!kFetch || kRows * M::kPerFactor * sizeof(T) <= kLineBytes, "a line a step");
   VecF sum[kRows][kVectors] = {};
   for (int64_t i = 0; i < depth; ++i) {
+    if constexpr (kFetch) prefetch(next + i * kRows * M::kPerFactor);
     typename M::Vec columns[kVectors];
     GEMMA2_UNROLL
     for (int v = 0; v < kVectors; ++v) columns[v] = M::load_factors(panel + v * kLanes);
@@ -38,8 +42,7 @@ void gemm_tile(const Factor* panel, const Factor* rows, int64_t depth, float* su
     for (int r = 0; r < kRows; ++r) {
       GEMMA2_UNROLL
       for (int v = 0; v < kVectors; ++v)
-        sum[r][v] =
-            M::multiply_add(columns[v], M::broadcast(rows[r * kGemmDepthStride + i]), sum[r][v]);
+        sum[r][v] = M::multiply_add(columns[v], M::broadcast(rows[r * stride + i]), sum[r][v]);
     }
     panel += kVectors * kLanes;
   }

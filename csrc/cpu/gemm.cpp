@@ -126,7 +126,8 @@ template <class T, int kVectors, int kRows, class Factor = typename Math<T>::Fac
 void edge_tile(const Factor* panel, const Factor* lines, int64_t depth, float* sums,
                int64_t sums_stride, bool add, int64_t rows, int64_t columns) {
   float tile[kRows * kVectors * kLanes];
-  gemm_tile<T, kVectors, kRows>(panel, lines, depth, tile, kVectors * kLanes, false);
+  gemm_tile<T, kVectors, kRows>(panel, lines, kGemmDepthStride, depth, tile, kVectors * kLanes,
+                                false);
   for (int64_t r = 0; r < min_of<int64_t>(rows, kRows); ++r) {
     for (int64_t c = 0; c < columns; ++c) {
       float* to = sums + r * sums_stride + c;
@@ -143,7 +144,7 @@ void multiply_panel(const Factor* panel, const Factor* lines, int64_t depth, flo
     const Factor* at = lines + r * kGemmDepthStride;
     float* to = sums + r * sums_stride;
     if (r + kRows <= rows && columns == kVectors * kLanes) {
-      gemm_tile<T, kVectors, kRows>(panel, at, depth, to, sums_stride, add);
+      gemm_tile<T, kVectors, kRows>(panel, at, kGemmDepthStride, depth, to, sums_stride, add);
     } else {
       edge_tile<T, kVectors, kRows>(panel, at, depth, to, sums_stride, add, rows - r, columns);
     }

@@ -3,9 +3,12 @@
 //
 // A unit is unit_columns columns of out for all rows (at most kLinearRowBlock). x is packed before,
 // once for all units, in panels of kPanelRows rows: [k][row], so that a vector holds one k of
-// kLanes rows. Weights stay row major: kGemmDepth columns at a time are unpacked to factors and
-// each factor is broadcast. The sums of a block of k are added to those of the blocks before, so a
-// sum's order does not depend on the number of rows or threads. Arithmetic bounds this.
+// kLanes rows. Weights stay row major: up to kGroupRows rows at a time meet all of x, one
+// block of k after another, and each factor is broadcast; where they lie in memory, or unpacked to
+// factors where they are none as they lie. Meanwhile the rows behind them are fetched, in the order
+// of memory. The sums of a block of k are added to those of the blocks before, so a sum's order
+// does not depend on the number of rows or threads. Arithmetic bounds this, memory where rows are
+// few.
 #include "gemm-inl.h"
 #include "kernels.h"
 
@@ -15,6 +18,13 @@ namespace {
 
 constexpr int kPanelRows = kPanelWidth;
 static_assert(kLinearManyColumns % kNarrowRows == 0 && kLinearManyColumns % kLanes == 0, "");
+// So many rows of weight meet all of x before the next ones do, where x is no larger than this; else
+// a unit's do, one block of k after another.
+constexpr int64_t kGroupRows = 24;
+constexpr int64_t kGroupBytes = 3 << 19;
+// Whether weights are factors as they lie in memory.
+template <class T>
+constexpr bool kInPlace = sizeof(T) * Math<T>::kPerFactor == sizeof(typename Math<T>::Factor);
 
 // Rows of a panel, as a number of vectors: the last panel is narrow where that suffices.
 GEMMA2_INLINE int panel_width(const LinearParams& p, int64_t panel) {
@@ -71,13 +81,12 @@ void pack_panel(const LinearParams& p, int64_t panel) {
   }
 }
 
-// Weights [column, column + columns) x [k, k + depth) to factors, kGemmDepthStride a row; then
-// rows of zeros up to a multiple of kNarrowRows.
+// `rows` rows of weight, `depth` elements each, to factors, kGemmDepthStride a row; then rows of
+// zeros up to a multiple of kNarrowRows.
 template <class T>
-void unpack_weights(const LinearParams& p, int64_t column, int64_t columns, int64_t k,
-                    int64_t depth, typename Math<T>::Factor* to) {
-  for (int64_t c = 0; c < columns; ++c, to += kGemmDepthStride) {
-    const T* w = (const T*)p.weight + (column + c) * p.weight_stride + k;
+void unpack_weights(const T* w, int64_t w_stride, int64_t rows, int64_t depth,
+                    typename Math<T>::Factor* to) {
+  for (int64_t r = 0; r < rows; ++r, w += w_stride, to += kGemmDepthStride) {
     if constexpr (Math<T>::kPerFactor == 1) {
       int64_t i = 0;
       for (; i + kLanes <= depth; i += kLanes) store(to + i, load(w + i));
@@ -87,36 +96,74 @@ void unpack_weights(const LinearParams& p, int64_t column, int64_t columns, int6
       memcpy(to, w, depth * sizeof(T));
     }
   }
-  for (; columns % kNarrowRows; ++columns, to += kGemmDepthStride)
-    memset(to, 0, kGemmDepthStride * sizeof *to);
+  for (; rows % kNarrowRows; ++rows, to += kGemmDepthStride)
+    memset((void*)to, 0, kGemmDepthStride * sizeof *to);
+}
+
+// w_rows rows of weight (a multiple of kNarrowRows) with one panel.
+template <class T, int kVectors, int kRows, bool kFetch, class Factor = typename Math<T>::Factor>
+void multiply_panel(const Factor* panel, const Factor* rows, int64_t w_rows, int64_t stride,
+                    int64_t depth, float* sums, bool add, const T* next) {
+  constexpr int kWidth = kVectors * kLanes;
+  for (int64_t r = 0; r < w_rows; r += kRows) {
+    gemm_tile<T, kVectors, kRows, kFetch>(panel, rows + r * stride, stride, depth,
+                                          sums + r * kWidth, kWidth, add,
+                                          next + r * depth * Math<T>::kPerFactor);
+  }
 }
 
 template <class T>
 void gemm_columns(const LinearParams& p, int64_t column) {
-  using Factor = typename Math<T>::Factor;
-  constexpr int64_t kDepth = kGemmDepth * Math<T>::kPerFactor;
+  using M = Math<T>;
+  using Factor = typename M::Factor;
+  constexpr int64_t kDepth = kGemmDepth * M::kPerFactor;
   const int64_t columns = min_of(p.unit_columns, p.out_features - column);
   const int64_t panels = divide_up(p.rows, kPanelRows);
   const int64_t k_factors = factors<T>(p.in_features);
-  Factor* weights = (Factor*)p.scratch;
+  const int64_t x_bytes = p.rows * k_factors * int64_t(sizeof(Factor));
+  const int64_t group_rows = x_bytes <= kGroupBytes ? kGroupRows : columns;
+  const bool in_place = kInPlace<T> && p.weight_stride % M::kPerFactor == 0 &&
+                        uintptr_t(p.weight) % sizeof(Factor) == 0;
+  Factor* unpacked = (Factor*)p.scratch;
   float* sums = p.scratch + kLinearManyColumns * kGemmDepthStride;  // [panel][column][row]
-  for (int64_t k = 0; k < p.in_features; k += kDepth) {
-    const int64_t depth = min_of(kDepth, p.in_features - k), n = factors<T>(depth);
-    unpack_weights<T>(p, column, columns, k, depth, weights);
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      const int width = panel_width(p, panel);
-      const Factor* x =
-          (const Factor*)p.packed_x + panel * kPanelRows * k_factors + factors<T>(k) * width;
-      float* to = sums + panel * kPanelRows * kLinearManyColumns;
-      if (width == kPanelRows) {
-        for (int64_t c = 0; c < columns; c += kTileRows)
-          gemm_tile<T, 2, kTileRows>(x, weights + c * kGemmDepthStride, n, to + c * width, width,
-                                     k > 0);
+  for (int64_t c = 0; c < columns; c += group_rows) {
+    const int64_t w_rows = min_of(group_rows, columns - c);
+    const int64_t tile_rows = divide_up(w_rows, kNarrowRows) * kNarrowRows;
+    const T* w = (const T*)p.weight + (column + c) * p.weight_stride;
+    // (Of a last few rows, what is fetched ends behind the weights, which does no harm.)
+    const bool fetch = p.weight_stride == p.in_features && column + c + w_rows < p.out_features;
+    const T* next = w + w_rows * p.weight_stride;
+    for (int64_t k = 0; k < p.in_features; k += kDepth) {
+      const int64_t depth = min_of(kDepth, p.in_features - k), n = factors<T>(depth);
+      const Factor* rows = unpacked;
+      int64_t stride = kGemmDepthStride;
+      if (in_place && w_rows == tile_rows && depth % M::kPerFactor == 0) {
+        rows = (const Factor*)(w + k);
+        stride = p.weight_stride / M::kPerFactor;
       } else {
-        for (int64_t c = 0; c < columns; c += kNarrowRows)
-          gemm_tile<T, 1, kNarrowRows>(x, weights + c * kGemmDepthStride, n, to + c * width, width,
-                                       k > 0);
+        unpack_weights(w + k, p.weight_stride, w_rows, depth, unpacked);
       }
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        const int width = panel_width(p, panel);
+        const Factor* x =
+            (const Factor*)p.packed_x + panel * kPanelRows * k_factors + factors<T>(k) * width;
+        float* to = sums + panel * kPanelRows * kLinearManyColumns + c * width;
+        const auto multiply = [&](auto fetches) {
+          constexpr bool kFetch = decltype(fetches)::value;
+          if (width == kPanelRows) {
+            multiply_panel<T, 2, kTileRows, kFetch>(x, rows, tile_rows, stride, n, to, k > 0, next);
+          } else {
+            multiply_panel<T, 1, kNarrowRows, kFetch>(x, rows, tile_rows, stride, n, to, k > 0,
+                                                      next);
+          }
+        };
+        if (fetch && panel == 0) {
+          multiply(Count<true>{});
+        } else {
+          multiply(Count<false>{});
+        }
+      }
+      next += tile_rows * depth;
     }
   }
   for (int64_t first = 0; first < p.rows; first += kLanes) {

@@ -16,20 +16,21 @@
 namespace gemma2 {
 namespace {
 
-// From how many rows on torch's GEMM serves a linear. With AVX512_BF16 oneDNN reaches 85 % of the
-// bf16 dot's peak at 512 rows, but reads weights at less than half of memory's speed at one row.
-// Without it torch widens bf16 to float32 at a quarter of this project's speed or less, as float16.
-// For float32 its GEMM takes 0.8 to 1.9 of this one's time from 256 columns on (docs/notes.md).
-constexpr int64_t kTorchRowsBf16Dot = 32;
+// From how many rows on torch's GEMM may serve bfloat16. Without products of bfloat16 pairs torch
+// widens it to float32 at a quarter of this project's speed or less, as float16. For float32 its
+// GEMM takes 0.8 to 1.9 of this one's time from 256 columns on (docs/notes.md).
+constexpr int64_t kTorchRows = 32;
 
-// Whether that is for products of `rows` rows of `depth` numbers each. Where the processor has AMX,
+// Whether it does for products of `rows` rows of `depth` numbers each. Where the processor has AMX,
 // oneDNN reads one number past a row of an odd depth and multiplies it with zero: a NaN there
-// would show.
-bool torch_serves(DType dtype, int64_t rows, int64_t depth) {
+// would show. With AVX512_BF16 it is slower than linear_many_rows, but faster than the gradients'
+// GEMM where that packs a weight of many rows.
+bool torch_serves(DType dtype, int64_t rows, int64_t depth, bool gradient) {
   if (dtype == DType::kFloat64) return true;
   const std::string isa = cpu_isa();
-  return dtype == DType::kBFloat16 && (isa == "avx512_bf16" || isa == "avx512_vnni") &&
-         rows >= kTorchRowsBf16Dot && depth % 2 == 0;
+  return dtype == DType::kBFloat16 &&
+         (isa == "avx512_vnni" || (isa == "avx512_bf16" && gradient)) && rows >= kTorchRows &&
+         depth % 2 == 0;
 }
 
 #ifdef GEMMA2_WITH_CUDA
@@ -127,7 +128,7 @@ void run(const char* op, const char* name, const Tensor& x, const Tensor& weight
   if (geglu && (x.is_cpu() || dtype == DType::kFloat32 || rows > kLinearCudaRows))
     return linear_then_geglu(x, weight, out);
   if (x.is_cpu() && (softcap == 0 || dtype == DType::kFloat64) && out_type == x.scalar_type() &&
-      torch_serves(dtype, rows, in_features)) {
+      torch_serves(dtype, rows, in_features, false)) {
     torch_mm_out(as_matrix(x, rows), torch::stable::transpose(weight, 0, 1), out, rows);
     double* y = static_cast<double*>(out.data_ptr());
     for (int64_t i = 0; softcap > 0 && i < rows * out_features; ++i)
@@ -208,8 +209,8 @@ void linear_backward_out(const Tensor& grad_out, const Tensor& x, const Tensor& 
     if (grad_weight) torch::stable::zero_(*grad_weight);
     return;
   }
-  if (!x.is_cpu() ||
-      (grad_out.scalar_type() == x.scalar_type() && torch_serves(dtype, rows, out_features))) {
+  if (!x.is_cpu() || (grad_out.scalar_type() == x.scalar_type() &&
+                      torch_serves(dtype, rows, out_features, true))) {
     Tensor grad = as_matrix(grad_out, rows);
     if (grad.scalar_type() != x.scalar_type()) grad = torch::stable::to(grad, x.scalar_type());
     if (grad_x) torch_mm_out(grad, weight, *grad_x, rows);
