@@ -135,8 +135,6 @@ def test_not_a_number_stays_in_its_row_and_column(isa: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("rows", [1, 9, 30, 600])
 @pytest.mark.parametrize("out_features", [50, 256, 1000])  # units are as wide as fits the threads
 def test_independent_of_threads(isa: str, dtype: torch.dtype, rows: int, out_features: int) -> None:
-    if isa == "avx512_bf16" and dtype == torch.bfloat16 and rows >= 32:
-        pytest.skip("torch's GEMM, which does not promise it")
     x, weight = operands(rows, 333, out_features, dtype)
     results = []
     before = torch.get_num_threads()
@@ -155,9 +153,23 @@ def test_independent_of_the_rows_beside(isa: str, dtype: torch.dtype) -> None:
     for rows in range(2, 17) if not (isa == "cuda" and dtype == torch.float32) else ():
         assert torch.equal(ops.linear(x[:rows], weight), alone[:rows])
     many = ops.linear(x, weight)
-    if isa != "cuda" and not (isa == "avx512_bf16" and dtype == torch.bfloat16):
+    if isa != "cuda":
         for rows in (17, 25, 64, 513):
             assert torch.equal(ops.linear(x[:rows], weight), many[:rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_of_many_rows_where_they_lie(isa: str, dtype: torch.dtype) -> None:
+    """At every alignment and distance, and up to each remainder of the tiles."""
+    x = torch.randn(33, 1028).to(dtype)
+    stored = torch.randn(70, 1040).to(dtype)
+    for out_features in (12, 23, 24, 36, 37, 70):
+        for begin in (0, 1, 2, 7):
+            for distance in (1, 2):
+                for in_features in (1027, 1028):
+                    weight = stored[:out_features:distance, begin : begin + in_features]
+                    x_part = x[:, :in_features]
+                    assert_same(ops.linear(x_part, weight), ops.linear(x_part, weight.contiguous()))
 
 
 @pytest.mark.parametrize("in_features", [2304, 4630, 9216])

@@ -18,8 +18,8 @@ namespace {
 
 constexpr int kPanelRows = kPanelWidth;
 static_assert(kLinearManyColumns % kNarrowRows == 0 && kLinearManyColumns % kLanes == 0, "");
-// So many rows of weight meet all of x before the next ones do, where x is no larger than this; else
-// a unit's do, one block of k after another.
+// So many rows of weight meet all of x before the next ones do, where x is no larger than this;
+// else a unit's do, one block of k after another.
 constexpr int64_t kGroupRows = 24;
 constexpr int64_t kGroupBytes = 3 << 19;
 // Whether weights are factors as they lie in memory.

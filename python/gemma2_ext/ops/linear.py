@@ -26,10 +26,10 @@ _backward_op = torch.ops.gemma2_ext.linear_backward_out.default
 def linear(x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
     """`x @ weight.T`, summed in float32 and rounded once.
 
-    Up to 16 rows a row's result does not depend on the rows beside it, and none depends on the
-    number of threads. On processors with AVX512_BF16, bfloat16 from 32 rows on goes through
-    torch's GEMM, which promises neither. The same holds for the gradients
-    `grad_x = grad weight` and `grad_weight = grad^T x`.
+    A row's result depends neither on the rows beside it, up to 16 of them and from 17 on, nor on
+    the number of threads. Torch's GEMM, which promises neither, serves bfloat16 from 32 rows on
+    where the processor is Intel's with AVX512_BF16, and there and on other processors with
+    AVX512_BF16 the gradients `grad_x = grad weight` and `grad_weight = grad^T x` of so many.
 
     Args:
         x: (..., in_features), float32, bfloat16 or float16, any strides; float64, to check
