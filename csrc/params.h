@@ -240,9 +240,11 @@ struct LinearParams {
   float softcap;  // 0: none
   DType dtype;    // of x, and of weight where that is not packed
   DType out_dtype;
-  int64_t unit_columns;  // CPU, many rows: columns of out in one unit, at most kLinearManyColumns
-  void* packed_x;        // CPU: x in the kernel's own layout, shared by all threads
-  float* scratch;        // CPU: of one thread
+  // CPU, many rows: columns of out in one unit, at most kLinearManyColumns, and in range_units
+  // units, the last of which has what is left.
+  int64_t unit_columns, range_columns, range_units;
+  void* packed_x;  // CPU: x in the kernel's own layout, shared by all threads
+  float* scratch;  // CPU: of one thread
   // CUDA: weight is (2 * out_features, in_features), and out = gelu_tanh(first half) * second half
   bool geglu;
 };

@@ -15,6 +15,8 @@ constexpr int64_t kLinearCudaRows = 16;
 // Columns of out (rows of weight) in one unit of linear_few_rows, and at most of linear_many_rows.
 constexpr int64_t kLinearFewColumns = 24;
 constexpr int64_t kLinearManyColumns = kGemmRows;
+// Rows of weight in a register tile, or in two.
+constexpr int64_t kLinearColumnTile = 12;
 // linear_many_rows takes at most this many rows at once, so that its scratch is bounded.
 constexpr int64_t kLinearRowBlock = 512;
 // packed_x is a multiple of this many rows and columns, of 4 bytes each.

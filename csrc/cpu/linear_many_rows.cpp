@@ -113,11 +113,10 @@ void multiply_panel(const Factor* panel, const Factor* rows, int64_t w_rows, int
 }
 
 template <class T>
-void gemm_columns(const LinearParams& p, int64_t column) {
+void gemm_columns(const LinearParams& p, int64_t column, int64_t columns) {
   using M = Math<T>;
   using Factor = typename M::Factor;
   constexpr int64_t kDepth = kGemmDepth * M::kPerFactor;
-  const int64_t columns = min_of(p.unit_columns, p.out_features - column);
   const int64_t panels = divide_up(p.rows, kPanelRows);
   const int64_t k_factors = factors<T>(p.in_features);
   const int64_t x_bytes = p.rows * k_factors * int64_t(sizeof(Factor));
@@ -197,8 +196,13 @@ void linear_pack_panels(const LinearParams& p, int64_t begin, int64_t end) {
 // A unit is unit_columns columns of out.
 void linear_many_rows(const LinearParams& p, int64_t begin, int64_t end) {
   dispatch_dtype(p.dtype, [&](auto t) {
-    for (int64_t unit = begin; unit < end; ++unit)
-      gemm_columns<decltype(t)>(p, unit * p.unit_columns);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t range = unit / p.range_units * p.range_columns;
+      const int64_t in_range = unit % p.range_units * p.unit_columns, first = range + in_range;
+      const int64_t columns =
+          min_of(min_of(p.unit_columns, p.range_columns - in_range), p.out_features - first);
+      if (columns > 0) gemm_columns<decltype(t)>(p, first, columns);
+    }
   });
 }
 

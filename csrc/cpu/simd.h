@@ -282,19 +282,54 @@ GEMMA2_INLINE void store(Half* p, VecF v) {
 #endif
 
 // The first n of kLanes elements, 0 < n < kLanes; the rest reads as `fill` and is not touched in
-// memory.
+// memory. Put together in memory, they would have to wait for every store before them.
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+GEMMA2_INLINE __mmask16 first_lanes(int64_t n) { return __mmask16((1u << n) - 1); }
+GEMMA2_INLINE VecF load_n(const float* p, int64_t n, float fill = 0.0f) {
+  return (VecF)_mm512_mask_loadu_ps((__m512)set(fill), first_lanes(n), p);
+}
+template <class T>
+GEMMA2_INLINE VecF load_n(const T* p, int64_t n, float fill = 0.0f) {
+  T lanes[kLanes];
+  if constexpr (sizeof(T) == 1) {
+    _mm_storeu_si128((__m128i*)lanes, _mm_maskz_loadu_epi8(first_lanes(n), p));
+  } else {
+    _mm256_storeu_si256((__m256i*)lanes, _mm256_maskz_loadu_epi16(first_lanes(n), p));
+  }
+  return (VecF)_mm512_mask_mov_ps((__m512)set(fill), first_lanes(n), (__m512)load(lanes));
+}
+GEMMA2_INLINE void store_n(float* p, VecF v, int64_t n) {
+  _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v);
+}
+template <class T>
+GEMMA2_INLINE void store_n(T* p, VecF v, int64_t n) {
+  static_assert(sizeof(T) == 2, "");
+  T lanes[kLanes];
+  store(lanes, v);
+  _mm256_mask_storeu_epi16(p, first_lanes(n), _mm256_loadu_si256((const __m256i*)lanes));
+}
+#else
 template <class T>
 GEMMA2_INLINE VecF load_n(const T* p, int64_t n, float fill = 0.0f) {
   float lanes[kLanes];
   for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? to_float(p[i]) : fill;
   return load(lanes);
 }
+#if defined(__AVX2__) && GEMMA2_LANES == 8
+template <>
+GEMMA2_INLINE VecF load_n(const float* p, int64_t n, float fill) {
+  const VecI lane = {0, 1, 2, 3, 4, 5, 6, 7}, mask = lane < int32_t(n);
+  const VecF v = (VecF)_mm256_maskload_ps(p, (__m256i)mask);
+  return mask ? v : set(fill);
+}
+#endif
 template <class T>
 GEMMA2_INLINE void store_n(T* p, VecF v, int64_t n) {
   T lanes[kLanes];
   store(lanes, v);
   memcpy(p, lanes, n * sizeof(T));
 }
+#endif
 
 // Rounds every lane to T and widens it again.
 template <class T>

@@ -61,8 +61,14 @@ void few_rows(LinearParams p, const Tensor& x) {
 
 void many_rows(LinearParams p, const Tensor& x) {
   const CpuKernels& kernels = cpu_kernels();
-  p.unit_columns = gemm_unit_rows(p.out_features);
-  const int64_t units = divide_up(p.out_features, p.unit_columns);
+  // Each thread has a range of its own, of whole lines of out where that does not leave others
+  // without: a line that two threads write costs more than its products.
+  const int64_t even = divide_up(p.out_features, int64_t(torch::stable::get_num_threads()));
+  const int64_t lines = round_up(even, 64 / element_size(p.out_dtype));
+  p.range_columns = lines - even <= even / 8 ? lines : round_up(even, kLinearColumnTile);
+  p.range_units = divide_up(p.range_columns, kLinearManyColumns);
+  p.unit_columns = round_up(divide_up(p.range_columns, p.range_units), kLinearColumnTile);
+  const int64_t units = divide_up(p.out_features, p.range_columns) * p.range_units;
   const int64_t block_rows = divide_up(p.rows, divide_up(p.rows, kLinearRowBlock));
   const Tensor packed = scratch_floats(
       x, round_up(block_rows, kLinearPackMultiple) * round_up(p.in_features, kLinearPackMultiple));
