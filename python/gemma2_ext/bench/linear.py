@@ -26,7 +26,7 @@ def shapes(setting: Setting) -> dict[str, tuple[int, int]]:
 
 def cases(setting: Setting) -> Iterator[Case]:
     """Few rows are bound by reading the weight, many by arithmetic."""
-    rows_of = {"decode": (1, 4, 8), "prefill": (512,), "training": (512,)}
+    rows_of = {"decode": (1, 4, 8), "prefill": (32, 512), "training": (512,)}
     for rows in rows_of.get(setting.phase, ROWS[setting.phase]):
         for name, (out_features, in_features) in shapes(setting).items():
             weight_size = out_features * in_features * setting.dtype.itemsize
