@@ -22,6 +22,13 @@ static_assert(kLinearManyColumns % kNarrowRows == 0 && kLinearManyColumns % kLan
 // else a unit's do, one block of k after another.
 constexpr int64_t kGroupRows = 24;
 constexpr int64_t kGroupBytes = 3 << 19;
+// From this size on the next panel's part of x is fetched too, by the products of its first
+// kFetchRows rows of weight.
+constexpr int64_t kFetchBytes = 3 << 20;
+template <class T>
+constexpr int64_t kFetchRows =
+    (kPanelRows * 4 / (Math<T>::kPerFactor * int64_t(sizeof(T))) + kNarrowRows - 1) / kNarrowRows *
+    kNarrowRows;
 // Whether weights are factors as they lie in memory.
 template <class T>
 constexpr bool kInPlace = sizeof(T) * Math<T>::kPerFactor == sizeof(typename Math<T>::Factor);
@@ -100,12 +107,12 @@ void unpack_weights(const T* w, int64_t w_stride, int64_t rows, int64_t depth,
     memset((void*)to, 0, kGemmDepthStride * sizeof *to);
 }
 
-// w_rows rows of weight (a multiple of kNarrowRows) with one panel.
+// Rows [begin, end) of weight (multiples of kNarrowRows) with one panel.
 template <class T, int kVectors, int kRows, bool kFetch, class Factor = typename Math<T>::Factor>
-void multiply_panel(const Factor* panel, const Factor* rows, int64_t w_rows, int64_t stride,
-                    int64_t depth, float* sums, bool add, const T* next) {
+void multiply_panel(const Factor* panel, const Factor* rows, int64_t begin, int64_t end,
+                    int64_t stride, int64_t depth, float* sums, bool add, const T* next) {
   constexpr int kWidth = kVectors * kLanes;
-  for (int64_t r = 0; r < w_rows; r += kRows) {
+  for (int64_t r = begin; r < end; r += kRows) {
     gemm_tile<T, kVectors, kRows, kFetch>(panel, rows + r * stride, stride, depth,
                                           sums + r * kWidth, kWidth, add,
                                           next + r * depth * Math<T>::kPerFactor);
@@ -142,24 +149,32 @@ void gemm_columns(const LinearParams& p, int64_t column, int64_t columns) {
       } else {
         unpack_weights(w + k, p.weight_stride, w_rows, depth, unpacked);
       }
+      const auto x_block = [&](int64_t panel) {
+        return (const Factor*)p.packed_x + panel * kPanelRows * k_factors +
+               factors<T>(k) * panel_width(p, panel);
+      };
       for (int64_t panel = 0; panel < panels; ++panel) {
         const int width = panel_width(p, panel);
-        const Factor* x =
-            (const Factor*)p.packed_x + panel * kPanelRows * k_factors + factors<T>(k) * width;
+        const Factor* x = x_block(panel);
         float* to = sums + panel * kPanelRows * kLinearManyColumns + c * width;
-        const auto multiply = [&](auto fetches) {
+        const auto multiply = [&](auto fetches, int64_t begin, int64_t end, const T* from) {
           constexpr bool kFetch = decltype(fetches)::value;
           if (width == kPanelRows) {
-            multiply_panel<T, 2, kTileRows, kFetch>(x, rows, tile_rows, stride, n, to, k > 0, next);
+            multiply_panel<T, 2, kTileRows, kFetch>(x, rows, begin, end, stride, n, to, k > 0,
+                                                    from);
           } else {
-            multiply_panel<T, 1, kNarrowRows, kFetch>(x, rows, tile_rows, stride, n, to, k > 0,
-                                                      next);
+            multiply_panel<T, 1, kNarrowRows, kFetch>(x, rows, begin, end, stride, n, to, k > 0,
+                                                      from);
           }
         };
         if (fetch && panel == 0) {
-          multiply(Count<true>{});
+          multiply(Count<true>{}, 0, tile_rows, next);
+        } else if (x_bytes >= kFetchBytes && panel + 1 < panels) {
+          const int64_t fetching = min_of(kFetchRows<T>, tile_rows);
+          multiply(Count<true>{}, 0, fetching, (const T*)(x_block(panel + 1)));
+          multiply(Count<false>{}, fetching, tile_rows, next);
         } else {
-          multiply(Count<false>{});
+          multiply(Count<false>{}, 0, tile_rows, next);
         }
       }
       next += tile_rows * depth;
