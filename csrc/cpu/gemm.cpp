@@ -40,6 +40,13 @@ GEMMA2_INLINE typename Math<T>::Factor make_factor(const S* from, int64_t stride
   }
 }
 
+// kLanes elements as bfloat16, in the upper halves.
+template <class S>
+GEMMA2_INLINE VecU bfloat16_bits(const S* from) {
+  return (VecU)round_to<BFloat16>(load(from));
+}
+GEMMA2_INLINE VecU bfloat16_bits(const BFloat16* from) { return (VecU)load(from); }
+
 // kLanes columns of one factor, n of them real.
 template <class T, class S>
 GEMMA2_INLINE void pack_lanes(const S* from, int64_t stride, bool second, int64_t n,
@@ -52,8 +59,8 @@ GEMMA2_INLINE void pack_lanes(const S* from, int64_t stride, bool second, int64_
   } else if constexpr (Math<T>::kPerFactor == 1) {
     store(to, load(from));
   } else {
-    const VecU low = (VecU)round_to<BFloat16>(load(from)) >> 16;
-    const VecU pair = second ? low | (VecU)round_to<BFloat16>(load(from + stride)) : low;
+    const VecU low = bfloat16_bits(from) >> 16;
+    const VecU pair = second ? low | bfloat16_bits(from + stride) : low;
     memcpy(to, &pair, sizeof pair);
   }
 }
@@ -137,14 +144,22 @@ void edge_tile(const Factor* panel, const Factor* lines, int64_t depth, float* s
   }
 }
 
+// All rows with one panel, meanwhile the next one's part is fetched.
 template <class T, int kVectors, int kRows, class Factor = typename Math<T>::Factor>
 void multiply_panel(const Factor* panel, const Factor* lines, int64_t depth, float* sums,
-                    int64_t sums_stride, bool add, int64_t rows, int64_t columns) {
+                    int64_t sums_stride, bool add, int64_t rows, int64_t columns,
+                    const Factor* next) {
+  static_assert(sizeof(T) * Math<T>::kPerFactor == sizeof(Factor), "rows are as large as fetched");
   for (int64_t r = 0; r < rows; r += kRows) {
     const Factor* at = lines + r * kGemmDepthStride;
     float* to = sums + r * sums_stride;
     if (r + kRows <= rows && columns == kVectors * kLanes) {
-      gemm_tile<T, kVectors, kRows>(panel, at, kGemmDepthStride, depth, to, sums_stride, add);
+      if (next && r < kPanelWidth) {
+        gemm_tile<T, kVectors, kRows, true>(panel, at, kGemmDepthStride, depth, to, sums_stride,
+                                            add, (const T*)(next + r * depth));
+      } else {
+        gemm_tile<T, kVectors, kRows>(panel, at, kGemmDepthStride, depth, to, sums_stride, add);
+      }
     } else {
       edge_tile<T, kVectors, kRows>(panel, at, depth, to, sums_stride, add, rows - r, columns);
     }
@@ -171,11 +186,17 @@ void multiply_rows(const GemmParams& p, int64_t row) {
       const Factor* panel =
           (const Factor*)p.packed_b + first * factors<T>(p.depth) + factors<T>(k) * width;
       const int64_t columns = min_of<int64_t>(width, p.columns - first);
+      const int64_t following = first + kPanelWidth;
+      const Factor* next = following < p.columns
+                               ? (const Factor*)p.packed_b + following * factors<T>(p.depth) +
+                                     factors<T>(k) * panel_width(p.columns, following / kPanelWidth)
+                               : nullptr;
       if (width == kPanelWidth) {
-        multiply_panel<T, 2, kTileRows>(panel, lines, n, sums + first, stride, add, rows, columns);
+        multiply_panel<T, 2, kTileRows>(panel, lines, n, sums + first, stride, add, rows, columns,
+                                        next);
       } else {
-        multiply_panel<T, 1, kNarrowRows>(panel, lines, n, sums + first, stride, add, rows,
-                                          columns);
+        multiply_panel<T, 1, kNarrowRows>(panel, lines, n, sums + first, stride, add, rows, columns,
+                                          next);
       }
     }
   }

@@ -16,21 +16,23 @@
 namespace gemma2 {
 namespace {
 
-// From how many rows on torch's GEMM may serve bfloat16. Without products of bfloat16 pairs torch
-// widens it to float32 at a quarter of this project's speed or less, as float16. For float32 its
-// GEMM takes 0.8 to 1.9 of this one's time from 256 columns on (docs/notes.md).
+// Where the processor has AMX, torch's GEMM serves bfloat16 from so many rows on.
 constexpr int64_t kTorchRows = 32;
+// With AVX512_BF16 but no AMX it is slower than linear_many_rows, and serves gradients alone, of
+// fewer rows than this: `gemm` packs the whole weight, which many rows pay for.
+constexpr int64_t kGemmFromRows = 1024;
 
-// Whether it does for products of `rows` rows of `depth` numbers each. Where the processor has AMX,
-// oneDNN reads one number past a row of an odd depth and multiplies it with zero: a NaN there
-// would show. With AVX512_BF16 it is slower than linear_many_rows, but faster than the gradients'
-// GEMM where that packs a weight of many rows.
+// Whether torch's GEMM serves a product of `rows` rows of `depth` numbers each. With AMX oneDNN
+// reads one number past a row of an odd depth and multiplies it with zero: a NaN there would show.
+// Without products of bfloat16 pairs torch widens bfloat16 to float32 at a quarter of this
+// project's speed or less, as float16. For float32 its GEMM took 0.8 to 1.9 of this one's time from
+// 256 columns on (docs/notes.md).
 bool torch_serves(DType dtype, int64_t rows, int64_t depth, bool gradient) {
   if (dtype == DType::kFloat64) return true;
+  if (dtype != DType::kBFloat16 || depth % 2 != 0) return false;
   const std::string isa = cpu_isa();
-  return dtype == DType::kBFloat16 &&
-         (isa == "avx512_vnni" || (isa == "avx512_bf16" && gradient)) && rows >= kTorchRows &&
-         depth % 2 == 0;
+  return (isa == "avx512_vnni" && rows >= kTorchRows) ||
+         (isa == "avx512_bf16" && gradient && rows < kGemmFromRows);
 }
 
 #ifdef GEMMA2_WITH_CUDA
