@@ -229,12 +229,14 @@ def test_backward_in_blocks(isa: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [300, 1100])
-def test_backward_independent_of_threads(isa: str, dtype: torch.dtype, rows: int) -> None:
+@pytest.mark.parametrize("rows, in_features, out_features", [(300, 333, 500), (1100, 1200, 1800)])
+def test_backward_independent_of_threads(
+    isa: str, dtype: torch.dtype, rows: int, in_features: int, out_features: int
+) -> None:
     if isa == "avx512_bf16" and dtype == torch.bfloat16 and rows < 1024:
         pytest.skip("torch's GEMM, which does not promise it")
-    x, weight = operands(rows, 333, 500, dtype)
-    grad = torch.randn(rows, 500).to(dtype)
+    x, weight = operands(rows, in_features, out_features, dtype)
+    grad = torch.randn(rows, out_features).to(dtype)
     before = torch.get_num_threads()
     results = []
     for threads in (1, 2, 3):
