@@ -24,10 +24,9 @@ constexpr int64_t kGemmFromRows = 1024, kGemmFromWeights = 1 << 21;
 
 // Whether torch's GEMM serves a product of `rows` rows with `weight`, or a gradient of it, over
 // `depth` numbers. With AMX oneDNN reads one number past a row of an odd depth and multiplies it
-// with zero: a NaN there would show.
-// Without products of bfloat16 pairs torch widens bfloat16 to float32 at a quarter of this
-// project's speed or less, as float16. For float32 its GEMM took 0.8 to 1.9 of this one's time from
-// 256 columns on (docs/notes.md).
+// with zero: a NaN there would show. Without products of bfloat16 pairs torch widens bfloat16 to
+// float32 at a quarter of this project's speed or less, as float16. For float32 its GEMM is slower
+// too, but for the narrowest products (docs/notes.md).
 bool torch_serves(DType dtype, int64_t rows, int64_t depth, const Tensor& weight, bool gradient) {
   if (dtype == DType::kFloat64) return true;
   if (dtype != DType::kBFloat16 || depth % 2 != 0) return false;
