@@ -50,7 +50,9 @@ def test_production_shapes(
 
 
 def test_more_rows_than_one_block(isa: str) -> None:
-    x, weight = operands(1030, 70, 130)
+    x, weight = operands(2060, 70, 130)
+    assert_accurate(ops.linear(x, weight), reference.linear, x, weight)
+    x, weight = operands(1030, 2070, 40)
     assert_accurate(ops.linear(x, weight), reference.linear, x, weight)
 
 
@@ -229,14 +231,11 @@ def test_backward_in_blocks(isa: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows, in_features, out_features", [(300, 333, 500), (1100, 1200, 1800)])
-def test_backward_independent_of_threads(
-    isa: str, dtype: torch.dtype, rows: int, in_features: int, out_features: int
-) -> None:
-    if isa == "avx512_bf16" and dtype == torch.bfloat16 and rows < 1024:
+def test_backward_independent_of_threads(isa: str, dtype: torch.dtype) -> None:
+    if isa == "avx512_bf16" and dtype == torch.bfloat16:
         pytest.skip("torch's GEMM, which does not promise it")
-    x, weight = operands(rows, in_features, out_features, dtype)
-    grad = torch.randn(rows, out_features).to(dtype)
+    x, weight = operands(300, 333, 500, dtype)
+    grad = torch.randn(300, 500).to(dtype)
     before = torch.get_num_threads()
     results = []
     for threads in (1, 2, 3):

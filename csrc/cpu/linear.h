@@ -17,8 +17,10 @@ constexpr int64_t kLinearFewColumns = 24;
 constexpr int64_t kLinearManyColumns = kGemmRows;
 // Rows of weight in a register tile, or in two.
 constexpr int64_t kLinearColumnTile = 12;
-// linear_many_rows takes at most this many rows at once, so that its scratch is bounded.
-constexpr int64_t kLinearRowBlock = 512;
+// linear_many_rows takes at most this many rows at once, so that its scratch is bounded; of an x
+// whose block would be larger than kLinearBlockBytes, half as many.
+constexpr int64_t kLinearRowBlock = 1024;
+constexpr int64_t kLinearBlockBytes = 4 << 20;
 // packed_x is a multiple of this many rows and columns, of 4 bytes each.
 constexpr int64_t kLinearPackMultiple = 32;
 // floats of LinearParams::scratch: unpacked weights and sums.

@@ -18,22 +18,18 @@ namespace {
 
 // Where the processor has AMX, torch's GEMM serves bfloat16 from so many rows on.
 constexpr int64_t kTorchRows = 32;
-// With AVX512_BF16 but no AMX it is slower than linear_many_rows, and serves gradients alone, of
-// fewer rows than this or smaller weights: `gemm` packs a whole factor, which large products pay.
-constexpr int64_t kGemmFromRows = 1024, kGemmFromWeights = 1 << 21;
 
-// Whether torch's GEMM serves a product of `rows` rows with `weight`, or a gradient of it, over
-// `depth` numbers. With AMX oneDNN reads one number past a row of an odd depth and multiplies it
-// with zero: a NaN there would show. Without products of bfloat16 pairs torch widens bfloat16 to
-// float32 at a quarter of this project's speed or less, as float16. For float32 its GEMM is slower
-// too, but for the narrowest products (docs/notes.md).
-bool torch_serves(DType dtype, int64_t rows, int64_t depth, const Tensor& weight, bool gradient) {
+// Whether torch's GEMM serves a product of `rows` rows of `depth` numbers each. With AMX oneDNN
+// reads one number past a row of an odd depth and multiplies it with zero: a NaN there would show.
+// With AVX512_BF16 alone it is slower than linear_many_rows, but faster than `gemm`, which
+// gradients would take. Without products of bfloat16 pairs torch widens bfloat16 to float32 at a
+// quarter of this project's speed or less, as float16. For float32 its GEMM is slower too, but for
+// the narrowest products (docs/notes.md).
+bool torch_serves(DType dtype, int64_t rows, int64_t depth, bool gradient) {
   if (dtype == DType::kFloat64) return true;
   if (dtype != DType::kBFloat16 || depth % 2 != 0) return false;
   const std::string isa = cpu_isa();
-  return (isa == "avx512_vnni" && rows >= kTorchRows) ||
-         (isa == "avx512_bf16" && gradient &&
-          (rows < kGemmFromRows || weight.numel() < kGemmFromWeights));
+  return (isa == "avx512_vnni" && rows >= kTorchRows) || (isa == "avx512_bf16" && gradient);
 }
 
 #ifdef GEMMA2_WITH_CUDA
@@ -72,7 +68,9 @@ void many_rows(LinearParams p, const Tensor& x) {
   p.range_units = divide_up(p.range_columns, kLinearManyColumns);
   p.unit_columns = round_up(divide_up(p.range_columns, p.range_units), kLinearColumnTile);
   const int64_t units = divide_up(p.out_features, p.range_columns) * p.range_units;
-  const int64_t block_rows = divide_up(p.rows, divide_up(p.rows, kLinearRowBlock));
+  const bool large = kLinearRowBlock * p.in_features * element_size(p.dtype) > kLinearBlockBytes;
+  const int64_t most_rows = large ? kLinearRowBlock / 2 : kLinearRowBlock;
+  const int64_t block_rows = divide_up(p.rows, divide_up(p.rows, most_rows));
   const Tensor packed = scratch_floats(
       x, round_up(block_rows, kLinearPackMultiple) * round_up(p.in_features, kLinearPackMultiple));
   const Tensor scratch = scratch_floats(x, sharing_threads(units) * kLinearScratch);
@@ -137,7 +135,7 @@ void run(const char* op, const char* name, const Tensor& x, const Tensor& weight
   if (geglu && (x.is_cpu() || dtype == DType::kFloat32 || rows > kLinearCudaRows))
     return linear_then_geglu(x, weight, out);
   if (x.is_cpu() && (softcap == 0 || dtype == DType::kFloat64) && out_type == x.scalar_type() &&
-      torch_serves(dtype, rows, in_features, weight, false)) {
+      torch_serves(dtype, rows, in_features, false)) {
     torch_mm_out(as_matrix(x, rows), torch::stable::transpose(weight, 0, 1), out, rows);
     double* y = static_cast<double*>(out.data_ptr());
     for (int64_t i = 0; softcap > 0 && i < rows * out_features; ++i)
@@ -219,7 +217,7 @@ void linear_backward_out(const Tensor& grad_out, const Tensor& x, const Tensor& 
     return;
   }
   if (!x.is_cpu() || (grad_out.scalar_type() == x.scalar_type() &&
-                      torch_serves(dtype, rows, out_features, weight, true))) {
+                      torch_serves(dtype, rows, out_features, true))) {
     Tensor grad = as_matrix(grad_out, rows);
     if (grad.scalar_type() != x.scalar_type()) grad = torch::stable::to(grad, x.scalar_type());
     if (grad_x) torch_mm_out(grad, weight, *grad_x, rows);

@@ -30,7 +30,7 @@ def linear(x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
     the number of threads; the same holds for the gradients `grad_x = grad weight` and
     `grad_weight = grad^T x`. Torch's GEMM, which promises neither, serves bfloat16 from 32 rows on
     where the processor is Intel's with AVX512_BF16, and on other processors with AVX512_BF16 the
-    gradients of fewer than 1024 rows or 2^21 weights.
+    gradients.
 
     Args:
         x: (..., in_features), float32, bfloat16 or float16, any strides; float64, to check
