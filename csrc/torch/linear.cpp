@@ -21,7 +21,7 @@ constexpr int64_t kTorchRows = 32;
 
 // Whether torch's GEMM serves a product of `rows` rows of `depth` numbers each. With AMX oneDNN
 // reads one number past a row of an odd depth and multiplies it with zero: a NaN there would show.
-// With AVX512_BF16 alone it is slower than linear_many_rows, but faster than `gemm`, which
+// With AVX512_BF16 alone it is no faster than linear_many_rows, but faster than `gemm`, which
 // gradients would take. Without products of bfloat16 pairs torch widens bfloat16 to float32 at a
 // quarter of this project's speed or less, as float16. For float32 its GEMM is slower too, but for
 // the narrowest products (docs/notes.md).
