@@ -161,6 +161,19 @@ def test_independent_of_the_rows_beside(isa: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_one_output(isa: str, dtype: torch.dtype) -> None:
+    """As of a value head: each row as alone, however many there are."""
+    x, weight = operands(300, 333, 1, dtype)
+    for part in (x, x[::3], x[:, :64], x[:20]):
+        actual = ops.linear(part, weight[:, : part.shape[1]])
+        assert actual.shape == (len(part), 1)
+        assert_product(actual, part, weight[:, : part.shape[1]])
+        if isa != "cuda":
+            alone = [ops.linear(row, weight[:, : part.shape[1]]) for row in part[:40]]
+            assert_same(actual[:40], torch.stack(alone))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_of_many_rows_where_they_lie(isa: str, dtype: torch.dtype) -> None:
     """At every alignment and distance, and up to each remainder of the tiles."""
     x = torch.randn(33, 1028).to(dtype)

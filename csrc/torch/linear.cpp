@@ -7,6 +7,7 @@
 
 #include <array>
 #include <cmath>
+#include <utility>
 
 #include "../cpu/isa.h"
 #include "cuda.h"
@@ -160,7 +161,14 @@ void run(const char* op, const char* name, const Tensor& x, const Tensor& weight
 #ifdef GEMMA2_WITH_CUDA
   if (!x.is_cpu()) return linear_on_cuda(op, x, weight, out, p);
 #endif
-  if (rows <= kLinearFewRows) {
+  if (p.out_features == 1 && p.rows > 1) {
+    // One row of weight for many of x is one row of x for many of weight, to the bit.
+    std::swap(p.x, p.weight);
+    std::swap(p.x_stride, p.weight_stride);
+    std::swap(p.rows, p.out_features);
+    p.out_stride = p.out_features;
+  }
+  if (p.rows <= kLinearFewRows) {
     few_rows(p, x);
   } else {
     many_rows(p, x);
