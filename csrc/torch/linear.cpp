@@ -61,8 +61,8 @@ void few_rows(LinearParams p, const Tensor& x) {
 
 void many_rows(LinearParams p, const Tensor& x) {
   const CpuKernels& kernels = cpu_kernels();
-  // Each thread has a range of its own, of whole lines of out where that does not leave others
-  // without: a line that two threads write costs more than its products.
+  // Each thread has a range of its own, as large as the others', of whole lines of out where that
+  // leaves none without.
   const int64_t even = divide_up(p.out_features, int64_t(torch::stable::get_num_threads()));
   const int64_t lines = round_up(even, 64 / element_size(p.out_dtype));
   p.range_columns = lines - even <= even / 8 ? lines : round_up(even, kLinearColumnTile);
