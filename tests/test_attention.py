@@ -272,6 +272,33 @@ def test_a_row_alone_equals_it_in_a_batch(isa: str) -> None:
         torch.testing.assert_close(alone[0], whole[b])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(4, 4), (8, 4), (12, 4)])
+@pytest.mark.parametrize("seqlen_q", [2, 5, 16])
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("poison", [None, math.inf])
+def test_few_rows_equal_those_alone(
+    isa: str,
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    seqlen_q: int,
+    window: int | None,
+    poison: float | None,
+) -> None:
+    # To the bit: so a draft that is checked at once gives what token by token gives.
+    q, k, v = random_qkv(1, seqlen_q, 1100, heads, 72, dtype)
+    if poison is not None:
+        v[0, -1, 1, 3] = poison  # which only the last row sees
+    heads_first = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (k, v)]
+    options = dict(scale=0.1, softcap=20.0, window=window)
+    together = attend(q, k, v, **options)
+    assert torch.equal(attend(q, *heads_first, **options), together)
+    for i in range(seqlen_q):
+        n = 1100 - (seqlen_q - 1 - i)
+        alone = attend(q[:, i : i + 1], k[:, :n], v[:, :n], **options)
+        assert torch.equal(alone, together[:, i : i + 1])
+
+
 def test_every_isa_agrees_with_scalar() -> None:
     q, k, v = random_qkv(1, 60, 90, head_dim=72)
     results = {}

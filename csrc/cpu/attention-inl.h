@@ -1,5 +1,5 @@
-// Pieces of attention: the online softmax, packing, and the two inner loops (a register tile of a
-// matrix product for blocks of rows, dot products over unpacked keys for few rows).
+// Pieces of attention: the online softmax, packing, and the register tile of the products for
+// blocks of rows. (For few rows: attention_few_rows.h.)
 //
 // Packed matrices consist of 32-bit words along the depth of the product: a float, or a pair of
 // bfloat16 where the machine multiplies those directly. So one tile loop serves both.
@@ -102,12 +102,14 @@ GEMMA2_INLINE VecF load_words(float, const T* row, int64_t k, int64_t depth) {
   return k + kLanes <= depth ? load(row + k) : load_n(row + k, depth - k);
 }
 GEMMA2_INLINE VecF load_words(Pair, const BFloat16* row, int64_t k, int64_t depth) {
+#if defined(__AVX512F__)
+  const float* words = (const float*)(row + 2 * k);
+  return k + kLanes <= depth ? load(words) : load_n(words, depth - k);
+#else
   VecF words = zero();
-  if (k + kLanes <= depth)
-    memcpy(&words, row + 2 * k, sizeof words);
-  else
-    memcpy(&words, row + 2 * k, 4 * (depth - k));
+  memcpy(&words, row + 2 * k, 4 * min64(kLanes, depth - k));
   return words;
+#endif
 }
 
 // For few rows bfloat16 are read two vectors at once, which come apart into the even and the odd
@@ -280,6 +282,25 @@ struct KeyRows {
   }
 };
 
+// Lines of rows, one after another, a pair at a time.
+struct LineFetcher {
+  const char* row;
+  int64_t stride, end;  // of a row, in bytes
+  int64_t at;
+
+  GEMMA2_INLINE void next() {
+    prefetch(row + at);
+    prefetch(row + at + kLineBytes);
+    at += 2 * kLineBytes;
+    if (at >= end) row += stride, at = 0;
+  }
+};
+// Of the rows of n elements from row j on. (Where a ring ends it fetches what follows, in vain.)
+template <class T>
+GEMMA2_INLINE LineFetcher make_fetcher(const KeyRows<T>& rows, int64_t j, int64_t n) {
+  return {(const char*)rows.row(j), rows.stride * int64_t(sizeof(T)), n * int64_t(sizeof(T)), 0};
+}
+
 // Whether rows are stored as int8 with a factor each.
 template <class K>
 constexpr bool kScaled = false;
@@ -331,10 +352,53 @@ void pack_keys(const KeyRows<T>& k, int64_t n, int64_t depth, float* out) {
   }
 }
 
-GEMMA2_INLINE VecF value_words(float, VecF even, VecF) { return even; }
 GEMMA2_INLINE VecF value_words(Pair, VecF even, VecF odd) {  // both are bfloat16 widened to float
   return (VecF)((VecU)even >> 16 | (VecU)odd);
 }
+
+// The pairs (a[i], b[i]) of two rows' elements, of the lower and of the upper half.
+#if defined(GEMMA2_ISA_avx512_bf16)
+typedef uint16_t VecPairs __attribute__((vector_size(kLanes * 4)));
+GEMMA2_INLINE void pair_rows(VecF a, VecF b, VecF& lower, VecF& upper) {
+  VecPairs low, high;
+  for (int i = 0; i < kLanes; ++i) {
+    low[2 * i] = uint16_t(i), low[2 * i + 1] = uint16_t(2 * kLanes + i);
+    high[2 * i] = uint16_t(kLanes + i), high[2 * i + 1] = uint16_t(3 * kLanes + i);
+  }
+#if defined(__AVX512BW__)
+  lower = (VecF)_mm512_permutex2var_epi16((__m512i)a, (__m512i)low, (__m512i)b);
+  upper = (VecF)_mm512_permutex2var_epi16((__m512i)a, (__m512i)high, (__m512i)b);
+#else
+  VecPairs first, second;
+  for (int i = 0; i < 2 * kLanes; ++i) {
+    first[i] = low[i] < 2 * kLanes ? ((VecPairs)a)[low[i]] : ((VecPairs)b)[low[i] - 2 * kLanes];
+    second[i] = high[i] < 2 * kLanes ? ((VecPairs)a)[high[i]] : ((VecPairs)b)[high[i] - 2 * kLanes];
+  }
+  lower = (VecF)first, upper = (VecF)second;
+#endif
+}
+#endif
+
+// kTileCols words from dimension d on of the values of as many keys as go into a word; a null row
+// is zero.
+template <class T>
+GEMMA2_INLINE void store_value_words(float, const T* row, const T*, int64_t d, int64_t head_dim,
+                                     float* to) {
+  GEMMA2_UNROLL
+  for (int64_t i = 0; i < kTileCols; i += kLanes)
+    store(to + i, row && d + i < head_dim ? load_words(0.0f, row, d + i, head_dim) : zero());
+}
+#if defined(GEMMA2_ISA_avx512_bf16)
+GEMMA2_INLINE void store_value_words(Pair, const BFloat16* even, const BFloat16* odd, int64_t d,
+                                     int64_t head_dim, float* to) {
+  static_assert(kTileCols == 2 * kLanes, "");
+  const VecF a = even ? load_words(Pair{}, even, d / 2, head_dim / 2) : zero();
+  const VecF b = odd ? load_words(Pair{}, odd, d / 2, head_dim / 2) : zero();
+  VecF lower, upper;
+  pair_rows(a, b, lower, upper);
+  store(to, lower), store(to + kLanes, upper);
+}
+#endif
 
 // n keys' values as panels of kTileCols dimensions: (panel, kKeyBlock / kPerWord, kTileCols). Keys
 // in `skip` (bit j) and dimensions past head_dim are zero.
@@ -344,16 +408,9 @@ void pack_values(const KeyRows<T>& v, int64_t n, int64_t head_dim, uint64_t skip
   for (int64_t j = 0; j < n; j += kStep) {
     const T* even = skip >> j & 1 ? nullptr : v.row(j);
     const T* odd = kStep == 1 || j + 1 >= n || skip >> (j + 1) & 1 ? nullptr : v.row(j + 1);
-    for (int64_t d0 = 0; d0 < head_dim; d0 += kTileCols) {
-      float* to = out + d0 * (kKeyBlock / kStep) + j / kStep * kTileCols;
-      GEMMA2_UNROLL
-      for (int64_t i = 0; i < kTileCols; i += kLanes) {
-        const int64_t d = d0 + i;
-        const bool inside = d < head_dim;
-        const VecF a = even && inside ? load_words(0.0f, even, d, head_dim) : zero();
-        const VecF b = odd && inside ? load_words(0.0f, odd, d, head_dim) : zero();
-        store(to + i, value_words(Word{}, a, b));
-      }
+    for (int64_t d = 0; d < head_dim; d += kTileCols) {
+      store_value_words(Word{}, even, odd, d, head_dim,
+                        out + d * (kKeyBlock / kStep) + j / kStep * kTileCols);
     }
   }
 }
@@ -369,30 +426,7 @@ GEMMA2_INLINE bool not_finite(const T* row, int64_t n) {
   return reduce_sum(sum) != 0;  // true for NaN
 }
 
-// ---- inner loops
-
-// Some keys at a time go through their rows side by side, to hide the latency of additions. They
-// are of kShares shares of a block, each read as it lies in memory: a processor fetches few long
-// streams ahead of their use by itself, faster than one, and much faster than several short rows.
-// Rows of int8 are too short for that: those side by side are neighbours, and rows ahead are
-// fetched.
-constexpr int kSideBySide = 4;
-template <class T>
-constexpr int kShares = kScaled<T> ? 1 : kSideBySide;
-
-// Fetches a later row: whole, or, where a step of so many bytes takes a line or half of one, step
-// by step.
-template <class T>
-constexpr int64_t kAhead = kScaled<T> ? 16 : 8;
-template <class T>
-GEMMA2_INLINE void prefetch_row(const T* row, int64_t n) {
-  if (!kScaled<T>) return;
-  for (int64_t d = 0; d < n; d += 64 / int64_t(sizeof(T))) prefetch(row + d);
-}
-template <int64_t kBytes, class T>
-GEMMA2_INLINE void prefetch_step(const T* row, int64_t d) {
-  if (kBytes >= 32 && kLanes >= 16) prefetch_near(row + d);
-}
+// ---- the inner loop
 
 // c (kTileRows, kTileCols) = a (kTileRows, depth) b (depth, kTileCols), plus c with kAdd; element
 // (r, k) of a is a[r * kARow + k * kADepth]. The sum over depth starts at zero, so that its
@@ -427,283 +461,6 @@ __attribute__((noinline)) void multiply_tile(const Word* a, const float* b, int6
     }
   }
 }
-
-// s[r, j] = q[r] . k[j] for kRows rows of `depth` words and the n keys. kKeys keys together fill
-// whole vectors of sums.
-template <int kRows, class T>
-void dot_keys(float, const float* q, const KeyRows<T>& k, int64_t n, int64_t depth, float* s) {
-  constexpr int kVecs = kLanes < 8 ? 2 : 1, kKeys = kVecs * kLanes / kRows;
-  constexpr int kAtOnce = kSideBySide < kKeys ? kSideBySide : kKeys;
-  constexpr int kParted = kShares<T> < kAtOnce ? kShares<T> : kAtOnce;
-  constexpr int kOfShare = kKeys / kParted, kNeighbours = kAtOnce / kParted;
-  constexpr int kPart = kParts<float, T>, kStep = kPart * kLanes;
-  constexpr int64_t kBytes = kStep * sizeof(T);
-  const int64_t whole = depth / kStep * kStep, share = (n + kParted - 1) / kParted;
-  for (int64_t j = 0; j < share; j += kOfShare) {
-    VecF sum[kVecs][kLanes];  // (kRows, kParted, kOfShare)
-    GEMMA2_UNROLL
-    for (int first = 0; first < kOfShare; first += kNeighbours) {
-      VecF part_sum[kRows][kAtOnce];
-      const T *rows[kAtOnce], *later[kAtOnce];
-      GEMMA2_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int64_t key = i / kNeighbours * share + j + first + i % kNeighbours;
-        rows[i] = k.row(min64(key, n - 1));
-        later[i] = k.row(key + kAhead<T>);
-        prefetch_row(later[i], depth);
-        GEMMA2_UNROLL
-        for (int r = 0; r < kRows; ++r) part_sum[r][i] = zero();
-      }
-      const auto step = [&](int64_t d, int64_t words) __attribute__((always_inline)) {
-        VecF query[kRows][kPart];
-        GEMMA2_UNROLL
-        for (int i = 0; i < kAtOnce; ++i) prefetch_step<kBytes>(later[i], d);
-        GEMMA2_UNROLL
-        for (int r = 0; r < kRows * kPart; ++r)
-          query[r / kPart][r % kPart] = load(q + r / kPart * kQueryStride + d + r % kPart * kLanes);
-        GEMMA2_UNROLL
-        for (int i = 0; i < kAtOnce; ++i) {
-          VecF key[kPart];
-          load_parts<float>(rows[i], d, words, key);
-          GEMMA2_UNROLL
-          for (int r = 0; r < kRows * kPart; ++r) {
-            VecF& to = part_sum[r / kPart][i];
-            to = multiply_add(0.0f, query[r / kPart][r % kPart], key[r % kPart], to);
-          }
-        }
-      };
-      for (int64_t d = 0; d < whole; d += kStep) step(d, d + kStep);
-      if (whole < depth) step(whole, depth);
-      GEMMA2_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        GEMMA2_UNROLL
-        for (int i = 0; i < kAtOnce; ++i) {
-          const int at = r * kKeys + i / kNeighbours * kOfShare + first + i % kNeighbours;
-          sum[at / kLanes][at % kLanes] = part_sum[r][i];
-        }
-      }
-    }
-    float sums[kVecs * kLanes];
-    GEMMA2_UNROLL
-    for (int i = 0; i < kVecs; ++i) store(sums + i * kLanes, reduce_sums(sum[i]));
-    GEMMA2_UNROLL
-    for (int i = 0; i < kRows * kParted; ++i) {
-      const int64_t key = i % kParted * share + j;
-      const int64_t count = min64(min64(kOfShare, share - j), n - key);
-      float* to = s + i / kParted * kScoreStride + key;
-      if (count == kOfShare)
-        memcpy(to, sums + i * kOfShare, kOfShare * 4);
-      else if (count > 0)
-        memcpy(to, sums + i * kOfShare, count * 4);
-    }
-  }
-}
-
-// o[r] += the sum over kKeys keys of w[r, key] v[key]: kNeighbours from j on, as many at j + apart,
-// and so on.
-template <int kRows, int kKeys, int kNeighbours, class T>
-GEMMA2_INLINE void add_some_values(const float* w, const KeyRows<T>& v, int64_t j, int64_t apart,
-                                   int64_t head_dim, float* o, int64_t o_stride) {
-  constexpr int kPart = kParts<float, T>, kStep = kPart * kLanes;
-  constexpr int64_t kBytes = kStep * sizeof(T);
-  const T *rows[kKeys], *later[kKeys];
-  VecF weight[kRows][kKeys];
-  GEMMA2_UNROLL
-  for (int i = 0; i < kKeys; ++i) {
-    const int64_t key = j + i / kNeighbours * apart + i % kNeighbours;
-    rows[i] = v.row(key);
-    later[i] = v.row(key + kAhead<T>);
-    prefetch_row(later[i], head_dim);
-    GEMMA2_UNROLL
-    for (int r = 0; r < kRows; ++r) weight[r][i] = set(w[r * kScoreStride + key]);
-  }
-  const auto step = [&](int64_t d, int64_t end) __attribute__((always_inline)) {
-    VecF value[kKeys][kPart];
-    GEMMA2_UNROLL
-    for (int i = 0; i < kKeys; ++i) prefetch_step<kBytes>(later[i], d);
-    GEMMA2_UNROLL
-    for (int i = 0; i < kKeys; ++i) load_parts<float>(rows[i], d, end, value[i]);
-    GEMMA2_UNROLL
-    for (int r = 0; r < kRows * kPart; ++r) {
-      float* to = o + r / kPart * o_stride + d + r % kPart * kLanes;
-      // float32 is added up in sums of kKeys first, which round less; no other type would show it.
-      VecF sum = sizeof(T) == 4 ? zero() : load(to);
-      GEMMA2_UNROLL
-      for (int i = 0; i < kKeys; ++i) sum = fma(weight[r / kPart][i], value[i][r % kPart], sum);
-      store(to, sizeof(T) == 4 ? load(to) + sum : sum);
-    }
-  };
-  const int64_t whole = head_dim / kStep * kStep;
-  for (int64_t d = 0; d < whole; d += kStep) step(d, d + kStep);
-  if (whole < head_dim) step(whole, head_dim);
-}
-
-// o[r] += sum over the n keys of w[r, first + j] v[j], for kRows rows; o's elements lie as
-// load_parts gives them. The order of additions is the same for any number of rows.
-template <int kRows, class T>
-GEMMA2_INLINE void add_values(float, const float* w, const KeyRows<T>& v, int64_t first, int64_t n,
-                              int64_t head_dim, float* o, int64_t o_stride) {
-  constexpr int kKeys = kSideBySide, kParted = kShares<T>;
-  constexpr int kNeighbours = kKeys / kParted;
-  const int64_t share = n / kKeys * kNeighbours;
-  w += first;
-  for (int64_t j = 0; j < share; j += kNeighbours) {
-    if (kParts<float, T> > 1 && kRows > 2) {  // all their weights would fill the registers
-      static_assert(kNeighbours == 1 || kParts<float, T> == 1, "");
-      for (int i = 0; i < kParted; i += 2)
-        add_some_values<kRows, 2, 1>(w, v, j + i * share, share, head_dim, o, o_stride);
-    } else {
-      add_some_values<kRows, kKeys, kNeighbours>(w, v, j, share, head_dim, o, o_stride);
-    }
-  }
-  for (int64_t j = share * kParted; j < n; ++j)
-    add_some_values<kRows, 1, 1>(w, v, j, 0, head_dim, o, o_stride);
-}
-
-#if defined(GEMMA2_ISA_avx512_bf16)
-
-// s[r, j], s[r, j + 1], ... of the n keys: the dot products (kRows, kLanes / kRows).
-template <int kRows>
-GEMMA2_INLINE void store_dots(VecF dots, float* s, int64_t j, int64_t n) {
-  constexpr int kKeys = kLanes / kRows;
-  float values[kLanes];
-  store(values, dots);
-  GEMMA2_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    if (j + kKeys <= n)
-      memcpy(s + r * kScoreStride + j, values + r * kKeys, kKeys * 4);
-    else
-      memcpy(s + r * kScoreStride + j, values + r * kKeys, (n - j) * 4);
-  }
-}
-
-// The same of pairs, a key at a time: so keys come in the order of memory.
-template <int kRows>
-GEMMA2_INLINE void dot_keys(Pair, const float* q, const KeyRows<BFloat16>& k, int64_t n,
-                            int64_t depth, float* s) {
-  constexpr int kKeys = kLanes / kRows;
-  const int64_t whole = depth / kLanes * kLanes;
-  for (int64_t j = 0; j < n; j += kKeys) {
-    VecF sum[kLanes];  // (kRows, kKeys)
-    const auto dot = [&](const auto& row_of) __attribute__((always_inline)) {
-      GEMMA2_UNROLL
-      for (int i = 0; i < kKeys; ++i) {
-        const BFloat16* row = row_of(i);
-        const BFloat16* later = row + kAhead<BFloat16> * k.stride;
-        VecF part_sum[kRows];
-        GEMMA2_UNROLL
-        for (int r = 0; r < kRows; ++r) part_sum[r] = zero();
-        const auto step = [&](int64_t d, int64_t words) __attribute__((always_inline)) {
-          prefetch_step<64>(later, 2 * d);
-          const VecF key = load_words(Pair{}, row, d, words);
-          GEMMA2_UNROLL
-          for (int r = 0; r < kRows; ++r)
-            part_sum[r] = multiply_add(Pair{}, load(q + r * kQueryStride + d), key, part_sum[r]);
-        };
-        for (int64_t d = 0; d < whole; d += kLanes) step(d, d + kLanes);
-        if (whole < depth) step(whole, depth);
-        GEMMA2_UNROLL
-        for (int r = 0; r < kRows; ++r) sum[r * kKeys + i] = part_sum[r];
-      }
-    };
-    if (j + kKeys <= n && k.in_line(j, kKeys)) {
-      const BFloat16* first = k.row(j);
-      dot([&](int i) { return first + i * k.stride; });
-    } else {
-      dot([&](int i) { return k.row(min64(j + i, n - 1)); });
-    }
-    store_dots<kRows>(reduce_sums(sum), s, j, n);
-  }
-}
-
-// The pairs (a[i], b[i]) of two rows' elements, of the lower and of the upper half.
-typedef uint16_t VecPairs __attribute__((vector_size(kLanes * 4)));
-GEMMA2_INLINE void pair_rows(VecF a, VecF b, VecF& lower, VecF& upper) {
-  VecPairs low, high;
-  for (int i = 0; i < kLanes; ++i) {
-    low[2 * i] = uint16_t(i), low[2 * i + 1] = uint16_t(2 * kLanes + i);
-    high[2 * i] = uint16_t(kLanes + i), high[2 * i + 1] = uint16_t(3 * kLanes + i);
-  }
-#if defined(__AVX512BW__)
-  lower = (VecF)_mm512_permutex2var_epi16((__m512i)a, (__m512i)low, (__m512i)b);
-  upper = (VecF)_mm512_permutex2var_epi16((__m512i)a, (__m512i)high, (__m512i)b);
-#else
-  VecPairs first, second;
-  for (int i = 0; i < 2 * kLanes; ++i) {
-    first[i] = low[i] < 2 * kLanes ? ((VecPairs)a)[low[i]] : ((VecPairs)b)[low[i] - 2 * kLanes];
-    second[i] = high[i] < 2 * kLanes ? ((VecPairs)a)[high[i]] : ((VecPairs)b)[high[i] - 2 * kLanes];
-  }
-  lower = (VecF)first, upper = (VecF)second;
-#endif
-}
-
-// What stands for the key that a pair lacks.
-alignas(64) constexpr BFloat16 kNoValue[256] = {};
-
-// As add_values, with kPairs pairs of weights w[r] for the values j, j + 1, ..., of which those
-// outside [0, n) are not read.
-template <int kRows, int kPairs>
-GEMMA2_INLINE void add_pairs(const Pair* w, const KeyRows<BFloat16>& v, int64_t j, int64_t n,
-                             int64_t head_dim, float* o, int64_t o_stride) {
-  const int64_t depth = head_dim / 2;
-  const auto add = [&](const auto& row_of, const auto& weight_of) __attribute__((always_inline)) {
-    const BFloat16* rows[2 * kPairs];
-    GEMMA2_UNROLL
-    for (int i = 0; i < 2 * kPairs; ++i) rows[i] = row_of(i);
-    const int64_t ahead = kAhead<BFloat16> * v.stride;
-    VecF weight[kRows][kPairs];
-    GEMMA2_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      GEMMA2_UNROLL
-      for (int i = 0; i < kPairs; ++i) weight[r][i] = broadcast(weight_of(r, i));
-    }
-    const auto step = [&](int64_t d, int64_t words) __attribute__((always_inline)) {
-      GEMMA2_UNROLL
-      for (int i = 0; i < 2 * kPairs; ++i) prefetch_step<64>(rows[i] + ahead, 2 * d);
-      VecF lower[kPairs], upper[kPairs];
-      GEMMA2_UNROLL
-      for (int i = 0; i < kPairs; ++i) {
-        pair_rows(load_words(Pair{}, rows[2 * i], d, words),
-                  load_words(Pair{}, rows[2 * i + 1], d, words), lower[i], upper[i]);
-      }
-      GEMMA2_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        float* to = o + r * o_stride + 2 * d;
-        VecF first = load(to), second = load(to + kLanes);
-        GEMMA2_UNROLL
-        for (int i = 0; i < kPairs; ++i) {
-          first = multiply_add(Pair{}, weight[r][i], lower[i], first);
-          second = multiply_add(Pair{}, weight[r][i], upper[i], second);
-        }
-        store(to, first);
-        store(to + kLanes, second);
-      }
-    };
-    const int64_t whole = depth / kLanes * kLanes;
-    for (int64_t d = 0; d < whole; d += kLanes) step(d, d + kLanes);
-    if (whole < depth) step(whole, depth);
-  };
-  if (j >= 0 && j + 2 * kPairs <= n && v.in_line(j, 2 * kPairs)) {
-    const BFloat16* first = v.row(j);
-    add([&](int i) { return first + i * v.stride; },
-        [&](int r, int i) { return w[r * kScoreStride + i]; });
-  } else {
-    add([&](int i) { return j + i >= 0 && j + i < n ? v.row(j + i) : kNoValue; },
-        [&](int r, int i) { return j + 2 * i < n ? w[r * kScoreStride + i] : Pair{}; });
-  }
-}
-
-template <int kRows>
-GEMMA2_INLINE void add_values(Pair, const float* w, const KeyRows<BFloat16>& v, int64_t first,
-                              int64_t n, int64_t head_dim, float* o, int64_t o_stride) {
-  const Pair* pairs = (const Pair*)w + first / 2;
-  int64_t j = -(first & 1);                   // the first pair's first key
-  constexpr int kPairs = kRows <= 2 ? 4 : 2;  // with their weights in registers
-  for (; j < n; j += 2 * kPairs, pairs += kPairs)
-    add_pairs<kRows, kPairs>(pairs, v, j, n, head_dim, o, o_stride);
-}
-
-#endif
 
 }  // namespace
 }  // namespace GEMMA2_ISA

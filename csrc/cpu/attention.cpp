@@ -2,14 +2,15 @@
 // and sliding-window masks, padding, variable lengths and ring caches; q (batch, seqlen_q,
 // num_heads, head_dim), k and v (batch, seqlen_k, num_kv_heads, head_dim).
 //
-// A unit is (block of query rows of a group, sequence, key head, split of the keys). It walks over
-// the keys that its rows see, a block at a time, with the online softmax; no row is longer than a
-// block in memory. Many rows: K and V blocks are packed and meet the rows in register tiles
-// (arithmetic bounds it). Few rows, as in decoding: keys are read once where they lie (memory
+// A unit is (block of query rows of a group, sequence, key head or heads, split of the keys). It
+// walks over the keys that its rows see, a block at a time, with the online softmax; no row is
+// longer than a block in memory. Many rows: K and V blocks are packed and meet the rows in register
+// tiles (arithmetic bounds it). Few rows, as in decoding: keys are read once where they lie (memory
 // bounds it), and the keys are split over units. int8 keys (K is their type, T that of queries)
 // become T where they are packed; for few rows scores and weights take their factors instead.
 // Source: FlashAttention-2 (arXiv 2307.08691), Flash-Decoding.
 #include "attention-inl.h"
+#include "attention_few_rows.h"
 #include "attention_int8.h"
 #include "kernels.h"
 
@@ -22,19 +23,26 @@ struct Unit : Sequence {
   int64_t split;
   int64_t row_begin, rows;     // rows of the group, position * group + head
   int64_t key_begin, key_end;  // keys that some row sees, of this split
-  const void *k, *v;           // of the sequence and head
+  const void *k, *v;           // of the sequence and (first) key head
 
   GEMMA2_INLINE int64_t query(int64_t r) const { return Sequence::query(row_begin + r); }
   GEMMA2_INLINE int64_t head(int64_t r) const { return Sequence::head(row_begin + r); }
 };
+
+// The same for one of a unit's key heads. (Not k and v.)
+GEMMA2_INLINE Unit head_of(Unit u, int64_t h) {
+  u.kv_head += h;
+  return u;
+}
 
 // Returns false where the unit has no rows, as the blocks past the end of a short sequence.
 template <class K>
 bool make_unit(const AttentionWork& w, int64_t index, Unit& u) {
   const AttentionParams& p = w.p;
   u.split = index % w.splits, index /= w.splits;
-  const int64_t kv_head = index % p.num_kv_heads;
-  index /= p.num_kv_heads;
+  const int64_t head_units = p.num_kv_heads / w.unit_heads;
+  const int64_t kv_head = index % head_units * w.unit_heads;
+  index /= head_units;
   (Sequence&)u = make_sequence(p, index % p.batch, kv_head);
   const int64_t block = w.row_blocks - 1 - index / p.batch;  // those that see most keys come first
   u.row_begin = block * w.block_rows;
@@ -144,14 +152,20 @@ void finish_unit(const AttentionWork& w, const Unit& u, const float* o, int64_t 
 template <class T, class K>
 struct Stream {
   using Word = typename Packed<K>::Word;
-  const AttentionParams& p;
+  const AttentionWork& w;
   const Unit& u;
-  ScoreScale scale;
-  float *q, *s, *o;
-  int64_t o_stride;
-  float largest[kAttentionStreamRows], sum[kAttentionStreamRows];
-  float k_factors[kKeyBlock], v_factors[kKeyBlock];  // of int8 rows, 0 past those at work
-  float q_factors[kAttentionStreamRows];             // where q is in integers
+  const AttentionParams& p = w.p;
+  ScoreScale scale = score_scale(p);
+  // Key heads, the room for rows of each, and these rows with those that fill up the last step.
+  int64_t heads = w.unit_heads, head_rows = w.block_rows, steps = attention_stream_rows(u.rows);
+  int64_t rows = heads * head_rows, o_stride = attention_padded_dim(p.head_dim);
+  float *q = w.scratch, *s = q + rows * kQueryStride, *o = s + rows * kScoreStride;
+  K* room = (K*)(o + rows * o_stride);  // (kKeyBlock, head_dim), where there are several heads
+  float largest[kAttentionStreamRows] = {}, sum[kAttentionStreamRows] = {};
+  float k_factors[kKeyBlock] = {}, v_factors[kKeyBlock] = {};  // of int8 rows; 0 past those at work
+  float q_factors[kAttentionStreamRows] = {};                  // where q is in integers
+  // The first key that a row sees, and the end of those, where rows are taken in steps.
+  int64_t first_keys[kAttentionStreamRows] = {}, end_keys[kAttentionStreamRows] = {};
 
   void set_query(int64_t r, const T* row) {
     float* to = q + r * kQueryStride;
@@ -170,25 +184,43 @@ struct Stream {
     }
   }
 
+  // The weights of kRows rows of scores; what came before is scaled to fit.
+  template <int kRows, class First, class Last>
+  void softmax(int64_t r, float* scores, First first, Last last) {
+    float factors[kRows];
+    softmax_rows<kRows, Word>(scores, kKeyBlock, first, last, scale, largest + r, sum + r, factors);
+    for (int i = 0; i < kRows; ++i) {
+      if (factors[i] != 1.0f) scale_row(o + (r + i) * o_stride, o_stride, factors[i]);
+    }
+  }
+
   // n keys, of which the first is number `first` of its block.
   template <int kRows>
   void block(int64_t r, int64_t first, int64_t n, const KeyRows<K>& k, const KeyRows<K>& v) {
 #if defined(GEMMA2_ISA_avx512_bf16)
     if constexpr (kInIntegers<T, K>) return block_in_integers<kRows>(r, first, n, k, v);
 #endif
-    dot_keys<kRows>(Word{}, q + r * kQueryStride, k, n, p.head_dim / kPerWord<Word>, s + first);
-    if (kScaled<K>) {
-      for (int i = 0; i < kRows; ++i) multiply_row(s + i * kScoreStride, k_factors);
+    if (heads == 1)
+      meet<kRows>(r, first, n, k, v, OneHead{}, OneHead{});
+    else
+      meet<kRows>(r, first, n, k, v, Heads{heads, head_rows, p.k.head_stride},
+                  Heads{heads, head_rows, p.v.head_stride});
+  }
+  template <int kRows, class Heads>
+  void meet(int64_t r, int64_t first, int64_t n, const KeyRows<K>& k, const KeyRows<K>& v,
+            const Heads& k_heads, const Heads& v_heads) {
+    dot_keys<kRows>(Word{}, q + r * kQueryStride, k, n, p.head_dim / kPerWord<Word>, s + first,
+                    k_heads);
+    for (int64_t h = 0; h < k_heads.count; ++h) {
+      float* scores = s + h * k_heads.rows * kScoreStride;
+      for (int i = 0; kScaled<K> && i < kRows; ++i)
+        multiply_row(scores + i * kScoreStride, k_factors);
+      softmax<kRows>(
+          h * k_heads.rows + r, scores, [&](int) { return first; }, [&](int) { return first + n; });
+      for (int i = 0; kScaled<K> && i < kRows; ++i)
+        multiply_row(scores + i * kScoreStride, v_factors);
     }
-    float factors[kRows];
-    softmax_rows<kRows, Word>(
-        s, kKeyBlock, [&](int) { return first; }, [&](int) { return first + n; }, scale,
-        largest + r, sum + r, factors);
-    for (int i = 0; i < kRows; ++i) {
-      if (factors[i] != 1.0f) scale_row(o + (r + i) * o_stride, o_stride, factors[i]);
-      if (kScaled<K>) multiply_row(s + i * kScoreStride, v_factors);
-    }
-    add_values<kRows>(Word{}, s, v, first, n, p.head_dim, o + r * o_stride, o_stride);
+    add_values<kRows>(Word{}, s, v, first, n, p.head_dim, o + r * o_stride, o_stride, v_heads);
   }
 
 #if defined(GEMMA2_ISA_avx512_bf16)
@@ -218,6 +250,70 @@ struct Stream {
   }
 #endif
 
+#if defined(GEMMA2_ISA_avx512_bf16)
+  // What head h of the unit fetches of a block that begins with key j of `rows`: all heads' rows of
+  // some of its keys, so that together they fetch it as it lies.
+  LineFetcher fetcher(const KeyRows<K>& rows, int64_t j, int64_t h, int64_t head_stride) const {
+    const int64_t share = (kKeyBlock + heads - 1) / heads;
+    return make_fetcher(rows, j + h * share, (heads - 1) * head_stride + p.head_dim);
+  }
+
+  // All rows meet keys [begin, end) of one block, each those of them that it sees.
+  void shared_keys(int64_t begin, int64_t end) {
+    const KeyRows<K> k = key_rows<K>(p, u.k, p.k.seqlen_stride, begin);
+    const KeyRows<K> v = key_rows<K>(p, u.v, p.v.seqlen_stride, begin);
+    const int64_t first = begin % kKeyBlock, n = end - begin;
+    const Heads k_heads{heads, head_rows, p.k.head_stride};
+    const Heads v_heads{heads, head_rows, p.v.head_stride};
+    for (int64_t h = 0; h < heads; ++h) {
+      const int64_t row = h * head_rows;
+      // One head's values of this block are in time; of several, the next block's.
+      dot_block(q + row * kQueryStride, steps, of_head(k, k_heads, h), n, p.head_dim / 2, s + first,
+                fetcher(v, heads > 1 ? n : 0, h, p.v.head_stride));
+      for (int64_t r = 0; r < steps; r += kAttentionRowStep) {
+        int64_t from[kAttentionRowStep], to[kAttentionRowStep];
+        for (int i = 0; i < kAttentionRowStep; ++i) {
+          from[i] = first + min64(n, max64(0, first_keys[r + i] - begin));
+          to[i] = first + min64(n, max64(0, end_keys[r + i] - begin));
+        }
+        softmax<kAttentionRowStep>(
+            row + r, s + r * kScoreStride, [&](int i) { return from[i]; },
+            [&](int i) { return to[i]; });
+      }
+      // Rows that far apart would compete for few sets of the first cache.
+      const KeyRows<K> values = of_head(v, v_heads, h);
+      for (int64_t j = 0; j < n && heads > 1; ++j)
+        memcpy(room + j * p.head_dim, values.row(j), p.head_dim * sizeof(K));
+      add_block(s, steps, heads > 1 ? KeyRows<K>{room, p.head_dim, 0, INT64_MAX} : values, first, n,
+                p.head_dim, o + row * o_stride, o_stride, fetcher(k, n, h, p.k.head_stride));
+    }
+  }
+
+  // Fetches the first block of keys, as no block before it has.
+  void fetch(int64_t begin, int64_t end) const {
+    const KeyRows<K> k = key_rows<K>(p, u.k, p.k.seqlen_stride, begin);
+    const KeyRows<K> v = key_rows<K>(p, u.v, p.v.seqlen_stride, begin);
+    for (int64_t j = 0; j < end - begin; ++j) {
+      for (int64_t h = 0; h < heads; ++h) {
+        for (int64_t d = 0; d < p.head_dim; d += kLineBytes / int64_t(sizeof(K))) {
+          prefetch(k.row(j) + h * p.k.head_stride + d);
+          if (heads > 1) prefetch(v.row(j) + h * p.v.head_stride + d);
+        }
+      }
+    }
+  }
+
+  bool finite_values(int64_t begin, int64_t end) const {
+    const KeyRows<K> v = key_rows<K>(p, u.v, p.v.seqlen_stride, begin);
+    for (int64_t j = 0; j < end - begin; ++j) {
+      for (int64_t h = 0; h < heads; ++h) {
+        if (not_finite(v.row(j) + h * p.v.head_stride, p.head_dim)) return false;
+      }
+    }
+    return true;
+  }
+#endif
+
   // Rows [row_begin, row_end) meet keys [begin, end) of one block, all of which they see.
   void keys(int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
     if (begin >= end) return;
@@ -238,29 +334,44 @@ struct Stream {
 };
 
 template <class T, class K>
-void stream_unit(const AttentionWork& w, const Unit& u) {
+void stream_unit(const AttentionWork& w, const Unit& u, [[maybe_unused]] bool fetch) {
   using Word = typename Packed<K>::Word;
   constexpr int kPart = kParts<Word, K>;
   const AttentionParams& p = w.p;
-  float* q = w.scratch;
-  float* s = q + w.block_rows * kQueryStride;
-  float* o = s + w.block_rows * kScoreStride;
-  const int64_t o_stride = attention_padded_dim(p.head_dim);
-  Stream<T, K> stream{p, u, score_scale(p), q, s, o, o_stride, {}, {}, {}, {}, {}};
-  for (int64_t r = 0; r < u.rows; ++r) {
-    stream.largest[r] = -INFINITY;
-    const T* row = query_row<T>(p, u, r);
-    stream.set_query(r, row);
-    for (int64_t d = 0; d < o_stride; d += kLanes) store(o + r * o_stride + d, zero());
+  constexpr bool kSteps = kPerWord<Word> == 2;  // whether rows are taken in steps
+  Stream<T, K> stream{w, u};
+  for (int64_t i = 0; i < stream.rows; ++i) stream.largest[i] = -INFINITY;
+  for (float* at = stream.o; at < stream.o + stream.rows * stream.o_stride; at += kLanes)
+    store(at, zero());
+  for (int64_t h = 0; h < stream.heads; ++h) {
+    for (int64_t r = 0; r < u.rows; ++r)
+      stream.set_query(h * stream.head_rows + r, query_row<T>(p, head_of(u, h), r));
+  }
+  const bool shared = kSteps && stream.steps >= kAttentionSharedRows;
+  for (int64_t r = 0; shared && r < stream.steps; ++r) {
+    const int64_t i = u.query(min64(r, u.rows - 1));
+    stream.first_keys[r] = first_key(p, u, i), stream.end_keys[r] = end_key(p, u, i);
+    for (int64_t h = 0; r >= u.rows && h < stream.heads; ++h)
+      memset(stream.q + (h * stream.head_rows + r) * kQueryStride, 0, kQueryStride * 4);
   }
 
   // Keys that all rows see serve all rows at once. A block of which some rows see a part is taken
-  // position by position: a weight of 0 would not hide a value that is not finite.
+  // position by position where a weight of 0 would not hide a value, as that is not finite.
   const int64_t last = u.query(u.rows - 1);
   const int64_t common_begin = first_key(p, u, last), common_end = end_key(p, u, u.query(0));
   for (int64_t j = u.key_begin / kKeyBlock * kKeyBlock; j < u.key_end; j += kKeyBlock) {
     const int64_t begin = max64(j, u.key_begin), end = min64(j + kKeyBlock, u.key_end);
-    if (common_begin <= begin && end <= common_end) {
+    const bool common = common_begin <= begin && end <= common_end;
+#if defined(GEMMA2_ISA_avx512_bf16)
+    if constexpr (kSteps) {
+      if (shared && (common || stream.finite_values(begin, end))) {
+        if (fetch && begin == u.key_begin) stream.fetch(begin, end);
+        stream.shared_keys(begin, end);
+        continue;
+      }
+    }
+#endif
+    if (common) {
       stream.keys(0, u.rows, begin, end);
       continue;
     }
@@ -269,8 +380,9 @@ void stream_unit(const AttentionWork& w, const Unit& u) {
       stream.keys(r, r + u.group, max64(begin, first_key(p, u, i)), min64(end, end_key(p, u, i)));
     }
   }
+  float* o = stream.o;
   if (kPart > 1) {  // even and odd elements lie apart
-    for (float* at = o; at < o + u.rows * o_stride; at += 2 * kLanes) {
+    for (float* at = o; at < o + stream.rows * stream.o_stride; at += 2 * kLanes) {
       const VecF even = load(at), odd = load(at + kLanes);
       store(at, interleave_lower(even, odd));
       store(at + kLanes, interleave_upper(even, odd));
@@ -278,10 +390,14 @@ void stream_unit(const AttentionWork& w, const Unit& u) {
   }
 #if defined(GEMMA2_ISA_avx512_bf16)
   if constexpr (kInIntegers<T, K>) {
-    for (int64_t r = 0; r < u.rows; ++r) sort_joined(o + r * o_stride, p.head_dim);
+    for (int64_t r = 0; r < u.rows; ++r) sort_joined(o + r * stream.o_stride, p.head_dim);
   }
 #endif
-  finish_unit<T>(w, u, o, o_stride, stream.largest, stream.sum);
+  for (int64_t h = 0; h < stream.heads; ++h) {
+    const int64_t at = h * stream.head_rows;
+    finish_unit<T>(w, head_of(u, h), o + at * stream.o_stride, stream.o_stride, stream.largest + at,
+                   stream.sum + at);
+  }
 }
 
 // ---- many rows
@@ -318,8 +434,17 @@ void tile_unit(const AttentionWork& w, const Unit& u) {
     end[r] = inside ? end_key(p, u, u.query(r)) : end[r - 1];
   }
 
+  // The next block is fetched while tiles of this one are multiplied, a share of its lines with
+  // each.
+  const int64_t tiles = kKeyBlock / kTileCols * (rows / kTileRows);
+  const int64_t pairs = kKeyBlock * head_dim * int64_t(sizeof(K)) / (2 * kLineBytes);
+  const int64_t fetches = (pairs + tiles - 1) / tiles;
   for (int64_t j = u.key_begin; j < u.key_end; j += kKeyBlock) {
     const int64_t n = min64(kKeyBlock, u.key_end - j);
+    const int64_t next = min64(j + kKeyBlock, u.key_end - 1);
+    LineFetcher next_keys = make_fetcher(key_rows<K>(p, u.k, p.k.seqlen_stride, next), 0, head_dim);
+    LineFetcher next_values =
+        make_fetcher(key_rows<K>(p, u.v, p.v.seqlen_stride, next), 0, head_dim);
     const KeyRows<T> k = rows_as<T>(K{}, p, u, u.k, p.k, p.k_scales, j, n, k_room);
     const KeyRows<T> v = rows_as<T>(K{}, p, u, u.v, p.v, p.v_scales, j, n, v_room);
     // Some row does not see all of the block. Then a value that is not finite must not pass through
@@ -338,6 +463,7 @@ void tile_unit(const AttentionWork& w, const Unit& u) {
     for (int64_t c = 0; c < n; c += kTileCols) {
       for (int64_t r = 0; r < rows; r += kTileRows) {
         if (from(r) >= c + kTileCols || to(r + kTileRows - 1) <= c) continue;
+        for (int64_t i = 0; i < fetches; ++i) next_keys.next(), next_values.next();
         const Word* a = (const Word*)q + r * kQueryStride;
         const float* b = k_packed + c * depth;
         float* to_s = s + r * kScoreStride + c;
@@ -392,10 +518,12 @@ void units(const AttentionWork& w, int64_t begin, int64_t end) {
   for (int64_t index = begin; index < end; ++index) {
     Unit u;
     if (!make_unit<K>(w, index, u)) continue;
-    if (w.stream)
-      stream_unit<T, K>(w, u);
-    else
+    if (w.stream) {
+      stream_unit<T, K>(w, u, u.split == 0 || *w.next != index);
+      *w.next = index + 1;
+    } else {
       tile_unit<T, K>(w, u);
+    }
   }
 }
 
@@ -416,9 +544,11 @@ void attention_combine(const AttentionWork& w, int64_t begin, int64_t end) {
   dispatch_dtype(w.p.dtype, [&](auto t) {
     using T = decltype(t);
     const int64_t stride = w.p.head_dim + 2;
+    AttentionWork of_heads = w;
+    of_heads.unit_heads = 1;
     for (int64_t index = begin; index < end; ++index) {
       Unit u;
-      if (!make_unit<T>(w, index * w.splits, u)) continue;
+      if (!make_unit<T>(of_heads, index * w.splits, u)) continue;
       for (int64_t r = 0; r < u.rows; ++r) {
         // The first split takes the sum.
         float* total = w.partial + (index * w.splits * w.block_rows + r) * stride;

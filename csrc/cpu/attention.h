@@ -16,6 +16,14 @@ constexpr int64_t kAttentionKeyBlock = 64;
 // them. So checking a draft gives what decoding token by token does.
 constexpr int64_t kAttentionStreamPositions = 16;
 constexpr int64_t kAttentionStreamRows = 128;
+// From so many rows on, which fill up a step, arithmetic bounds the work.
+constexpr int64_t kAttentionSharedRows = 8, kAttentionRowStep = 4;
+constexpr int64_t attention_stream_rows(int64_t rows) {
+  if (rows <= kAttentionSharedRows - kAttentionRowStep / 2) return rows;
+  return (rows + kAttentionRowStep - 1) / kAttentionRowStep * kAttentionRowStep;
+}
+// Rows of several key heads, fewer than kAttentionSharedRows each: they stay in the first cache.
+constexpr int64_t kAttentionJoinedRows = 32;
 // Distances between rows in scratch, in floats: constants, so that they fold into addresses, and
 // off the powers of two, so that rows do not compete for the same cache sets.
 constexpr int64_t kAttentionQueryStride = 256 + 16;
@@ -29,11 +37,13 @@ constexpr int64_t attention_padded_dim(int64_t head_dim) { return (head_dim + 63
 struct AttentionWork {
   AttentionParams p;
   bool stream;         // few rows: keys are read where they lie
-  int64_t block_rows;  // rows a block
+  int64_t block_rows;  // rows a block, for one key head
+  int64_t unit_heads;  // key heads of a unit, a divisor of num_kv_heads; > 1 only in streams
   int64_t row_blocks;  // blocks for each key head (of the longest sequence)
   int64_t splits;      // > 1 only with one row block: its keys are divided, results combined
   int64_t split_keys;
   float* scratch;  // this worker's
+  int64_t* next;   // this worker's: the unit behind its last one, whose first keys it has fetched
   float* partial;  // splits > 1: (batch, num_kv_heads, splits, rows, head_dim + 2): output before
                    // normalization, maximum, sum
 };

@@ -5,7 +5,7 @@
 // they keep more than a bfloat16 or float16 holds; each is two bytes, multiplied one after the
 // other. Sums are exact, and so do not depend on their order.
 #pragma once
-#include "attention-inl.h"
+#include "attention_few_rows.h"
 #include "integers.h"
 
 namespace gemma2 {

@@ -182,18 +182,63 @@ GEMMA2_INLINE VecF odd_elements(VecF a, VecF b) { return GEMMA2_SHUFFLE(a, b, GE
 #undef GEMMA2_EVEN
 #undef GEMMA2_ODD
 
-// A perfect shuffle of the rows' elements, log2(kLanes) times, is the transpose.
+// Lane i is lane index(i) of a and b one behind the other.
+template <class Index>
+GEMMA2_INLINE VecF shuffle(VecF a, VecF b, Index index) {
+#if defined(__clang__)
+  VecF w;
+  for (int i = 0; i < kLanes; ++i) w[i] = index(i) < kLanes ? a[index(i)] : b[index(i) - kLanes];
+  return w;
+#else
+  VecI lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = index(i);
+  return __builtin_shuffle(a, b, lane);
+#endif
+}
+
+// Shuffles of a and b within runs of four lanes, the cheapest on x86: the first or second two
+// elements of either, one by one (a0 b0 a1 b1) or as they are (a0 a1 b0 b1).
+template <int kHalf>
+GEMMA2_INLINE VecF interleave_in_runs(VecF a, VecF b) {
+  return shuffle(a, b, [](int i) { return i % 2 * kLanes + i / 4 * 4 + 2 * kHalf + i % 4 / 2; });
+}
+template <int kHalf>
+GEMMA2_INLINE VecF join_in_runs(VecF a, VecF b) {
+  return shuffle(a, b, [](int i) { return i % 4 / 2 * kLanes + i / 4 * 4 + 2 * kHalf + i % 2; });
+}
+// Whole runs: the first or second half of a's and b's, and every other one.
+template <int kHalf>
+GEMMA2_INLINE VecF half_runs(VecF a, VecF b) {
+  constexpr int kBoth = kLanes / 2;
+  return shuffle(a, b, [](int i) { return i / kBoth * kLanes + kHalf * kBoth + i % kBoth; });
+}
+template <int kOdd>
+GEMMA2_INLINE VecF every_other_run(VecF a, VecF b) {
+  return shuffle(a, b, [](int i) { return (i / 4 * 2 + kOdd) * 4 + i % 4; });
+}
+
 GEMMA2_INLINE void transpose(VecF (&v)[kLanes]) {
+  VecF w[kLanes];  // w[i + c]: element c of each run of rows i to i + 3
   GEMMA2_UNROLL
-  for (int round = 1; round < kLanes; round *= 2) {
-    VecF w[kLanes];
-    GEMMA2_UNROLL
-    for (int i = 0; i < kLanes / 2; ++i) {
-      w[2 * i] = interleave_lower(v[i], v[i + kLanes / 2]);
-      w[2 * i + 1] = interleave_upper(v[i], v[i + kLanes / 2]);
+  for (int i = 0; i < kLanes; i += 4) {
+    const VecF a = interleave_in_runs<0>(v[i], v[i + 1]), b = interleave_in_runs<1>(v[i], v[i + 1]);
+    const VecF c = interleave_in_runs<0>(v[i + 2], v[i + 3]);
+    const VecF d = interleave_in_runs<1>(v[i + 2], v[i + 3]);
+    w[i] = join_in_runs<0>(a, c), w[i + 1] = join_in_runs<1>(a, c);
+    w[i + 2] = join_in_runs<0>(b, d), w[i + 3] = join_in_runs<1>(b, d);
+  }
+  GEMMA2_UNROLL
+  for (int c = 0; c < 4; ++c) {
+    if constexpr (kLanes == 4) {
+      v[c] = w[c];
+    } else if constexpr (kLanes == 8) {
+      v[c] = half_runs<0>(w[c], w[4 + c]), v[4 + c] = half_runs<1>(w[c], w[4 + c]);
+    } else {
+      const VecF a = half_runs<0>(w[c], w[4 + c]), b = half_runs<1>(w[c], w[4 + c]);
+      const VecF d = half_runs<0>(w[8 + c], w[12 + c]), e = half_runs<1>(w[8 + c], w[12 + c]);
+      v[c] = every_other_run<0>(a, d), v[4 + c] = every_other_run<1>(a, d);
+      v[8 + c] = every_other_run<0>(b, e), v[12 + c] = every_other_run<1>(b, e);
     }
-    GEMMA2_UNROLL
-    for (int i = 0; i < kLanes; ++i) v[i] = w[i];
   }
 }
 
@@ -401,38 +446,39 @@ GEMMA2_INLINE VecF abs(VecF a) { return (VecF)((VecU)a & 0x7fffffffu); }
 GEMMA2_INLINE VecF round_small(VecF a) { return a + set(0x1.8p23f) - set(0x1.8p23f); }
 GEMMA2_INLINE VecI to_int(VecF a) { return __builtin_convertvector(a, VecI); }
 
-// Lane i is v's lane i + kBy, from the end on again from the first.
-template <int kBy>
-GEMMA2_INLINE VecF rotate(VecF v) {
-#if defined(__clang__)
-  VecF w;
-  for (int i = 0; i < kLanes; ++i) w[i] = v[(i + kBy) % kLanes];
-  return w;
-#else
-  VecI lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = (i + kBy) % kLanes;
-  return __builtin_shuffle(v, lane);
-#endif
-}
-template <int kBy, int kUntil, class Op>
-GEMMA2_INLINE VecF reduce_halves(VecF v, Op op) {
-  if constexpr (kBy < kUntil)
-    return v;
-  else
-    return reduce_halves<kBy / 2, kUntil>(op(v, rotate<kBy>(v)), op);
+// v's first 2 kHalves vectors become kHalves; one alone stands for both of a pair.
+template <int kHalves, int kCount, class Take>
+GEMMA2_INLINE void reduce_pairs(VecF (&v)[kCount], Take take) {
+  if constexpr (kHalves == 0) {
+    v[0] = take(v[0], v[0]);
+  } else {
+    GEMMA2_UNROLL
+    for (int i = 0; i < kHalves; ++i) v[i] = take(v[2 * i], v[2 * i + 1]);
+  }
 }
 
-// Lane i is the lanes of v[i], i < kCount, taken together by op in a fixed order (halves, quarters,
-// ...), so that a sum is the same wherever it is computed; higher lanes repeat those.
+// Lane i is the lanes of v[i], i < kCount, taken together by op in a fixed order, so that a sum is
+// the same wherever it is computed; higher lanes repeat those. In a run of four lanes those 2 apart
+// are the first to meet, runs those kLanes / 2 apart.
 template <int kCount, class Op>
 GEMMA2_INLINE VecF reduce_each(VecF (&v)[kCount], Op op) {
-  GEMMA2_UNROLL
-  for (int half = kCount / 2; half; half /= 2) {
-    GEMMA2_UNROLL
-    for (int i = 0; i < half; ++i)
-      v[i] = op(interleave_lower(v[i], v[i + half]), interleave_upper(v[i], v[i + half]));
+  reduce_pairs<kCount / 2>(v, [&](VecF a, VecF b) __attribute__((always_inline)) {
+    return op(interleave_in_runs<0>(a, b), interleave_in_runs<1>(a, b));
+  });
+  reduce_pairs<kCount / 4>(v, [&](VecF a, VecF b) __attribute__((always_inline)) {
+    return op(join_in_runs<0>(a, b), join_in_runs<1>(a, b));
+  });
+  if constexpr (kLanes >= 8) {
+    reduce_pairs<kCount / 8>(v, [&](VecF a, VecF b) __attribute__((always_inline)) {
+      return op(half_runs<0>(a, b), half_runs<1>(a, b));
+    });
   }
-  return reduce_halves<kLanes / 2, kCount>(v[0], op);
+  if constexpr (kLanes >= 16) {
+    reduce_pairs<kCount / 16>(v, [&](VecF a, VecF b) __attribute__((always_inline)) {
+      return op(every_other_run<0>(a, b), every_other_run<1>(a, b));
+    });
+  }
+  return v[0];
 }
 template <int kCount>
 GEMMA2_INLINE VecF reduce_sums(VecF (&v)[kCount]) {

@@ -190,6 +190,21 @@ void run_attention_on_cuda(AttentionParams p, const Tensor& like) {
 }
 #endif
 
+// Key heads that a unit with so many rows for each takes: several where a key's rows of all heads
+// lie side by side, so that they are read as they lie, but no more than leave threads enough of the
+// `units` that there are for one head.
+int64_t heads_of_unit(const AttentionParams& p, int64_t rows, int64_t units) {
+  constexpr int64_t kUnitsPerThread = 2;
+  const auto side_by_side = [](const HeadsView& t) { return t.head_stride < t.seqlen_stride; };
+  if (p.k_scales.data || !side_by_side(p.k) || !side_by_side(p.v)) return 1;
+  const int64_t most =
+      rows < kAttentionSharedRows ? kAttentionJoinedRows : 2 * kAttentionJoinedRows;
+  const int64_t least = kUnitsPerThread * torch::stable::get_num_threads();
+  int64_t heads = std::min(p.num_kv_heads, most / std::max<int64_t>(1, rows));
+  while (heads > 1 && (p.num_kv_heads % heads || units * (p.num_kv_heads / heads) < least)) --heads;
+  return std::max<int64_t>(1, heads);
+}
+
 // Divides the work, allocates scratch, runs.
 void run(const AttentionParams& p, const Tensor& like) {
 #ifdef GEMMA2_WITH_CUDA
@@ -202,7 +217,7 @@ void run(const AttentionParams& p, const Tensor& like) {
   AttentionWork w{};
   w.p = p;
   w.stream = stream;
-  w.block_rows = stream                      ? rows
+  w.block_rows = stream                      ? attention_stream_rows(rows)
                  : rows < kAttentionRowBlock ? (rows + 11) / 12 * 12  // whole tiles
                                              : kAttentionRowBlock;
   w.row_blocks = (rows + w.block_rows - 1) / w.block_rows;
@@ -215,13 +230,17 @@ void run(const AttentionParams& p, const Tensor& like) {
                         (p.seqlen_k + w.split_keys - 1) / w.split_keys);
     if (w.splits < 1) w.splits = 1;
   }
-  const int64_t heads = p.batch * p.num_kv_heads, units = w.row_blocks * heads * w.splits;
+  w.unit_heads = stream ? heads_of_unit(p, w.block_rows, p.batch * w.splits) : 1;
+  const int64_t heads = p.batch * p.num_kv_heads;
+  const int64_t units = w.row_blocks * heads / w.unit_heads * w.splits;
   const int64_t unit_keys = w.splits > 1 ? w.split_keys : keys;
-  const int64_t work = units * (w.block_rows + 8) * (unit_keys + 1) * p.head_dim;
+  const int64_t work = units * w.unit_heads * (w.block_rows + 8) * (unit_keys + 1) * p.head_dim;
   const int64_t workers = count_workers(units, work);
 
   const int64_t padded_dim = attention_padded_dim(p.head_dim);
-  int64_t scratch = w.block_rows * (kAttentionQueryStride + kAttentionScoreStride + padded_dim);
+  int64_t scratch =
+      w.unit_heads * w.block_rows * (kAttentionQueryStride + kAttentionScoreStride + padded_dim);
+  if (w.unit_heads > 1) scratch += kAttentionKeyBlock * p.head_dim;
   if (!stream) scratch += kAttentionKeyBlock * (p.head_dim + padded_dim);
   if (!stream && p.k_scales.data) scratch += 2 * kAttentionKeyBlock * p.head_dim;
   scratch = (scratch + 31) / 32 * 32;
@@ -231,10 +250,12 @@ void run(const AttentionParams& p, const Tensor& like) {
   float* data = static_cast<float*>(memory.data_ptr());
   w.partial = data + workers * scratch;
 
+  std::vector<int64_t> next(workers, -1);
   const CpuKernels& kernels = cpu_kernels();
   const auto run_units = [&](int64_t worker, int64_t begin, int64_t end) {
     AttentionWork mine = w;
     mine.scratch = data + worker * scratch;
+    mine.next = &next[worker];
     kernels.attention_units(mine, begin, end);
   };
   if (stream) {

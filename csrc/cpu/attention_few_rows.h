@@ -1,0 +1,427 @@
+// The inner loops of few rows of queries, over keys and values where they lie.
+#pragma once
+#include "attention-inl.h"
+
+namespace gemma2 {
+namespace GEMMA2_ISA {
+namespace {
+
+// Some keys at a time go through their rows side by side, to hide the latency of additions. They
+// are of kShares shares of a block, each read as it lies in memory: a processor fetches few long
+// streams ahead of their use by itself, faster than one, and much faster than several short rows.
+// Rows of int8 are too short for that: those side by side are neighbours, and rows ahead are
+// fetched.
+constexpr int kSideBySide = 4;
+template <class T>
+constexpr int kShares = kScaled<T> ? 1 : kSideBySide;
+
+// Fetches a later row: whole, or, where a step of so many bytes takes a line or half of one, step
+// by step.
+template <class T>
+constexpr int64_t kAhead = kScaled<T> ? 16 : 8;
+template <class T>
+GEMMA2_INLINE void prefetch_row(const T* row, int64_t n) {
+  if (!kScaled<T>) return;
+  for (int64_t d = 0; d < n; d += 64 / int64_t(sizeof(T))) prefetch(row + d);
+}
+template <int64_t kBytes, class T>
+GEMMA2_INLINE void prefetch_step(const T* row, int64_t d) {
+  if (kBytes >= 32 && kLanes >= 16) prefetch_near(row + d);
+}
+
+// Key heads whose rows lie side by side are taken together: each meets some keys before any meets
+// the next ones, so that these are read as they lie. A head's rows of q, s and o begin `rows` rows
+// behind those of the head before, its keys or values `stride` elements.
+struct Heads {
+  int64_t count, rows, stride;
+};
+struct OneHead {  // for the compiler to know
+  static constexpr int64_t count = 1, rows = 0, stride = 0;
+};
+template <class T, class Heads>
+GEMMA2_INLINE KeyRows<T> of_head(const KeyRows<T>& rows, const Heads& heads, int64_t h) {
+  return {rows.base + h * heads.stride, rows.stride, rows.slot, rows.capacity};
+}
+
+// s[r, j] = q[r] . k[j] for kRows rows of `depth` words and the n keys. kKeys keys together fill
+// whole vectors of sums.
+template <int kRows, class T, class Heads>
+void dot_keys(float, const float* first_q, const KeyRows<T>& first_k, int64_t n, int64_t depth,
+              float* first_s, const Heads& heads) {
+  constexpr int kVecs = kLanes < 8 ? 2 : 1, kKeys = kVecs * kLanes / kRows;
+  constexpr int kAtOnce = kSideBySide < kKeys ? kSideBySide : kKeys;
+  constexpr int kParted = kShares<T> < kAtOnce ? kShares<T> : kAtOnce;
+  constexpr int kOfShare = kKeys / kParted, kNeighbours = kAtOnce / kParted;
+  constexpr int kPart = kParts<float, T>, kStep = kPart * kLanes;
+  constexpr int64_t kBytes = kStep * sizeof(T);
+  const int64_t whole = depth / kStep * kStep, share = (n + kParted - 1) / kParted;
+  for (int64_t j = 0; j < share; j += kOfShare) {
+    for (int64_t h = 0; h < heads.count; ++h) {
+      const KeyRows<T> k = of_head(first_k, heads, h);
+      const float* q = first_q + h * heads.rows * kQueryStride;
+      float* s = first_s + h * heads.rows * kScoreStride;
+      VecF sum[kVecs][kLanes];  // (kRows, kParted, kOfShare)
+      GEMMA2_UNROLL
+      for (int first = 0; first < kOfShare; first += kNeighbours) {
+        VecF part_sum[kRows][kAtOnce];
+        const T *rows[kAtOnce], *later[kAtOnce];
+        GEMMA2_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int64_t key = i / kNeighbours * share + j + first + i % kNeighbours;
+          rows[i] = k.row(min64(key, n - 1));
+          later[i] = k.row(key + kAhead<T>);
+          prefetch_row(later[i], depth);
+          GEMMA2_UNROLL
+          for (int r = 0; r < kRows; ++r) part_sum[r][i] = zero();
+        }
+        const auto step = [&](int64_t d, int64_t words) __attribute__((always_inline)) {
+          VecF query[kRows][kPart];
+          GEMMA2_UNROLL
+          for (int i = 0; i < kAtOnce; ++i) prefetch_step<kBytes>(later[i], d);
+          GEMMA2_UNROLL
+          for (int r = 0; r < kRows * kPart; ++r)
+            query[r / kPart][r % kPart] =
+                load(q + r / kPart * kQueryStride + d + r % kPart * kLanes);
+          GEMMA2_UNROLL
+          for (int i = 0; i < kAtOnce; ++i) {
+            VecF key[kPart];
+            load_parts<float>(rows[i], d, words, key);
+            GEMMA2_UNROLL
+            for (int r = 0; r < kRows * kPart; ++r) {
+              VecF& to = part_sum[r / kPart][i];
+              to = multiply_add(0.0f, query[r / kPart][r % kPart], key[r % kPart], to);
+            }
+          }
+        };
+        for (int64_t d = 0; d < whole; d += kStep) step(d, d + kStep);
+        if (whole < depth) step(whole, depth);
+        GEMMA2_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          GEMMA2_UNROLL
+          for (int i = 0; i < kAtOnce; ++i) {
+            const int at = r * kKeys + i / kNeighbours * kOfShare + first + i % kNeighbours;
+            sum[at / kLanes][at % kLanes] = part_sum[r][i];
+          }
+        }
+      }
+      float sums[kVecs * kLanes];
+      GEMMA2_UNROLL
+      for (int i = 0; i < kVecs; ++i) store(sums + i * kLanes, reduce_sums(sum[i]));
+      GEMMA2_UNROLL
+      for (int i = 0; i < kRows * kParted; ++i) {
+        const int64_t key = i % kParted * share + j;
+        const int64_t count = min64(min64(kOfShare, share - j), n - key);
+        float* to = s + i / kParted * kScoreStride + key;
+        if (count == kOfShare)
+          memcpy(to, sums + i * kOfShare, kOfShare * 4);
+        else if (count > 0)
+          memcpy(to, sums + i * kOfShare, count * 4);
+      }
+    }
+  }
+}
+
+// o[r] += the sum over kKeys keys of w[r, key] v[key]: kNeighbours from j on, as many at j + apart,
+// and so on.
+template <int kRows, int kKeys, int kNeighbours, class T>
+GEMMA2_INLINE void add_some_values(const float* w, const KeyRows<T>& v, int64_t j, int64_t apart,
+                                   int64_t head_dim, float* o, int64_t o_stride) {
+  constexpr int kPart = kParts<float, T>, kStep = kPart * kLanes;
+  constexpr int64_t kBytes = kStep * sizeof(T);
+  const T *rows[kKeys], *later[kKeys];
+  VecF weight[kRows][kKeys];
+  GEMMA2_UNROLL
+  for (int i = 0; i < kKeys; ++i) {
+    const int64_t key = j + i / kNeighbours * apart + i % kNeighbours;
+    rows[i] = v.row(key);
+    later[i] = v.row(key + kAhead<T>);
+    prefetch_row(later[i], head_dim);
+    GEMMA2_UNROLL
+    for (int r = 0; r < kRows; ++r) weight[r][i] = set(w[r * kScoreStride + key]);
+  }
+  const auto step = [&](int64_t d, int64_t end) __attribute__((always_inline)) {
+    VecF value[kKeys][kPart];
+    GEMMA2_UNROLL
+    for (int i = 0; i < kKeys; ++i) prefetch_step<kBytes>(later[i], d);
+    GEMMA2_UNROLL
+    for (int i = 0; i < kKeys; ++i) load_parts<float>(rows[i], d, end, value[i]);
+    GEMMA2_UNROLL
+    for (int r = 0; r < kRows * kPart; ++r) {
+      float* to = o + r / kPart * o_stride + d + r % kPart * kLanes;
+      // float32 is added up in sums of kKeys first, which round less; no other type would show it.
+      VecF sum = sizeof(T) == 4 ? zero() : load(to);
+      GEMMA2_UNROLL
+      for (int i = 0; i < kKeys; ++i) sum = fma(weight[r / kPart][i], value[i][r % kPart], sum);
+      store(to, sizeof(T) == 4 ? load(to) + sum : sum);
+    }
+  };
+  const int64_t whole = head_dim / kStep * kStep;
+  for (int64_t d = 0; d < whole; d += kStep) step(d, d + kStep);
+  if (whole < head_dim) step(whole, head_dim);
+}
+
+// o[r] += sum over the n keys of w[r, first + j] v[j], for kRows rows; o's elements lie as
+// load_parts gives them. The order of additions is the same for any number of rows.
+template <int kRows, class T, class Heads>
+GEMMA2_INLINE void add_values(float, const float* first_w, const KeyRows<T>& first_v, int64_t first,
+                              int64_t n, int64_t head_dim, float* first_o, int64_t o_stride,
+                              const Heads& heads) {
+  constexpr int kKeys = kSideBySide, kParted = kShares<T>;
+  constexpr int kNeighbours = kKeys / kParted;
+  const int64_t share = n / kKeys * kNeighbours;
+  for (int64_t j = 0; j < share; j += kNeighbours) {
+    for (int64_t h = 0; h < heads.count; ++h) {
+      const KeyRows<T> v = of_head(first_v, heads, h);
+      const float* w = first_w + h * heads.rows * kScoreStride + first;
+      float* o = first_o + h * heads.rows * o_stride;
+      if (kParts<float, T> > 1 && kRows > 2) {  // all their weights would fill the registers
+        static_assert(kNeighbours == 1 || kParts<float, T> == 1, "");
+        for (int i = 0; i < kParted; i += 2)
+          add_some_values<kRows, 2, 1>(w, v, j + i * share, share, head_dim, o, o_stride);
+      } else {
+        add_some_values<kRows, kKeys, kNeighbours>(w, v, j, share, head_dim, o, o_stride);
+      }
+    }
+  }
+  for (int64_t j = share * kParted; j < n; ++j) {
+    for (int64_t h = 0; h < heads.count; ++h) {
+      const KeyRows<T> v = of_head(first_v, heads, h);
+      const float* w = first_w + h * heads.rows * kScoreStride + first;
+      float* o = first_o + h * heads.rows * o_stride;
+      add_some_values<kRows, 1, 1>(w, v, j, 0, head_dim, o, o_stride);
+    }
+  }
+}
+
+#if defined(GEMMA2_ISA_avx512_bf16)
+
+// s[r, j], s[r, j + 1], ... of the n keys: the dot products (kRows, kLanes / kRows).
+template <int kRows>
+GEMMA2_INLINE void store_dots(VecF dots, float* s, int64_t j, int64_t n) {
+  constexpr int kKeys = kLanes / kRows;
+  float values[kLanes];
+  store(values, dots);
+  GEMMA2_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    if (j + kKeys <= n)
+      memcpy(s + r * kScoreStride + j, values + r * kKeys, kKeys * 4);
+    else
+      memcpy(s + r * kScoreStride + j, values + r * kKeys, (n - j) * 4);
+  }
+}
+
+// The same of pairs, a key at a time: so keys come in the order of memory.
+template <int kRows, class Heads>
+GEMMA2_INLINE void dot_keys(Pair, const float* first_q, const KeyRows<BFloat16>& first_k, int64_t n,
+                            int64_t depth, float* first_s, const Heads& heads) {
+  constexpr int kKeys = kLanes / kRows;
+  const int64_t whole = depth / kLanes * kLanes;
+  for (int64_t j = 0; j < n; j += kKeys) {
+    for (int64_t h = 0; h < heads.count; ++h) {
+      const KeyRows<BFloat16> k = of_head(first_k, heads, h);
+      const float* q = first_q + h * heads.rows * kQueryStride;
+      float* s = first_s + h * heads.rows * kScoreStride;
+      VecF sum[kLanes];  // (kRows, kKeys)
+      const auto dot = [&](const auto& row_of) __attribute__((always_inline)) {
+        GEMMA2_UNROLL
+        for (int i = 0; i < kKeys; ++i) {
+          const BFloat16* row = row_of(i);
+          const BFloat16* later = row + kAhead<BFloat16> * k.stride;
+          VecF part_sum[kRows];
+          GEMMA2_UNROLL
+          for (int r = 0; r < kRows; ++r) part_sum[r] = zero();
+          const auto step = [&](int64_t d, int64_t words) __attribute__((always_inline)) {
+            prefetch_step<64>(later, 2 * d);
+            const VecF key = load_words(Pair{}, row, d, words);
+            GEMMA2_UNROLL
+            for (int r = 0; r < kRows; ++r)
+              part_sum[r] = multiply_add(Pair{}, load(q + r * kQueryStride + d), key, part_sum[r]);
+          };
+          for (int64_t d = 0; d < whole; d += kLanes) step(d, d + kLanes);
+          if (whole < depth) step(whole, depth);
+          GEMMA2_UNROLL
+          for (int r = 0; r < kRows; ++r) sum[r * kKeys + i] = part_sum[r];
+        }
+      };
+      if (j + kKeys <= n && k.in_line(j, kKeys)) {
+        const BFloat16* first = k.row(j);
+        dot([&](int i) { return first + i * k.stride; });
+      } else {
+        dot([&](int i) { return k.row(min64(j + i, n - 1)); });
+      }
+      store_dots<kRows>(reduce_sums(sum), s, j, n);
+    }
+  }
+}
+
+// What stands for the key that a pair lacks.
+alignas(64) constexpr BFloat16 kNoValue[256] = {};
+
+// As add_values, with kPairs pairs of weights w[r] for the values j, j + 1, ..., of which those
+// outside [0, n) are not read.
+template <int kRows, int kPairs>
+GEMMA2_INLINE void add_pairs(const Pair* w, const KeyRows<BFloat16>& v, int64_t j, int64_t n,
+                             int64_t head_dim, float* o, int64_t o_stride) {
+  const int64_t depth = head_dim / 2;
+  const auto add = [&](const auto& row_of, const auto& weight_of) __attribute__((always_inline)) {
+    const BFloat16* rows[2 * kPairs];
+    GEMMA2_UNROLL
+    for (int i = 0; i < 2 * kPairs; ++i) rows[i] = row_of(i);
+    const int64_t ahead = kAhead<BFloat16> * v.stride;
+    VecF weight[kRows][kPairs];
+    GEMMA2_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      GEMMA2_UNROLL
+      for (int i = 0; i < kPairs; ++i) weight[r][i] = broadcast(weight_of(r, i));
+    }
+    const auto step = [&](int64_t d, int64_t words) __attribute__((always_inline)) {
+      GEMMA2_UNROLL
+      for (int i = 0; i < 2 * kPairs; ++i) prefetch_step<64>(rows[i] + ahead, 2 * d);
+      VecF lower[kPairs], upper[kPairs];
+      GEMMA2_UNROLL
+      for (int i = 0; i < kPairs; ++i) {
+        pair_rows(load_words(Pair{}, rows[2 * i], d, words),
+                  load_words(Pair{}, rows[2 * i + 1], d, words), lower[i], upper[i]);
+      }
+      GEMMA2_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        float* to = o + r * o_stride + 2 * d;
+        VecF first = load(to), second = load(to + kLanes);
+        GEMMA2_UNROLL
+        for (int i = 0; i < kPairs; ++i) {
+          first = multiply_add(Pair{}, weight[r][i], lower[i], first);
+          second = multiply_add(Pair{}, weight[r][i], upper[i], second);
+        }
+        store(to, first);
+        store(to + kLanes, second);
+      }
+    };
+    const int64_t whole = depth / kLanes * kLanes;
+    for (int64_t d = 0; d < whole; d += kLanes) step(d, d + kLanes);
+    if (whole < depth) step(whole, depth);
+  };
+  if (j >= 0 && j + 2 * kPairs <= n && v.in_line(j, 2 * kPairs)) {
+    const BFloat16* first = v.row(j);
+    add([&](int i) { return first + i * v.stride; },
+        [&](int r, int i) { return w[r * kScoreStride + i]; });
+  } else {
+    add([&](int i) { return j + i >= 0 && j + i < n ? v.row(j + i) : kNoValue; },
+        [&](int r, int i) { return j + 2 * i < n ? w[r * kScoreStride + i] : Pair{}; });
+  }
+}
+
+template <int kRows, class Heads>
+GEMMA2_INLINE void add_values(Pair, const float* w, const KeyRows<BFloat16>& v, int64_t first,
+                              int64_t n, int64_t head_dim, float* o, int64_t o_stride,
+                              const Heads& heads) {
+  const Pair* pairs = (const Pair*)w + first / 2;
+  int64_t j = -(first & 1);                   // the first pair's first key
+  constexpr int kPairs = kRows <= 2 ? 4 : 2;  // with their weights in registers
+  for (; j < n; j += 2 * kPairs, pairs += kPairs) {
+    for (int64_t h = 0; h < heads.count; ++h) {
+      add_pairs<kRows, kPairs>(pairs + h * heads.rows * kScoreStride, of_head(v, heads, h), j, n,
+                               head_dim, o + h * heads.rows * o_stride, o_stride);
+    }
+  }
+}
+
+// ---- rows that are bound by arithmetic, of pairs
+//
+// Every load serves several products, in the order of additions of dot_keys and add_values: a row's
+// result is the same. Keys and values come out of the second cache, into which the next block's are
+// fetched meanwhile.
+
+// s[r, j] = q[r] . k[j] for the rows, a multiple of kAttentionRowStep, and the n keys.
+inline void dot_block(const float* q, int64_t rows, const KeyRows<BFloat16>& k, int64_t n,
+                      int64_t depth, float* s, LineFetcher fetcher) {
+  constexpr int kRows = kAttentionRowStep, kKeys = kLanes / kRows;
+  const auto dots = [&](auto fetch, int64_t r, int64_t j,
+                        const BFloat16* const(&keys)[kKeys]) __attribute__((always_inline)) {
+    VecF part_sum[kRows][kKeys];
+    GEMMA2_UNROLL
+    for (int i = 0; i < kLanes; ++i) part_sum[i / kKeys][i % kKeys] = zero();
+    const float* query = q + r * kQueryStride;
+    for (int64_t d = 0; d < depth; d += kLanes) {
+      for (int i = 0; i < kKeys && fetch.value; i += 2) fetcher.next();
+      VecF key[kKeys];
+      GEMMA2_UNROLL
+      for (int i = 0; i < kKeys; ++i) key[i] = load_words(Pair{}, keys[i], d, depth);
+      GEMMA2_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        const VecF words = load(query + i * kQueryStride + d);
+        GEMMA2_UNROLL
+        for (int c = 0; c < kKeys; ++c)
+          part_sum[i][c] = multiply_add(Pair{}, words, key[c], part_sum[i][c]);
+      }
+    }
+    VecF sum[kLanes];
+    GEMMA2_UNROLL
+    for (int i = 0; i < kLanes; ++i) sum[i] = part_sum[i / kKeys][i % kKeys];
+    store_dots<kRows>(reduce_sums(sum), s + r * kScoreStride, j, n);
+  };
+  for (int64_t j = 0; j < n; j += kKeys) {
+    const BFloat16* keys[kKeys];
+    for (int i = 0; i < kKeys; ++i) keys[i] = k.row(min64(j + i, n - 1));
+    dots(Count<1>{}, 0, j, keys);
+    for (int64_t r = kRows; r < rows; r += kRows) dots(Count<0>{}, r, j, keys);
+  }
+}
+
+// o[r, words d to d + kLanes] += sum over the pairs of w[r, pair] (row_of(2 pair), row_of(2 pair +
+// 1)), for kRows rows.
+template <int kRows, bool kFetch, class RowOf>
+GEMMA2_INLINE void add_words(const Pair* w, const RowOf& row_of, int64_t begin, int64_t n,
+                             int64_t d, int64_t depth, float* o, int64_t o_stride,
+                             LineFetcher& fetcher) {
+  VecF sum[kRows][2];
+  GEMMA2_UNROLL
+  for (int i = 0; i < 2 * kRows; ++i)
+    sum[i / 2][i % 2] = load(o + i / 2 * o_stride + 2 * d + i % 2 * kLanes);
+  for (int64_t j = begin; j < n; j += 2, ++w) {
+    if (kFetch) fetcher.next();
+    VecF lower, upper;
+    pair_rows(load_words(Pair{}, row_of(j), d, depth), load_words(Pair{}, row_of(j + 1), d, depth),
+              lower, upper);
+    GEMMA2_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const VecF weight = broadcast(w[r * kScoreStride]);
+      sum[r][0] = multiply_add(Pair{}, weight, lower, sum[r][0]);
+      sum[r][1] = multiply_add(Pair{}, weight, upper, sum[r][1]);
+    }
+  }
+  GEMMA2_UNROLL
+  for (int i = 0; i < 2 * kRows; ++i)
+    store(o + i / 2 * o_stride + 2 * d + i % 2 * kLanes, sum[i / 2][i % 2]);
+}
+
+// o[r] += sum over the n keys of w[r, first + j] v[j] for the rows, as many as in dot_block.
+inline void add_block(const float* weights, int64_t rows, const KeyRows<BFloat16>& v, int64_t first,
+                      int64_t n, int64_t head_dim, float* o, int64_t o_stride,
+                      LineFetcher fetcher) {
+  const Pair* w = (const Pair*)weights + first / 2;
+  const int64_t depth = head_dim / 2, begin = -(first & 1);
+  const auto add = [&](const auto& row_of) __attribute__((always_inline)) {
+    for (int64_t d = 0; d < depth; d += kLanes) {
+      add_words<8, true>(w, row_of, begin, n, d, depth, o, o_stride, fetcher);
+      int64_t r = 8;
+      for (; r + 8 <= rows; r += 8)
+        add_words<8, false>(w + r * kScoreStride, row_of, begin, n, d, depth, o + r * o_stride,
+                            o_stride, fetcher);
+      if (r < rows)
+        add_words<4, false>(w + r * kScoreStride, row_of, begin, n, d, depth, o + r * o_stride,
+                            o_stride, fetcher);
+    }
+  };
+  if (begin == 0 && n % 2 == 0 && v.in_line(0, n)) {
+    const BFloat16* row = v.row(0);
+    add([&](int64_t j) { return row + j * v.stride; });
+  } else {
+    add([&](int64_t j) { return j >= 0 && j < n ? v.row(j) : kNoValue; });
+  }
+}
+
+#endif
+
+}  // namespace
+}  // namespace GEMMA2_ISA
+}  // namespace gemma2
