@@ -92,6 +92,7 @@ def their_step(
 
 def serve(args: argparse.Namespace) -> None:
     """One side: a line of JSON for each line that it reads."""
+    gemma2_ext._C.keep_freed_memory()  # as `gemma2-ext train` does; here the others do too
     config, dtype = SIZES[args.size], getattr(torch, args.dtype)
     if args.side == SIDES[0]:
         module, loss_of = our_step(config, dtype)

@@ -3,6 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include <algorithm>
 
 #include "calls.h"
@@ -38,6 +42,15 @@ bool hold(const pybind11::tuple& dicts, const pybind11::tuple& keys,
   return true;
 }
 
+// Blocks above 32 MiB go back in any case: the C library takes no higher threshold.
+bool keep_freed_memory() {
+#ifdef __GLIBC__
+  return mallopt(M_TRIM_THRESHOLD, -1) && mallopt(M_MMAP_THRESHOLD, 32 << 20);
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -57,6 +70,9 @@ PYBIND11_MODULE(_C, m) {
         pybind11::arg("seconds"), pybind11::call_guard<pybind11::gil_scoped_release>(),
         "Operations a second of multiply-adds in registers; dtype: float32, bfloat16 or int8 (0 "
         "where there is no such instruction).");
+  m.def("keep_freed_memory", &keep_freed_memory,
+        "Has this process keep the memory that it frees, for the next tensors; false where the C "
+        "library has no such setting.");
   m.def("hold", &hold, pybind11::arg("dicts"), pybind11::arg("keys"), pybind11::arg("values"),
         "Whether each dict holds this very value under its key.");
   pybind11::class_<gemma2::Calls>(m, "Calls",

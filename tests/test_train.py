@@ -109,6 +109,22 @@ def test_a_killed_run_loses_one_interval_at_most(tmp_path: Path) -> None:
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
 
 
+def test_freed_memory_is_not_faulted_in_anew() -> None:
+    # In a process of its own, as the setting stays.
+    script = """
+import resource, sys, torch, gemma2_ext
+assert gemma2_ext._C.keep_freed_memory()
+for i in range(60):
+    if i == 20:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(4 << 20) for _ in range(8)]  # 16 MiB each, 32768 pages of 4 KiB in all
+    del tensors
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    result = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    assert int(result.stdout) < 1000
+
+
 def test_another_run_is_not_resumed(tmp_path: Path) -> None:
     run(tmp_path / "out", "--steps", 2)
     error = run(tmp_path / "out", "--steps", 2)["error"]

@@ -505,7 +505,7 @@ def run_layer(
         (residual, hidden) for the next layer.
     """
     batch, seqlen = residual.shape[:2]
-    eps, inter = config.rms_norm_eps, config.intermediate_size
+    eps = config.rms_norm_eps
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     qkv = ops.linear(hidden, layer.qkv_proj.weight)
     qkv = qkv.view(batch, seqlen, heads + 2 * kv_heads, config.head_dim)
@@ -524,7 +524,7 @@ def run_layer(
         mlp = ops.linear_geglu(hidden, gate_up_weight)
     else:
         gate_up = ops.linear(hidden, gate_up_weight)
-        mlp = ops.geglu(gate_up[..., :inter], gate_up[..., inter:])
+        mlp = ops.geglu(*gate_up.split(config.intermediate_size, dim=-1))
     mlp = ops.linear(mlp, layer.down_proj.weight)
     return ops.add_rms_norm(mlp, residual, layer.post_feedforward_layernorm.weight, following, eps)
 
