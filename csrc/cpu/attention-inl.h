@@ -65,6 +65,7 @@ static_assert(kRowBlock % kTileRows == 0 && kKeyBlock % kTileCols == 0 && 32 % k
 struct Pair {
   uint32_t bits;  // two bfloat16, the first in the lower half
 };
+typedef uint16_t VecPairs __attribute__((vector_size(kLanes * 4)));
 
 template <class T>
 struct Packed {
@@ -352,13 +353,8 @@ void pack_keys(const KeyRows<T>& k, int64_t n, int64_t depth, float* out) {
   }
 }
 
-GEMMA2_INLINE VecF value_words(Pair, VecF even, VecF odd) {  // both are bfloat16 widened to float
-  return (VecF)((VecU)even >> 16 | (VecU)odd);
-}
-
 // The pairs (a[i], b[i]) of two rows' elements, of the lower and of the upper half.
 #if defined(GEMMA2_ISA_avx512_bf16)
-typedef uint16_t VecPairs __attribute__((vector_size(kLanes * 4)));
 GEMMA2_INLINE void pair_rows(VecF a, VecF b, VecF& lower, VecF& upper) {
   VecPairs low, high;
   for (int i = 0; i < kLanes; ++i) {

@@ -114,13 +114,35 @@ GEMMA2_INLINE void pack_row(const T* row, int64_t depth, int64_t padded, float* 
 }
 
 // Two rows of a right factor over rows, as pairs.
+template <class Word>
 GEMMA2_INLINE void pack_row_pair(const BFloat16* even, const BFloat16* odd, int64_t padded,
                                  int64_t head_dim, float* out) {
-  for (int64_t d = 0; d < padded; d += kLanes) {
-    const VecF a = even && d < head_dim ? load_words(0.0f, even, d, head_dim) : zero();
-    const VecF b = odd && d < head_dim ? load_words(0.0f, odd, d, head_dim) : zero();
-    store(out + d, value_words(Pair{}, a, b));
+  for (int64_t d = 0; d < padded; d += kTileCols) {
+    const bool inside = d < head_dim;
+    store_value_words(Word{}, inside ? even : nullptr, inside ? odd : nullptr, d, head_dim,
+                      out + d);
   }
+}
+
+// Two vectors as bfloat16: by themselves, and as pairs (a[i], b[i]).
+struct RoundedPairs {
+  VecU16 a, b;
+  VecU pairs;
+};
+GEMMA2_INLINE RoundedPairs round_pairs(VecF a, VecF b) {
+#if defined(__AVX512BF16__)
+  const auto both = (VecPairs)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+  VecPairs index;
+  for (int i = 0; i < kLanes; ++i)
+    index[2 * i] = uint16_t(i), index[2 * i + 1] = uint16_t(kLanes + i);
+  const __mmask8 all = __mmask8(-1);
+  return {(VecU16)_mm512_maskz_extracti64x4_epi64(all, (__m512i)both, 0),
+          (VecU16)_mm512_maskz_extracti64x4_epi64(all, (__m512i)both, 1),
+          (VecU)_mm512_permutexvar_epi16((__m512i)index, (__m512i)both)};
+#else
+  const VecU16 x = to_bfloat16(a), y = to_bfloat16(b);
+  return {x, y, widen(x) | widen(y) << 16};
+#endif
 }
 
 // ---- one block of keys
@@ -162,6 +184,7 @@ struct KeyBlock {
   float *k_panels, *v_panels, *k_rows, *grad_k, *grad_v;
   float *q, *grad_out, *q_rows, *grad_out_rows, *scores, *products, *ds_keys;
   int64_t from[kRows], to[kRows];  // keys of the block that a row sees; both rise
+  int64_t next_row = 0;            // rows from here on are fetched, which the next block needs
 
   KeyBlock(const AttentionBackwardWork& work, const Sequence& sequence, int64_t first,
            int64_t count)
@@ -202,7 +225,7 @@ struct KeyBlock {
       if constexpr (kStep == 1) {
         pack_row<Word>(row, depth, padded, to_row);
       } else {
-        pack_row_pair(row, j + 1 < n ? k.row(j + 1) : nullptr, padded, p.head_dim, to_row);
+        pack_row_pair<Word>(row, j + 1 < n ? k.row(j + 1) : nullptr, padded, p.head_dim, to_row);
       }
     }
     for (int64_t j = 0; j < kKeys; ++j) {
@@ -232,9 +255,22 @@ struct KeyBlock {
     if constexpr (kStep == 2) {
       for (int64_t r = 0; r < rows; r += 2) {
         const int64_t at = r / 2 * kQueryStride;
-        pack_row_pair(q_of[r], q_of[r + 1], padded, p.head_dim, q_rows + at);
-        pack_row_pair(grad_out_of[r], grad_out_of[r + 1], padded, p.head_dim, grad_out_rows + at);
+        pack_row_pair<Word>(q_of[r], q_of[r + 1], padded, p.head_dim, q_rows + at);
+        pack_row_pair<Word>(grad_out_of[r], grad_out_of[r + 1], padded, p.head_dim,
+                            grad_out_rows + at);
       }
+    }
+  }
+
+  // Fetches its share of the next block's rows, of so many tiles of products.
+  void fetch_rows() {
+    constexpr int64_t kTiles = 2 * (kKeys / kTileCols) * (kRows / kTileRows);
+    const int64_t end = min64(next_row + (kRows + kTiles - 1) / kTiles, s.seqlen_q * s.group);
+    for (; next_row < end; ++next_row) {
+      const T* q_row = row_of<const T>(p.q, s, next_row);
+      const T* grad_out_row = row_of<const T>(w.p.grad_out, s, next_row);
+      for (int64_t d = 0; d < p.head_dim; d += kLineBytes / int64_t(sizeof(T)))
+        prefetch(q_row + d), prefetch(grad_out_row + d);
     }
   }
 
@@ -244,6 +280,7 @@ struct KeyBlock {
     for (int64_t c = 0; c < n; c += kTileCols) {
       for (int64_t r = 0; r < rows; r += kTileRows) {
         if (from[r] >= c + kTileCols || to[r + kTileRows - 1] <= c) continue;
+        fetch_rows();
         const Word* left = (const Word*)a + r * kQueryStride;
         const float* right = panels + c * depth;
         float* tile = out + r * kWeightStride + c;
@@ -291,12 +328,11 @@ struct KeyBlock {
             store(ds_row + j, a.ds);
           } else {
             const Weights b = visible_weights(last, j, lse, delta);
-            const VecF p0 = round_to<BFloat16>(a.p), p1 = round_to<BFloat16>(b.p);
-            const VecF ds0 = round_to<BFloat16>(a.ds), ds1 = round_to<BFloat16>(b.ds);
-            store(p_row + j, value_words(Pair{}, p0, p1));
-            store(ds_row + j, value_words(Pair{}, ds0, ds1));
-            store(even_keys + j, ds0);
-            store(odd_keys + j, ds1);
+            const RoundedPairs p_pairs = round_pairs(a.p, b.p), ds = round_pairs(a.ds, b.ds);
+            store(p_row + j, (VecF)p_pairs.pairs);
+            store(ds_row + j, (VecF)ds.pairs);
+            memcpy(even_keys + j, &ds.a, sizeof ds.a);
+            memcpy(odd_keys + j, &ds.b, sizeof ds.b);
           }
         } else {
           store(p_row + j, zero());
@@ -326,10 +362,20 @@ struct KeyBlock {
     }
   }
 
+  // Fetches a tile of sums.
+  void fetch_sums(const float* sums, int64_t r, int64_t d) {
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      for (int64_t at = d; at < d + kTileCols; at += kLineBytes / int64_t(sizeof(float)))
+        prefetch_near(sums + (r + i) * padded + at);
+    }
+  }
+
   // sums (rows, head_dim) += dS (rows, keys) times k_rows (keys, head_dim).
   void add_to_rows(int64_t rows, float* sums) {
     for (int64_t d = 0; d < p.head_dim; d += kTileCols) {
       for (int64_t r = 0; r < rows; r += kTileRows) {
+        const bool last = r + kTileRows >= rows;  // of a column of tiles
+        fetch_sums(sums, last ? 0 : r + kTileRows, last ? d + kTileCols : d);
         const int64_t first = from[r] / kStep;
         const int64_t words = (to[r + kTileRows - 1] + kStep - 1) / kStep - first;
         if (words <= 0) continue;
@@ -345,6 +391,7 @@ struct KeyBlock {
     const float* delta = w.row_terms + block.index * 2 * kRows;
     const float* lse = delta + kRows;
     pack_rows(block, rows, lse);
+    next_row = block.begin + kRows;
     multiply_panels(q, k_panels, rows, scores);
     multiply_panels(grad_out, v_panels, rows, products);
     weigh(rows, lse, delta);
