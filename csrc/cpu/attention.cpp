@@ -248,9 +248,7 @@ struct Stream {
     for (int i = 0; i < kRows; i += kAtOnce)
       add_values<kAtOnce>(w + i, v, first, n, p.head_dim, o + (r + i) * o_stride, o_stride);
   }
-#endif
 
-#if defined(GEMMA2_ISA_avx512_bf16)
   // What head h of the unit fetches of a block that begins with key j of `rows`: all heads' rows of
   // some of its keys, so that together they fetch it as it lies.
   LineFetcher fetcher(const KeyRows<K>& rows, int64_t j, int64_t h, int64_t head_stride) const {

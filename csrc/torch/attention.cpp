@@ -191,8 +191,9 @@ void run_attention_on_cuda(AttentionParams p, const Tensor& like) {
 #endif
 
 // Key heads that a unit with so many rows for each takes: several where a key's rows of all heads
-// lie side by side, so that they are read as they lie, but no more than leave threads enough of the
-// `units` that there are for one head.
+// lie side by side, so that they are read as they lie; no more rows than stay in the first cache,
+// or where arithmetic bounds the work twice as many; and fewer heads where threads would lack
+// units, of which there are `units` for each head.
 int64_t heads_of_unit(const AttentionParams& p, int64_t rows, int64_t units) {
   constexpr int64_t kUnitsPerThread = 2;
   const auto side_by_side = [](const HeadsView& t) { return t.head_stride < t.seqlen_stride; };
