@@ -177,9 +177,8 @@ struct AttentionParams {
   int64_t batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim;
   int64_t capacity;  // > 0: a ring; key j stands in slot j % capacity, and only the last capacity
                      // keys exist
-  // CUDA: pages of 2^page_shift keys; key j of sequence b is in page block_table[b][j >>
-  // page_shift] of k and v, (pages, page size, num_kv_heads, head_dim), batch_stride a page. Null
-  // otherwise.
+  // Pages of 2^page_shift keys; key j of sequence b is in page block_table[b][j >> page_shift] of k
+  // and v, (pages, page size, num_kv_heads, head_dim), batch_stride a page. Null otherwise.
   const int32_t* block_table;
   int64_t block_table_stride;
   int32_t page_shift;

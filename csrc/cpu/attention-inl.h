@@ -265,41 +265,59 @@ GEMMA2_INLINE void scale_row(float* o, int64_t n, float factor) {
 
 // ---- packing
 
-// Rows of K or V for consecutive keys, which in a ring continue at slot 0.
+// Rows of K or V for consecutive keys. In a ring they continue at slot 0. In pages, slots are
+// positions: page table[s >> page_shift] holds slot s, and slots from `capacity` on stand for the
+// last one, so that rows ahead can be asked for.
 template <class T>
 struct KeyRows {
   const T* base;
   int64_t stride;
   int64_t slot;      // of the first key
-  int64_t capacity;  // slots of the ring
+  int64_t capacity;  // slots of the ring, or with pages the end of the keys
+  const int32_t* table = nullptr;
+  int64_t page_stride = 0, page_shift = 0;
 
   GEMMA2_INLINE const T* row(int64_t j) const {
-    const int64_t s = slot + j;
+    int64_t s = slot + j;
+    if (table) {
+      s = min64(s, capacity - 1);
+      const int64_t page = s >> page_shift;
+      return base + table[page] * page_stride + (s - (page << page_shift)) * stride;
+    }
     return base + (s < capacity ? s : s - capacity) * stride;
   }
   // Whether the rows of n keys from j on follow each other at distances of `stride`.
   GEMMA2_INLINE bool in_line(int64_t j, int64_t n) const {
+    if (table) return (slot + j) >> page_shift == (slot + j + n - 1) >> page_shift;
     return slot + j + n <= capacity || slot + j >= capacity;
   }
 };
 
 // Lines of rows, one after another, a pair at a time.
 struct LineFetcher {
+  KeyRows<char> rows;  // of bytes
   const char* row;
-  int64_t stride, end;  // of a row, in bytes
+  int64_t end;  // of a row
   int64_t at;
+  int64_t j;
 
   GEMMA2_INLINE void next() {
     prefetch(row + at);
     prefetch(row + at + kLineBytes);
     at += 2 * kLineBytes;
-    if (at >= end) row += stride, at = 0;
+    if (at < end) return;
+    at = 0;
+    row = rows.table ? rows.row(++j) : row + rows.stride;
   }
 };
 // Of the rows of n elements from row j on. (Where a ring ends it fetches what follows, in vain.)
 template <class T>
 GEMMA2_INLINE LineFetcher make_fetcher(const KeyRows<T>& rows, int64_t j, int64_t n) {
-  return {(const char*)rows.row(j), rows.stride * int64_t(sizeof(T)), n * int64_t(sizeof(T)), 0};
+  constexpr int64_t kSize = sizeof(T);
+  const KeyRows<char> bytes{(const char*)rows.base, rows.stride * kSize, rows.slot,
+                            rows.capacity,          rows.table,          rows.page_stride * kSize,
+                            rows.page_shift};
+  return {bytes, bytes.row(j), n * kSize, 0, j};
 }
 
 // Whether rows are stored as int8 with a factor each.

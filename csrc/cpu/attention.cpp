@@ -49,9 +49,10 @@ bool make_unit(const AttentionWork& w, int64_t index, Unit& u) {
   u.rows = min64(w.block_rows, u.seqlen_q * u.group - u.row_begin);
   if (u.rows <= 0) return false;
 
-  u.k = (const K*)p.k.data + u.batch * p.k.batch_stride + u.k_offset * p.k.seqlen_stride +
+  const int64_t batch = p.block_table ? 0 : u.batch;  // all sequences' pages lie together
+  u.k = (const K*)p.k.data + batch * p.k.batch_stride + u.k_offset * p.k.seqlen_stride +
         u.kv_head * p.k.head_stride;
-  u.v = (const K*)p.v.data + u.batch * p.v.batch_stride + u.k_offset * p.v.seqlen_stride +
+  u.v = (const K*)p.v.data + batch * p.v.batch_stride + u.k_offset * p.v.seqlen_stride +
         u.kv_head * p.v.head_stride;
   u.key_begin = first_key(p, u, u.query(0));
   u.key_end = end_key(p, u, u.query(u.rows - 1));
@@ -63,11 +64,22 @@ bool make_unit(const AttentionWork& w, int64_t index, Unit& u) {
   return true;
 }
 
+// Rows from `key` on of a view whose rows for the unit's sequence and head begin at `base`.
 template <class K>
-GEMMA2_INLINE KeyRows<K> key_rows(const AttentionParams& p, const void* base, int64_t stride,
-                                  int64_t key) {
-  if (!p.capacity) return {(const K*)base, stride, key, INT64_MAX};
-  return {(const K*)base, stride, key % p.capacity, p.capacity};
+GEMMA2_INLINE KeyRows<K> key_rows(const AttentionParams& p, const Sequence& u, const void* base,
+                                  const HeadsView& view, int64_t key) {
+  const auto* rows = (const K*)base;
+  if (p.block_table) {
+    return {rows,
+            view.seqlen_stride,
+            key,
+            u.length,
+            p.block_table + u.batch * p.block_table_stride,
+            view.batch_stride,
+            p.page_shift};
+  }
+  if (!p.capacity) return {rows, view.seqlen_stride, key, INT64_MAX};
+  return {rows, view.seqlen_stride, key % p.capacity, p.capacity};
 }
 
 // The factors of n int8 rows from `key` on.
@@ -75,7 +87,7 @@ GEMMA2_INLINE void load_factors(const AttentionParams& p, const Unit& u, const H
                                 int64_t key, int64_t n, float* to) {
   const float* base =
       (const float*)scales.data + u.batch * scales.batch_stride + u.kv_head * scales.head_stride;
-  const KeyRows<float> rows = key_rows<float>(p, base, scales.seqlen_stride, key);
+  const KeyRows<float> rows = key_rows<float>(p, u, base, scales, key);
   if (rows.stride == 1 && rows.in_line(0, n)) {
     memcpy(to, rows.row(0), n * 4);
   } else {
@@ -85,10 +97,10 @@ GEMMA2_INLINE void load_factors(const AttentionParams& p, const Unit& u, const H
 
 // Rows of T from `key` on; int8 ones are written to `room` (kKeyBlock, head_dim), n of them.
 template <class T>
-GEMMA2_INLINE KeyRows<T> rows_as(T, const AttentionParams& p, const Unit&, const void* base,
+GEMMA2_INLINE KeyRows<T> rows_as(T, const AttentionParams& p, const Unit& u, const void* base,
                                  const HeadsView& view, const HeadsView&, int64_t key, int64_t,
                                  T*) {
-  return key_rows<T>(p, base, view.seqlen_stride, key);
+  return key_rows<T>(p, u, base, view, key);
 }
 template <class T>
 GEMMA2_INLINE KeyRows<T> rows_as(int8_t, const AttentionParams& p, const Unit& u, const void* base,
@@ -96,7 +108,7 @@ GEMMA2_INLINE KeyRows<T> rows_as(int8_t, const AttentionParams& p, const Unit& u
                                  int64_t n, T* room) {
   float factors[kKeyBlock];
   load_factors(p, u, scales, key, n, factors);
-  widen_rows(key_rows<int8_t>(p, base, view.seqlen_stride, key), factors, n, p.head_dim, room);
+  widen_rows(key_rows<int8_t>(p, u, base, view, key), factors, n, p.head_dim, room);
   return {room, p.head_dim, 0, INT64_MAX};
 }
 
@@ -195,20 +207,24 @@ struct Stream {
   }
 
   // n keys, of which the first is number `first` of its block.
-  template <int kRows>
-  void block(int64_t r, int64_t first, int64_t n, const KeyRows<K>& k, const KeyRows<K>& v) {
+  template <int kRows, class Rows>
+  void block(int64_t r, int64_t first, int64_t n, const Rows& k, const Rows& v) {
 #if defined(GEMMA2_ISA_avx512_bf16)
-    if constexpr (kInIntegers<T, K>) return block_in_integers<kRows>(r, first, n, k, v);
+    if constexpr (kInIntegers<T, K>) {
+      block_in_integers<kRows>(r, first, n, k, v);
+    } else
 #endif
-    if (heads == 1)
-      meet<kRows>(r, first, n, k, v, OneHead{}, OneHead{});
-    else
-      meet<kRows>(r, first, n, k, v, Heads{heads, head_rows, p.k.head_stride},
-                  Heads{heads, head_rows, p.v.head_stride});
+    {
+      if (heads == 1)
+        meet<kRows>(r, first, n, k, v, OneHead{}, OneHead{});
+      else
+        meet<kRows>(r, first, n, k, v, Heads{heads, head_rows, p.k.head_stride},
+                    Heads{heads, head_rows, p.v.head_stride});
+    }
   }
-  template <int kRows, class Heads>
-  void meet(int64_t r, int64_t first, int64_t n, const KeyRows<K>& k, const KeyRows<K>& v,
-            const Heads& k_heads, const Heads& v_heads) {
+  template <int kRows, class Rows, class Heads>
+  void meet(int64_t r, int64_t first, int64_t n, const Rows& k, const Rows& v, const Heads& k_heads,
+            const Heads& v_heads) {
     dot_keys<kRows>(Word{}, q + r * kQueryStride, k, n, p.head_dim / kPerWord<Word>, s + first,
                     k_heads);
     for (int64_t h = 0; h < k_heads.count; ++h) {
@@ -258,8 +274,8 @@ struct Stream {
 
   // All rows meet keys [begin, end) of one block, each those of them that it sees.
   void shared_keys(int64_t begin, int64_t end) {
-    const KeyRows<K> k = key_rows<K>(p, u.k, p.k.seqlen_stride, begin);
-    const KeyRows<K> v = key_rows<K>(p, u.v, p.v.seqlen_stride, begin);
+    const KeyRows<K> k = key_rows<K>(p, u, u.k, p.k, begin);
+    const KeyRows<K> v = key_rows<K>(p, u, u.v, p.v, begin);
     const int64_t first = begin % kKeyBlock, n = end - begin;
     const Heads k_heads{heads, head_rows, p.k.head_stride};
     const Heads v_heads{heads, head_rows, p.v.head_stride};
@@ -289,8 +305,8 @@ struct Stream {
 
   // Fetches the first block of keys, as no block before it has.
   void fetch(int64_t begin, int64_t end) const {
-    const KeyRows<K> k = key_rows<K>(p, u.k, p.k.seqlen_stride, begin);
-    const KeyRows<K> v = key_rows<K>(p, u.v, p.v.seqlen_stride, begin);
+    const KeyRows<K> k = key_rows<K>(p, u, u.k, p.k, begin);
+    const KeyRows<K> v = key_rows<K>(p, u, u.v, p.v, begin);
     for (int64_t j = 0; j < end - begin; ++j) {
       for (int64_t h = 0; h < heads; ++h) {
         for (int64_t d = 0; d < p.head_dim; d += kLineBytes / int64_t(sizeof(K))) {
@@ -302,7 +318,7 @@ struct Stream {
   }
 
   bool finite_values(int64_t begin, int64_t end) const {
-    const KeyRows<K> v = key_rows<K>(p, u.v, p.v.seqlen_stride, begin);
+    const KeyRows<K> v = key_rows<K>(p, u, u.v, p.v, begin);
     for (int64_t j = 0; j < end - begin; ++j) {
       for (int64_t h = 0; h < heads; ++h) {
         if (not_finite(v.row(j) + h * p.v.head_stride, p.head_dim)) return false;
@@ -315,8 +331,8 @@ struct Stream {
   // Rows [row_begin, row_end) meet keys [begin, end) of one block, all of which they see.
   void keys(int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
     if (begin >= end) return;
-    const KeyRows<K> k = key_rows<K>(p, u.k, p.k.seqlen_stride, begin);
-    const KeyRows<K> v = key_rows<K>(p, u.v, p.v.seqlen_stride, begin);
+    const KeyRows<K> k = key_rows<K>(p, u, u.k, p.k, begin);
+    const KeyRows<K> v = key_rows<K>(p, u, u.v, p.v, begin);
     const int64_t first = begin % kKeyBlock, n = end - begin;
     if (kScaled<K>) {
       memset(k_factors, 0, sizeof k_factors);
@@ -324,10 +340,19 @@ struct Stream {
       load_factors(p, u, p.k_scales, begin, n, k_factors + first);
       load_factors(p, u, p.v_scales, begin, n, v_factors + first);
     }
-    int64_t r = row_begin;
-    for (; r + 4 <= row_end; r += 4) block<4>(r, first, n, k, v);
-    for (; r + 2 <= row_end; r += 2) block<2>(r, first, n, k, v);
-    for (; r < row_end; ++r) block<1>(r, first, n, k, v);
+    if constexpr (kPerWord<Word> == 1 && !kInIntegers<T, K>) {
+      const K *k_rows[kBlockRows], *v_rows[kBlockRows];
+      list_rows(k, n, k_rows), list_rows(v, n, v_rows);
+      blocks(row_begin, row_end, first, n, ListedRows<K>{k_rows, 0}, ListedRows<K>{v_rows, 0});
+    } else {
+      blocks(row_begin, row_end, first, n, k, v);
+    }
+  }
+  template <class Rows>
+  void blocks(int64_t r, int64_t end, int64_t first, int64_t n, const Rows& k, const Rows& v) {
+    for (; r + 4 <= end; r += 4) block<4>(r, first, n, k, v);
+    for (; r + 2 <= end; r += 2) block<2>(r, first, n, k, v);
+    for (; r < end; ++r) block<1>(r, first, n, k, v);
   }
 };
 
@@ -440,9 +465,8 @@ void tile_unit(const AttentionWork& w, const Unit& u) {
   for (int64_t j = u.key_begin; j < u.key_end; j += kKeyBlock) {
     const int64_t n = min64(kKeyBlock, u.key_end - j);
     const int64_t next = min64(j + kKeyBlock, u.key_end - 1);
-    LineFetcher next_keys = make_fetcher(key_rows<K>(p, u.k, p.k.seqlen_stride, next), 0, head_dim);
-    LineFetcher next_values =
-        make_fetcher(key_rows<K>(p, u.v, p.v.seqlen_stride, next), 0, head_dim);
+    LineFetcher next_keys = make_fetcher(key_rows<K>(p, u, u.k, p.k, next), 0, head_dim);
+    LineFetcher next_values = make_fetcher(key_rows<K>(p, u, u.v, p.v, next), 0, head_dim);
     const KeyRows<T> k = rows_as<T>(K{}, p, u, u.k, p.k, p.k_scales, j, n, k_room);
     const KeyRows<T> v = rows_as<T>(K{}, p, u, u.v, p.v, p.v_scales, j, n, v_room);
     // Some row does not see all of the block. Then a value that is not finite must not pass through

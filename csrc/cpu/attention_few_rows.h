@@ -40,13 +40,34 @@ struct OneHead {  // for the compiler to know
 };
 template <class T, class Heads>
 GEMMA2_INLINE KeyRows<T> of_head(const KeyRows<T>& rows, const Heads& heads, int64_t h) {
-  return {rows.base + h * heads.stride, rows.stride, rows.slot, rows.capacity};
+  KeyRows<T> of = rows;
+  of.base += h * heads.stride;
+  return of;
+}
+
+// Where rows are asked for one by one: those of a block's n keys, and as many behind them as are
+// asked for ahead, by the places of the (first) head's.
+constexpr int64_t kRowsBehind = 32, kBlockRows = kKeyBlock + kRowsBehind;
+template <class T>
+struct ListedRows {
+  const T* const* rows;
+  int64_t offset;
+
+  GEMMA2_INLINE const T* row(int64_t j) const { return rows[j] + offset; }
+};
+template <class T>
+GEMMA2_INLINE void list_rows(const KeyRows<T>& k, int64_t n, const T** rows) {
+  for (int64_t j = 0; j < n + kRowsBehind; ++j) rows[j] = k.row(j);
+}
+template <class T, class Heads>
+GEMMA2_INLINE ListedRows<T> of_head(const ListedRows<T>& listed, const Heads& heads, int64_t h) {
+  return {listed.rows, listed.offset + h * heads.stride};
 }
 
 // s[r, j] = q[r] . k[j] for kRows rows of `depth` words and the n keys. kKeys keys together fill
 // whole vectors of sums.
 template <int kRows, class T, class Heads>
-void dot_keys(float, const float* first_q, const KeyRows<T>& first_k, int64_t n, int64_t depth,
+void dot_keys(float, const float* first_q, const ListedRows<T>& first_k, int64_t n, int64_t depth,
               float* first_s, const Heads& heads) {
   constexpr int kVecs = kLanes < 8 ? 2 : 1, kKeys = kVecs * kLanes / kRows;
   constexpr int kAtOnce = kSideBySide < kKeys ? kSideBySide : kKeys;
@@ -55,9 +76,10 @@ void dot_keys(float, const float* first_q, const KeyRows<T>& first_k, int64_t n,
   constexpr int kPart = kParts<float, T>, kStep = kPart * kLanes;
   constexpr int64_t kBytes = kStep * sizeof(T);
   const int64_t whole = depth / kStep * kStep, share = (n + kParted - 1) / kParted;
+  static_assert(kParted - 1 + kOfShare - 1 + kAhead<T> < kRowsBehind, "");
   for (int64_t j = 0; j < share; j += kOfShare) {
     for (int64_t h = 0; h < heads.count; ++h) {
-      const KeyRows<T> k = of_head(first_k, heads, h);
+      const ListedRows<T> k = of_head(first_k, heads, h);
       const float* q = first_q + h * heads.rows * kQueryStride;
       float* s = first_s + h * heads.rows * kScoreStride;
       VecF sum[kVecs][kLanes];  // (kRows, kParted, kOfShare)
@@ -124,7 +146,7 @@ void dot_keys(float, const float* first_q, const KeyRows<T>& first_k, int64_t n,
 // o[r] += the sum over kKeys keys of w[r, key] v[key]: kNeighbours from j on, as many at j + apart,
 // and so on.
 template <int kRows, int kKeys, int kNeighbours, class T>
-GEMMA2_INLINE void add_some_values(const float* w, const KeyRows<T>& v, int64_t j, int64_t apart,
+GEMMA2_INLINE void add_some_values(const float* w, const ListedRows<T>& v, int64_t j, int64_t apart,
                                    int64_t head_dim, float* o, int64_t o_stride) {
   constexpr int kPart = kParts<float, T>, kStep = kPart * kLanes;
   constexpr int64_t kBytes = kStep * sizeof(T);
@@ -163,15 +185,15 @@ GEMMA2_INLINE void add_some_values(const float* w, const KeyRows<T>& v, int64_t 
 // o[r] += sum over the n keys of w[r, first + j] v[j], for kRows rows; o's elements lie as
 // load_parts gives them. The order of additions is the same for any number of rows.
 template <int kRows, class T, class Heads>
-GEMMA2_INLINE void add_values(float, const float* first_w, const KeyRows<T>& first_v, int64_t first,
-                              int64_t n, int64_t head_dim, float* first_o, int64_t o_stride,
-                              const Heads& heads) {
+GEMMA2_INLINE void add_values(float, const float* first_w, const ListedRows<T>& first_v,
+                              int64_t first, int64_t n, int64_t head_dim, float* first_o,
+                              int64_t o_stride, const Heads& heads) {
   constexpr int kKeys = kSideBySide, kParted = kShares<T>;
   constexpr int kNeighbours = kKeys / kParted;
   const int64_t share = n / kKeys * kNeighbours;
   for (int64_t j = 0; j < share; j += kNeighbours) {
     for (int64_t h = 0; h < heads.count; ++h) {
-      const KeyRows<T> v = of_head(first_v, heads, h);
+      const ListedRows<T> v = of_head(first_v, heads, h);
       const float* w = first_w + h * heads.rows * kScoreStride + first;
       float* o = first_o + h * heads.rows * o_stride;
       if (kParts<float, T> > 1 && kRows > 2) {  // all their weights would fill the registers
@@ -185,7 +207,7 @@ GEMMA2_INLINE void add_values(float, const float* first_w, const KeyRows<T>& fir
   }
   for (int64_t j = share * kParted; j < n; ++j) {
     for (int64_t h = 0; h < heads.count; ++h) {
-      const KeyRows<T> v = of_head(first_v, heads, h);
+      const ListedRows<T> v = of_head(first_v, heads, h);
       const float* w = first_w + h * heads.rows * kScoreStride + first;
       float* o = first_o + h * heads.rows * o_stride;
       add_some_values<kRows, 1, 1>(w, v, j, 0, head_dim, o, o_stride);
@@ -222,11 +244,12 @@ GEMMA2_INLINE void dot_keys(Pair, const float* first_q, const KeyRows<BFloat16>&
       const float* q = first_q + h * heads.rows * kQueryStride;
       float* s = first_s + h * heads.rows * kScoreStride;
       VecF sum[kLanes];  // (kRows, kKeys)
-      const auto dot = [&](const auto& row_of) __attribute__((always_inline)) {
+      const auto dot = [&](const auto& row_of,
+                           const auto& later_of) __attribute__((always_inline)) {
         GEMMA2_UNROLL
         for (int i = 0; i < kKeys; ++i) {
           const BFloat16* row = row_of(i);
-          const BFloat16* later = row + kAhead<BFloat16> * k.stride;
+          const BFloat16* later = later_of(i);
           VecF part_sum[kRows];
           GEMMA2_UNROLL
           for (int r = 0; r < kRows; ++r) part_sum[r] = zero();
@@ -244,10 +267,13 @@ GEMMA2_INLINE void dot_keys(Pair, const float* first_q, const KeyRows<BFloat16>&
         }
       };
       if (j + kKeys <= n && k.in_line(j, kKeys)) {
-        const BFloat16* first = k.row(j);
-        dot([&](int i) { return first + i * k.stride; });
+        // Those ahead are for the most part in line, too.
+        const BFloat16 *first = k.row(j), *later = k.row(j + kAhead<BFloat16>);
+        dot([&](int i) { return first + i * k.stride; },
+            [&](int i) { return later + i * k.stride; });
       } else {
-        dot([&](int i) { return k.row(min64(j + i, n - 1)); });
+        dot([&](int i) { return k.row(min64(j + i, n - 1)); },
+            [&](int i) { return k.row(j + i + kAhead<BFloat16>); });
       }
       store_dots<kRows>(reduce_sums(sum), s, j, n);
     }
@@ -263,11 +289,11 @@ template <int kRows, int kPairs>
 GEMMA2_INLINE void add_pairs(const Pair* w, const KeyRows<BFloat16>& v, int64_t j, int64_t n,
                              int64_t head_dim, float* o, int64_t o_stride) {
   const int64_t depth = head_dim / 2;
-  const auto add = [&](const auto& row_of, const auto& weight_of) __attribute__((always_inline)) {
+  const auto add = [&](const auto& row_of, const auto& later_of,
+                       const auto& weight_of) __attribute__((always_inline)) {
     const BFloat16* rows[2 * kPairs];
     GEMMA2_UNROLL
     for (int i = 0; i < 2 * kPairs; ++i) rows[i] = row_of(i);
-    const int64_t ahead = kAhead<BFloat16> * v.stride;
     VecF weight[kRows][kPairs];
     GEMMA2_UNROLL
     for (int r = 0; r < kRows; ++r) {
@@ -276,7 +302,7 @@ GEMMA2_INLINE void add_pairs(const Pair* w, const KeyRows<BFloat16>& v, int64_t 
     }
     const auto step = [&](int64_t d, int64_t words) __attribute__((always_inline)) {
       GEMMA2_UNROLL
-      for (int i = 0; i < 2 * kPairs; ++i) prefetch_step<64>(rows[i] + ahead, 2 * d);
+      for (int i = 0; i < 2 * kPairs; ++i) prefetch_step<64>(later_of(i), 2 * d);
       VecF lower[kPairs], upper[kPairs];
       GEMMA2_UNROLL
       for (int i = 0; i < kPairs; ++i) {
@@ -301,11 +327,14 @@ GEMMA2_INLINE void add_pairs(const Pair* w, const KeyRows<BFloat16>& v, int64_t 
     if (whole < depth) step(whole, depth);
   };
   if (j >= 0 && j + 2 * kPairs <= n && v.in_line(j, 2 * kPairs)) {
-    const BFloat16* first = v.row(j);
-    add([&](int i) { return first + i * v.stride; },
+    const BFloat16 *first = v.row(j), *later = v.row(j + kAhead<BFloat16>);
+    add([&](int i) { return first + i * v.stride; }, [&](int i) { return later + i * v.stride; },
         [&](int r, int i) { return w[r * kScoreStride + i]; });
   } else {
+    const BFloat16* later[2 * kPairs];
+    for (int i = 0; i < 2 * kPairs; ++i) later[i] = v.row(j + i + kAhead<BFloat16>);
     add([&](int i) { return j + i >= 0 && j + i < n ? v.row(j + i) : kNoValue; },
+        [&](int i) { return later[i]; },
         [&](int r, int i) { return j + 2 * i < n ? w[r * kScoreStride + i] : Pair{}; });
   }
 }

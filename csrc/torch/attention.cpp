@@ -695,34 +695,6 @@ Tensor attention_cache(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
   return out;
 }
 
-// Keys or values of all sequences, (batch, seqlen, num_kv_heads, head_dim), from the pages that the
-// table names; sequence b's from position begins[b] on.
-Tensor gather_pages(const Tensor& pages, const Tensor& table, const std::vector<int64_t>& begins,
-                    const std::vector<int64_t>& lengths, int64_t seqlen) {
-  const int64_t batch = table.size(0), page_size = pages.size(1);
-  const int64_t row = pages.size(2) * pages.size(3);
-  const Tensor source = torch::stable::contiguous(pages);
-  const Tensor out = torch::stable::new_empty(pages, {batch, seqlen, pages.size(2), pages.size(3)});
-  const int64_t row_bytes = row * size_of(dtype_of("attention_paged", "k_pages", pages));
-  const auto* from = static_cast<const char*>(source.data_ptr());
-  auto* to = static_cast<char*>(out.data_ptr());
-  const auto* entries = static_cast<const int32_t*>(table.data_ptr());
-  const auto copy = [&](int64_t b) {
-    for (int64_t position = begins[b]; position < lengths[b];) {
-      const int64_t slot = position % page_size;
-      const int64_t keys = std::min(page_size - slot, lengths[b] - position);
-      const int64_t page = entries[b * table.stride(0) + position / page_size * table.stride(1)];
-      std::memcpy(to + (b * seqlen + position - begins[b]) * row_bytes,
-                  from + (page * page_size + slot) * row_bytes, keys * row_bytes);
-      position += keys;
-    }
-  };
-  torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) copy(b);
-  });
-  return out;
-}
-
 void attention_paged_out(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
                          const Tensor& block_table, const Tensor& key_lengths, double scale,
                          std::optional<double> softcap, std::optional<int64_t> window, Tensor out) {
@@ -758,47 +730,39 @@ void attention_paged_out(const Tensor& q, const Tensor& k_pages, const Tensor& v
   const int64_t room = block_table.size(1) * page_size;
   p.out = heads_view(out);
 
-#ifdef GEMMA2_WITH_CUDA
-  if (!q.is_cpu()) {
-    if (out.numel() == 0) return;
+  const Tensor table = torch::stable::contiguous(block_table);
+  p.block_table = static_cast<const int32_t*>(table.data_ptr());
+  p.block_table_stride = table.size(1);
+  while (int64_t(1) << p.page_shift < page_size) ++p.page_shift;
+  std::vector<int64_t> lengths;
+  std::optional<Tensor> device_lengths;
+  if (q.is_cpu()) {
+    lengths = to_vector(key_lengths), p.key_lengths = lengths.data();
+  } else {
     check_total(op, "the keys that block_table has room for", room);
-    const Tensor q_rows = readable(q), k_rows = readable(k_pages), v_rows = readable(v_pages);
-    const Tensor table = torch::stable::contiguous(block_table);
-    std::optional<Tensor> lengths;
-    p.key_lengths = on_device<int64_t>(key_lengths, lengths), p.seqlen_k = room;
-    p.q = heads_view(q_rows), p.k = heads_view(k_rows), p.v = heads_view(v_rows);
-    p.block_table = static_cast<const int32_t*>(table.data_ptr());
-    p.block_table_stride = table.size(1);
-    while (int64_t(1) << p.page_shift < page_size) ++p.page_shift;
-    return run(p, q);
+    p.key_lengths = on_device<int64_t>(key_lengths, device_lengths), p.seqlen_k = room;
   }
-#endif
-  std::vector<int64_t> lengths = to_vector(key_lengths), begins(p.batch);
-  for (int64_t b = 0; b < p.batch; ++b) {
+  for (int64_t b = 0; q.is_cpu() && b < p.batch; ++b) {
     if (lengths[b] < 0 || lengths[b] > room) {
       fail(op, row_of("key_lengths", b) + " must be from 0 to pages of a row * page_size = " +
                    std::to_string(room) + ", got " + std::to_string(lengths[b]));
     }
-    // Where the first query's window begins; positions count from there in what is gathered.
-    if (p.window) begins[b] = std::max(lengths[b] - p.seqlen_q - p.window + 1, int64_t(0));
-    for (int64_t i = begins[b] / page_size; i * page_size < lengths[b]; ++i) {
-      const int64_t page = static_cast<const int32_t*>(
-          block_table.data_ptr())[b * block_table.stride(0) + i * block_table.stride(1)];
+    // The first query's window begins there; no entry before it is needed.
+    const int64_t begin =
+        p.window ? std::max(lengths[b] - p.seqlen_q - p.window + 1, int64_t(0)) : 0;
+    for (int64_t i = begin >> p.page_shift; i << p.page_shift < lengths[b]; ++i) {
+      const int64_t page = p.block_table[b * p.block_table_stride + i];
       if (page < 0 || page >= pages) {
         fail(op, "block_table[" + std::to_string(b) + ", " + std::to_string(i) +
                      "] must be from 0 to pages - 1 = " + std::to_string(pages - 1) + ", got " +
                      std::to_string(page));
       }
     }
-    p.seqlen_k = std::max(p.seqlen_k, lengths[b] - begins[b]);
+    p.seqlen_k = std::max(p.seqlen_k, lengths[b]);
   }
   if (out.numel() == 0) return;
-  const Tensor q_rows = readable(q);
-  const Tensor k = gather_pages(k_pages, block_table, begins, lengths, p.seqlen_k);
-  const Tensor v = gather_pages(v_pages, block_table, begins, lengths, p.seqlen_k);
-  for (int64_t b = 0; b < p.batch; ++b) lengths[b] -= begins[b];
-  p.key_lengths = lengths.data();
-  p.q = heads_view(q_rows), p.k = heads_view(k), p.v = heads_view(v);
+  const Tensor q_rows = readable(q), k_rows = readable(k_pages), v_rows = readable(v_pages);
+  p.q = heads_view(q_rows), p.k = heads_view(k_rows), p.v = heads_view(v_rows);
   run(p, q);
 }
 

@@ -1,5 +1,6 @@
 """attention: eager, SDPA (which has no soft-cap), flex_attention compiled with soft-cap and window;
-the decode of a cache of int8, which has no peer.
+the decode of keys in pages, against copying them together for eager, and of a cache of int8, which
+has no peer.
 
 Prefill: a causal sequence. Decode: one query over a long cache. Inputs are drawn so that scores
 pass the soft-cap: a peer that drops it is wrong, and called so.
@@ -22,6 +23,7 @@ from ._common import Setting, forward_backward, number_of_sets, peer
 from ._harness import Case, Unavailable, compare_tensors
 
 LENGTHS = {"decode": (8192,), "prefill": (1024, 4096), "training": (1024,)}
+PAGE_SIZE = 16
 SAMPLED_ROWS = 64  # queries whose result is compared with the reference
 
 
@@ -48,6 +50,7 @@ def cases(setting: Setting) -> Iterator[Case]:
             queries = 1 if setting.phase == "decode" else length
             yield _case(setting, Shape(queries, length, window))
         if setting.phase == "decode" and setting.device == "cpu":
+            yield _paged_case(setting, length)
             yield _int8_case(setting, length)
 
 
@@ -112,6 +115,42 @@ def _caches(setting: Setting, keys: int, count: int, dtype: torch.dtype) -> list
     shape = (1, kv_heads, keys, head_dim)
     room = cache_room([math.prod(shape)] * count, dtype, torch.device(setting.device))
     return [flat.view(shape).transpose(1, 2) for flat in room]
+
+
+def _paged_case(setting: Setting, length: int) -> Case:
+    """One query of a global layer over keys in pages of random order."""
+    heads, kv_heads, head_dim = _heads(setting)
+    facts = _scores(setting)
+    reads = 2 * length * kv_heads * head_dim * setting.dtype.itemsize
+    sets = number_of_sets(reads)
+    shape = (-(-length // PAGE_SIZE), PAGE_SIZE, kv_heads, head_dim)
+    room = cache_room([math.prod(shape)] * 2 * sets, setting.dtype, torch.device(setting.device))
+    pages = [flat.normal_().view(shape) for flat in room]
+    table = torch.randperm(shape[0]).view(1, -1).int()
+    lengths = torch.tensor([length])
+    queries = [setting.randn(1, 1, heads, head_dim, scale=24.0) for _ in range(sets)]
+    inputs = list(zip(queries, pages[::2], pages[1::2], strict=True))
+
+    def ours(i: int) -> Tensor:
+        return ops.attention_paged(*inputs[i], table, lengths, **facts)
+
+    def eager(q: Tensor, *pages: Tensor) -> Any:
+        k, v = (t[table].flatten(1, 2) for t in pages)
+        return reference.attention(q, k, v, **facts)
+
+    return Case(
+        op="attention",
+        shape=f"1 x {length}, {heads}/{kv_heads} heads of {head_dim}, global, pages of {PAGE_SIZE}",
+        **setting.facts,
+        ours=ours,
+        peers={"torch eager": peer(eager, inputs)},
+        check=_checker(eager, inputs[0], setting),
+        sets=sets,
+        reads=reads,
+        writes=heads * head_dim * setting.dtype.itemsize,
+        operations=4 * length * heads * head_dim,
+        arithmetic=setting.arithmetic,
+    )
 
 
 def _int8_case(setting: Setting, length: int) -> Case:

@@ -27,7 +27,7 @@ def attention_paged(
     Position p of row b is in page `block_table[b, p // page_size]`, at place `p % page_size`. Query
     i stands at position `key_lengths[b] - seqlen_q + i` and sees key j if j <= position and, with a
     window, j > position - window. Pages that no query sees, and their entries in the table, are
-    never read. On the CPU what is seen is copied out of the pages first.
+    never read. Pages are read where they lie.
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), float32, bfloat16 or float16, any strides;
