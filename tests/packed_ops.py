@@ -11,8 +11,11 @@ from products import product_bound
 
 # One row, chunks and their remainders.
 ROWS = [0, 1, 2, 3, 7, 16, 17, 64, 65, 130]
-# Blocks of 16 rows and pieces of 32 columns, and their edges.
-SHAPES = [(1, 1), (1, 40), (15, 32), (16, 31), (17, 33), (48, 64), (100, 111), (33, 2304)]
+# Blocks of 16 rows and pieces of 32 columns, and their edges; the last in several parts.
+SHAPES = [
+    *[(1, 1), (1, 40), (15, 32), (16, 31), (17, 33), (48, 64), (100, 111), (33, 2304)],
+    (48, 6530),
+]
 
 
 def packed(out_features: int, in_features: int, format: Format) -> QuantizedWeight:

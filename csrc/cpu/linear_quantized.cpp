@@ -592,30 +592,52 @@ void dot_block(const Block<F>& block, int64_t pieces, const typename F::X* x, in
 // registers. Otherwise reading x takes as long as the products.
 constexpr int kBlocksAtOnce = 2;
 
-// The sums of a chunk of rows with kBlocksAtOnce whole blocks, one behind the other.
+// Whole blocks are taken so many bytes of each at a time at most, while those that follow are
+// fetched into the second-level cache, in the order of memory.
+constexpr int64_t kFetchBytes = 36 << 10;
+
+// Adds the products of a chunk of rows with pieces [begin, end) of kBlocksAtOnce whole blocks, one
+// behind the other, to their sums. `behind`: whose pieces from behind_begin on follow, or null.
 template <class F>
-void dot_blocks(const Block<F>& first, int64_t pieces, const typename F::X* x, int64_t rows,
+void dot_blocks(const Block<F>& first, int64_t pieces, int64_t begin, int64_t end,
+                const typename F::X* x, int64_t rows, const Block<F>* behind, int64_t behind_begin,
                 VecF (*sums)[kBlocksAtOnce]) {
   static_assert(kBlockVectors == 1, "");
-  const int64_t data_stride = kQuantRows * pieces * F::kRowBytes;
-  const int64_t scales_stride = kQuantRows * (pieces * F::kScaleBytes + F::kFactorBytes);
-  const uint8_t *data = first.data, *scales = first.scales;
-  memset(sums, 0, rows * sizeof *sums);
-  for (int64_t i = 0; i < pieces; ++i, x += rows) {
+  constexpr int64_t kPieceBytes = kQuantRows * F::kRowBytes;
+  constexpr int64_t kPieceScales = kQuantRows * F::kScaleBytes;
+  const int64_t data_stride = pieces * kPieceBytes;
+  const int64_t scales_stride = pieces * kPieceScales + kQuantRows * F::kFactorBytes;
+  const uint8_t* next = behind ? behind->data + behind_begin * kPieceBytes : nullptr;
+  const uint8_t* next_scales = behind ? behind->scales + behind_begin * kPieceScales : nullptr;
+  const int64_t half = begin + (end - begin + 1) / 2;
+  x += begin * rows;
+  for (int64_t i = begin; i < end; ++i, x += rows) {
+    if (behind) {
+      if (i == half) {
+        next += data_stride - (half - begin) * kBlocksAtOnce * kPieceBytes;
+        next_scales += scales_stride - (half - begin) * kBlocksAtOnce * kPieceScales;
+      }
+      for (int b = 0; b < kBlocksAtOnce; ++b, next += kPieceBytes) {
+        GEMMA2_UNROLL
+        for (int64_t line = 0; line < kPieceBytes; line += 64) prefetch(next + line);
+      }
+      static_assert(kBlocksAtOnce * kPieceScales == 64, "");
+      prefetch(next_scales);
+      next_scales += kBlocksAtOnce * kPieceScales;
+    }
     typename F::Weights w[kBlocksAtOnce];
     GEMMA2_UNROLL
     for (int b = 0; b < kBlocksAtOnce; ++b) {
-      const uint8_t* block = data + b * data_stride;
+      const uint8_t* data = first.data + b * data_stride + i * kPieceBytes;
+      const uint8_t* scales = first.scales + b * scales_stride + i * kPieceScales;
+      w[b] = F::load_piece(data, F::load_scales(scales), 0);
       GEMMA2_UNROLL
-      for (int64_t line = 0; line < kQuantRows * F::kRowBytes; line += 64)
-        prefetch(block + kPrefetchBytes + line);
-      w[b] = F::load_piece(block, F::load_scales(scales + b * scales_stride), 0);
+      for (int64_t line = kPieceBytes; line < 2 * kPieceBytes; line += 64)
+        prefetch_near(data + line);
     }
     int64_t r = 0;
     for (; r + 2 <= rows; r += 2) F::template dot_blocks<2>(w, x + r, sums + r);
     if (r < rows) F::template dot_blocks<1>(w, x + r, sums + r);
-    data += kQuantRows * F::kRowBytes;
-    scales += kQuantRows * F::kScaleBytes;
   }
 }
 
@@ -722,12 +744,23 @@ void dot_units(const LinearParams& p, int64_t begin, int64_t end) {
     finish_block<F>(p, block, b * kQuantRows, 0, p.rows, sums);
   }
   VecF wide[kQuantChunk][kBlocksAtOnce];
+  const int64_t parts = divide_up(pieces * kQuantRows * F::kRowBytes, kFetchBytes);
   for (; p.rows > kFewRows && (b + kBlocksAtOnce) * kQuantRows <= p.out_features &&
          b + kBlocksAtOnce <= end;
        b += kBlocksAtOnce) {
+    const Block<F> block(p, b), next(p, b + kBlocksAtOnce);
     for (int64_t chunk = 0; chunk * kQuantChunk < p.rows; ++chunk) {
       const int64_t rows = chunk_rows(p, chunk);
-      dot_blocks<F>(Block<F>(p, b), pieces, packed_chunk<F>(p, chunk), rows, wide);
+      memset(wide, 0, rows * sizeof *wide);
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t to = pieces * (part + 1) / parts;
+        const bool last = part == parts - 1;
+        dot_blocks<F>(block, pieces, pieces * part / parts, to, packed_chunk<F>(p, chunk), rows,
+                      chunk > 0 ? nullptr
+                      : last    ? &next
+                                : &block,
+                      last ? 0 : to, wide);
+      }
       for (int i = 0; i < kBlocksAtOnce; ++i) {
         for (int64_t r = 0; r < rows; ++r) sums[r][0] = wide[r][i];
         finish_block<F>(p, Block<F>(p, b + i), (b + i) * kQuantRows, chunk * kQuantChunk, rows,
