@@ -343,7 +343,11 @@ struct Stream {
     if constexpr (kPerWord<Word> == 1 && !kInIntegers<T, K>) {
       const K *k_rows[kBlockRows], *v_rows[kBlockRows];
       list_rows(k, n, k_rows), list_rows(v, n, v_rows);
-      blocks(row_begin, row_end, first, n, ListedRows<K>{k_rows, 0}, ListedRows<K>{v_rows, 0});
+      const bool far = row_end - row_begin > 4 &&
+                       4 * heads * kKeyBlock * p.head_dim * int64_t(sizeof(K)) <= kFarRoom;
+      const int64_t ahead = far ? kKeyBlock : kAhead<K>;
+      blocks(row_begin, row_end, first, n, ListedRows<K>{k_rows, 0, ahead},
+             ListedRows<K>{v_rows, 0, ahead});
     } else {
       blocks(row_begin, row_end, first, n, k, v);
     }

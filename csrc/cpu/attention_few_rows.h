@@ -16,7 +16,8 @@ template <class T>
 constexpr int kShares = kScaled<T> ? 1 : kSideBySide;
 
 // Fetches a later row: whole, or, where a step of so many bytes takes a line or half of one, step
-// by step.
+// by step. Below AVX-512 the processor's own prefetcher does better, but for several rows, which
+// keep arithmetic at work (kBusy).
 template <class T>
 constexpr int64_t kAhead = kScaled<T> ? 16 : 8;
 template <class T>
@@ -24,18 +25,20 @@ GEMMA2_INLINE void prefetch_row(const T* row, int64_t n) {
   if (!kScaled<T>) return;
   for (int64_t d = 0; d < n; d += 64 / int64_t(sizeof(T))) prefetch(row + d);
 }
-template <int64_t kBytes, class T>
+template <int64_t kBytes, bool kBusy = false, class T>
 GEMMA2_INLINE void prefetch_step(const T* row, int64_t d) {
-  if (kBytes >= 32 && kLanes >= 16) prefetch_near(row + d);
+  if (kBytes >= 32 && (kLanes >= 16 || kBusy)) prefetch_near(row + d);
 }
 
 // Key heads whose rows lie side by side are taken together: each meets some keys before any meets
 // the next ones, so that these are read as they lie. A head's rows of q, s and o begin `rows` rows
 // behind those of the head before, its keys or values `stride` elements.
 struct Heads {
+  static constexpr bool kOne = false;
   int64_t count, rows, stride;
 };
 struct OneHead {  // for the compiler to know
+  static constexpr bool kOne = true;
   static constexpr int64_t count = 1, rows = 0, stride = 0;
 };
 template <class T, class Heads>
@@ -47,11 +50,15 @@ GEMMA2_INLINE KeyRows<T> of_head(const KeyRows<T>& rows, const Heads& heads, int
 
 // Where rows are asked for one by one: those of a block's n keys, and as many behind them as are
 // asked for ahead, by the places of the (first) head's.
-constexpr int64_t kRowsBehind = 32, kBlockRows = kKeyBlock + kRowsBehind;
+constexpr int64_t kRowsBehind = 96, kBlockRows = kKeyBlock + kRowsBehind;
+// Where several groups of rows meet a block, they fetch the next one, as long as these keys and
+// values and the next have room in a second-level cache.
+constexpr int64_t kFarRoom = kLanes < 16 ? 256 << 10 : 512 << 10;
 template <class T>
 struct ListedRows {
   const T* const* rows;
   int64_t offset;
+  int64_t ahead;
 
   GEMMA2_INLINE const T* row(int64_t j) const { return rows[j] + offset; }
 };
@@ -61,7 +68,7 @@ GEMMA2_INLINE void list_rows(const KeyRows<T>& k, int64_t n, const T** rows) {
 }
 template <class T, class Heads>
 GEMMA2_INLINE ListedRows<T> of_head(const ListedRows<T>& listed, const Heads& heads, int64_t h) {
-  return {listed.rows, listed.offset + h * heads.stride};
+  return {listed.rows, listed.offset + h * heads.stride, listed.ahead};
 }
 
 // s[r, j] = q[r] . k[j] for kRows rows of `depth` words and the n keys. kKeys keys together fill
@@ -75,8 +82,9 @@ void dot_keys(float, const float* first_q, const ListedRows<T>& first_k, int64_t
   constexpr int kOfShare = kKeys / kParted, kNeighbours = kAtOnce / kParted;
   constexpr int kPart = kParts<float, T>, kStep = kPart * kLanes;
   constexpr int64_t kBytes = kStep * sizeof(T);
+  constexpr bool kBusy = kRows == 4 && Heads::kOne;
   const int64_t whole = depth / kStep * kStep, share = (n + kParted - 1) / kParted;
-  static_assert(kParted - 1 + kOfShare - 1 + kAhead<T> < kRowsBehind, "");
+  static_assert(kParted + kOfShare + kKeyBlock < kRowsBehind, "");
   for (int64_t j = 0; j < share; j += kOfShare) {
     for (int64_t h = 0; h < heads.count; ++h) {
       const ListedRows<T> k = of_head(first_k, heads, h);
@@ -91,7 +99,7 @@ void dot_keys(float, const float* first_q, const ListedRows<T>& first_k, int64_t
         for (int i = 0; i < kAtOnce; ++i) {
           const int64_t key = i / kNeighbours * share + j + first + i % kNeighbours;
           rows[i] = k.row(min64(key, n - 1));
-          later[i] = k.row(key + kAhead<T>);
+          later[i] = k.row(key + k.ahead);
           prefetch_row(later[i], depth);
           GEMMA2_UNROLL
           for (int r = 0; r < kRows; ++r) part_sum[r][i] = zero();
@@ -99,7 +107,7 @@ void dot_keys(float, const float* first_q, const ListedRows<T>& first_k, int64_t
         const auto step = [&](int64_t d, int64_t words) __attribute__((always_inline)) {
           VecF query[kRows][kPart];
           GEMMA2_UNROLL
-          for (int i = 0; i < kAtOnce; ++i) prefetch_step<kBytes>(later[i], d);
+          for (int i = 0; i < kAtOnce; ++i) prefetch_step<kBytes, kBusy>(later[i], d);
           GEMMA2_UNROLL
           for (int r = 0; r < kRows * kPart; ++r)
             query[r / kPart][r % kPart] =
@@ -145,7 +153,7 @@ void dot_keys(float, const float* first_q, const ListedRows<T>& first_k, int64_t
 
 // o[r] += the sum over kKeys keys of w[r, key] v[key]: kNeighbours from j on, as many at j + apart,
 // and so on.
-template <int kRows, int kKeys, int kNeighbours, class T>
+template <int kRows, int kKeys, int kNeighbours, bool kBusy, class T>
 GEMMA2_INLINE void add_some_values(const float* w, const ListedRows<T>& v, int64_t j, int64_t apart,
                                    int64_t head_dim, float* o, int64_t o_stride) {
   constexpr int kPart = kParts<float, T>, kStep = kPart * kLanes;
@@ -156,7 +164,7 @@ GEMMA2_INLINE void add_some_values(const float* w, const ListedRows<T>& v, int64
   for (int i = 0; i < kKeys; ++i) {
     const int64_t key = j + i / kNeighbours * apart + i % kNeighbours;
     rows[i] = v.row(key);
-    later[i] = v.row(key + kAhead<T>);
+    later[i] = v.row(key + v.ahead);
     prefetch_row(later[i], head_dim);
     GEMMA2_UNROLL
     for (int r = 0; r < kRows; ++r) weight[r][i] = set(w[r * kScoreStride + key]);
@@ -164,7 +172,7 @@ GEMMA2_INLINE void add_some_values(const float* w, const ListedRows<T>& v, int64
   const auto step = [&](int64_t d, int64_t end) __attribute__((always_inline)) {
     VecF value[kKeys][kPart];
     GEMMA2_UNROLL
-    for (int i = 0; i < kKeys; ++i) prefetch_step<kBytes>(later[i], d);
+    for (int i = 0; i < kKeys; ++i) prefetch_step<kBytes, kBusy>(later[i], d);
     GEMMA2_UNROLL
     for (int i = 0; i < kKeys; ++i) load_parts<float>(rows[i], d, end, value[i]);
     GEMMA2_UNROLL
@@ -190,6 +198,7 @@ GEMMA2_INLINE void add_values(float, const float* first_w, const ListedRows<T>& 
                               int64_t o_stride, const Heads& heads) {
   constexpr int kKeys = kSideBySide, kParted = kShares<T>;
   constexpr int kNeighbours = kKeys / kParted;
+  constexpr bool kBusy = kRows == 4 && Heads::kOne;
   const int64_t share = n / kKeys * kNeighbours;
   for (int64_t j = 0; j < share; j += kNeighbours) {
     for (int64_t h = 0; h < heads.count; ++h) {
@@ -199,9 +208,9 @@ GEMMA2_INLINE void add_values(float, const float* first_w, const ListedRows<T>& 
       if (kParts<float, T> > 1 && kRows > 2) {  // all their weights would fill the registers
         static_assert(kNeighbours == 1 || kParts<float, T> == 1, "");
         for (int i = 0; i < kParted; i += 2)
-          add_some_values<kRows, 2, 1>(w, v, j + i * share, share, head_dim, o, o_stride);
+          add_some_values<kRows, 2, 1, kBusy>(w, v, j + i * share, share, head_dim, o, o_stride);
       } else {
-        add_some_values<kRows, kKeys, kNeighbours>(w, v, j, share, head_dim, o, o_stride);
+        add_some_values<kRows, kKeys, kNeighbours, kBusy>(w, v, j, share, head_dim, o, o_stride);
       }
     }
   }
@@ -210,7 +219,7 @@ GEMMA2_INLINE void add_values(float, const float* first_w, const ListedRows<T>& 
       const ListedRows<T> v = of_head(first_v, heads, h);
       const float* w = first_w + h * heads.rows * kScoreStride + first;
       float* o = first_o + h * heads.rows * o_stride;
-      add_some_values<kRows, 1, 1>(w, v, j, 0, head_dim, o, o_stride);
+      add_some_values<kRows, 1, 1, kBusy>(w, v, j, 0, head_dim, o, o_stride);
     }
   }
 }
