@@ -442,12 +442,33 @@ GEMMA2_INLINE bool not_finite(const T* row, int64_t n) {
 
 // ---- the inner loop
 
+// What multiply_tile does beside each step of depth.
+struct NoFetcher {
+  GEMMA2_INLINE void next() {}
+};
+// Fetches some pairs of lines of keys, then lines of values, a pair at every `period`-th step: one
+// stream at a time, and no more at once than a processor asks memory for.
+struct BlockFetcher {
+  LineFetcher keys, values;
+  int64_t period, key_pairs;
+  int64_t steps = 1;  // left until the next pair
+
+  GEMMA2_INLINE void next() {
+    if (--steps > 0) return;
+    steps = period;
+    if (key_pairs > 0)
+      keys.next(), --key_pairs;
+    else
+      values.next();
+  }
+};
+
 // c (kTileRows, kTileCols) = a (kTileRows, depth) b (depth, kTileCols), plus c with kAdd; element
 // (r, k) of a is a[r * kARow + k * kADepth]. The sum over depth starts at zero, so that its
 // rounding errors stay those of a short sum.
-template <int64_t kARow, int64_t kADepth, int64_t kBStride, bool kAdd, class Word>
+template <int64_t kARow, int64_t kADepth, int64_t kBStride, bool kAdd, class Word, class Fetcher>
 __attribute__((noinline)) void multiply_tile(const Word* a, const float* b, int64_t depth, float* c,
-                                             int64_t c_stride) {
+                                             int64_t c_stride, Fetcher& fetcher) {
   VecF sum[kTileRows][kTileVecs];
   GEMMA2_UNROLL
   for (int r = 0; r < kTileRows; ++r) {
@@ -455,6 +476,7 @@ __attribute__((noinline)) void multiply_tile(const Word* a, const float* b, int6
     for (int v = 0; v < kTileVecs; ++v) sum[r][v] = zero();
   }
   for (int64_t k = 0; k < depth; ++k) {
+    fetcher.next();
     VecF column[kTileVecs];
     GEMMA2_UNROLL
     for (int v = 0; v < kTileVecs; ++v) column[v] = load(b + k * kBStride + v * kLanes);
@@ -474,6 +496,12 @@ __attribute__((noinline)) void multiply_tile(const Word* a, const float* b, int6
       store(to, kAdd ? load(to) + sum[r][v] : sum[r][v]);
     }
   }
+}
+template <int64_t kARow, int64_t kADepth, int64_t kBStride, bool kAdd, class Word>
+GEMMA2_INLINE void multiply_tile(const Word* a, const float* b, int64_t depth, float* c,
+                                 int64_t c_stride) {
+  NoFetcher none;
+  multiply_tile<kARow, kADepth, kBStride, kAdd>(a, b, depth, c, c_stride, none);
 }
 
 }  // namespace

@@ -461,16 +461,16 @@ void tile_unit(const AttentionWork& w, const Unit& u) {
     end[r] = inside ? end_key(p, u, u.query(r)) : end[r - 1];
   }
 
-  // The next block is fetched while tiles of this one are multiplied, a share of its lines with
-  // each.
-  const int64_t tiles = kKeyBlock / kTileCols * (rows / kTileRows);
-  const int64_t pairs = kKeyBlock * head_dim * int64_t(sizeof(K)) / (2 * kLineBytes);
-  const int64_t fetches = (pairs + tiles - 1) / tiles;
+  // The next block is fetched while the products of this one's scores are made.
+  const int64_t pairs = kKeyBlock * head_dim * int64_t(sizeof(K)) / (2 * kLineBytes);  // of keys
+  const int64_t steps = kKeyBlock / kTileCols * (rows / kTileRows) * depth;
+  const int64_t period = max64(1, steps / (2 * pairs));
   for (int64_t j = u.key_begin; j < u.key_end; j += kKeyBlock) {
     const int64_t n = min64(kKeyBlock, u.key_end - j);
     const int64_t next = min64(j + kKeyBlock, u.key_end - 1);
-    LineFetcher next_keys = make_fetcher(key_rows<K>(p, u, u.k, p.k, next), 0, head_dim);
-    LineFetcher next_values = make_fetcher(key_rows<K>(p, u, u.v, p.v, next), 0, head_dim);
+    BlockFetcher fetcher{make_fetcher(key_rows<K>(p, u, u.k, p.k, next), 0, head_dim),
+                         make_fetcher(key_rows<K>(p, u, u.v, p.v, next), 0, head_dim), period,
+                         pairs};
     const KeyRows<T> k = rows_as<T>(K{}, p, u, u.k, p.k, p.k_scales, j, n, k_room);
     const KeyRows<T> v = rows_as<T>(K{}, p, u, u.v, p.v, p.v_scales, j, n, v_room);
     // Some row does not see all of the block. Then a value that is not finite must not pass through
@@ -489,15 +489,14 @@ void tile_unit(const AttentionWork& w, const Unit& u) {
     for (int64_t c = 0; c < n; c += kTileCols) {
       for (int64_t r = 0; r < rows; r += kTileRows) {
         if (from(r) >= c + kTileCols || to(r + kTileRows - 1) <= c) continue;
-        for (int64_t i = 0; i < fetches; ++i) next_keys.next(), next_values.next();
         const Word* a = (const Word*)q + r * kQueryStride;
         const float* b = k_packed + c * depth;
         float* to_s = s + r * kScoreStride + c;
         multiply_tile<kQueryStride, 1, kTileCols, false>(a, b, min64(depth, kDepthBlock), to_s,
-                                                         kScoreStride);
+                                                         kScoreStride, fetcher);
         for (int64_t d = kDepthBlock; d < depth; d += kDepthBlock)
           multiply_tile<kQueryStride, 1, kTileCols, true>(
-              a + d, b + d * kTileCols, min64(depth - d, kDepthBlock), to_s, kScoreStride);
+              a + d, b + d * kTileCols, min64(depth - d, kDepthBlock), to_s, kScoreStride, fetcher);
       }
     }
     const auto softmax = [&](auto count, int64_t r) {
