@@ -26,6 +26,7 @@ constexpr bool kInIntegers<Half, int8_t> = true;
 constexpr int64_t kBytes = 4 * kLanes;    // of a vector
 constexpr int64_t kLowBytes = 256;        // where a query's low bytes begin; the high ones at 0
 constexpr float kLeastSplit = 0x1p-100f;  // 65535 over less than this may be no number
+constexpr int64_t kKeysAhead = 32;        // that are fetched
 static_assert(2 * kLowBytes <= 4 * kQueryStride, "");
 
 // The first n bytes of a vector, n < kBytes, the others 0.
@@ -79,7 +80,7 @@ GEMMA2_INLINE void dot_keys(const float* q, const KeyRows<int8_t>& k, int64_t n,
       GEMMA2_UNROLL
       for (int i = 0; i < kKeys; ++i) {
         const int8_t* row = row_of(i);
-        const int8_t* later = row + kAhead<int8_t> * k.stride;
+        const int8_t* later = row + kKeysAhead * k.stride;
         VecI high[kRows], low[kRows], offset{};
         GEMMA2_UNROLL
         for (int r = 0; r < kRows; ++r) high[r] = low[r] = VecI{};
