@@ -448,17 +448,32 @@ void tile_unit(const AttentionWork& w, const Unit& u) {
   const int64_t rows = (u.rows + kTileRows - 1) / kTileRows * kTileRows;
   float largest[kRowBlock], sum[kRowBlock], factors[kRowBlock];
   int64_t first[kRowBlock], end[kRowBlock];  // keys that a row sees
+  const T* q_rows[kRowBlock];
   for (int64_t r = 0; r < rows; ++r) {
     const bool inside = r < u.rows;
-    const T* row = inside ? query_row<T>(p, u, r) : nullptr;
-    for (int64_t d = 0; d < depth; d += kLanes)
-      store(q + r * kQueryStride + d, inside ? load_words(Word{}, row, d, depth) : zero());
-    for (int64_t d = 0; d < o_stride; d += kLanes) store(o + r * o_stride + d, zero());
+    q_rows[r] = inside ? query_row<T>(p, u, r) : nullptr;
     largest[r] = -INFINITY;
     sum[r] = 0.0f;
     // Rows that fill up the last tile see what its last row sees.
     first[r] = inside ? first_key(p, u, u.query(r)) : first[r - 1];
     end[r] = inside ? end_key(p, u, u.query(r)) : end[r - 1];
+  }
+  // Rows ahead are fetched, and the first block of keys and values.
+  constexpr int64_t kRowsAhead = 4;
+  const KeyRows<K> first_keys = key_rows<K>(p, u, u.k, p.k, u.key_begin);
+  const KeyRows<K> first_values = key_rows<K>(p, u, u.v, p.v, u.key_begin);
+  const int64_t first_block = min64(kKeyBlock, u.key_end - u.key_begin);
+  const auto fetch_row = [&](const auto* row) {
+    for (int64_t d = 0; d < head_dim; d += kLineBytes / int64_t(sizeof *row)) prefetch(row + d);
+  };
+  for (int64_t r = 0; r < max64(rows, first_block); ++r) {
+    if (r + kRowsAhead < u.rows) fetch_row(q_rows[r + kRowsAhead]);
+    if (r < first_block) fetch_row(first_keys.row(r)), fetch_row(first_values.row(r));
+    if (r >= rows) continue;
+    const T* row = q_rows[r];
+    for (int64_t d = 0; d < depth; d += kLanes)
+      store(q + r * kQueryStride + d, row ? load_words(Word{}, row, d, depth) : zero());
+    for (int64_t d = 0; d < o_stride; d += kLanes) store(o + r * o_stride + d, zero());
   }
 
   // The next block is fetched while the products of this one's scores are made.
