@@ -20,6 +20,8 @@ bench model-int4 model --quantize int4
 bench norms rms_norm add_rms_norm geglu rope
 bench attention attention
 bench linear linear logits
+bench linear-int8 linear logits --quantize int8
+bench linear-int4 linear logits --quantize int4
 # The check of 256000 words' gradients takes some 30 GB.
 if (($(awk '/^MemAvailable/ { print int($2 / 1048576) }' /proc/meminfo) >= 40)); then
   bench losses linear_cross_entropy linear_distillation

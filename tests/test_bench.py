@@ -320,6 +320,19 @@ def test_a_gguf_file_holds_the_weights(tmp_path: Path, format: Any) -> None:
     assert error <= {None: 0.0, "int8": 0.01, "int4": 0.12}[format]
 
 
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_packed_weights(small: None, format: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("bench", "--rounds", "3", "--quantize", format)
+    assert cli.main([*options]) == 0
+    out = capsys.readouterr().out
+    assert f"linear  qkv: 16 x 64 -> 128  {format} decode" in out
+    assert f"linear  down: 512 x 96 -> 64  {format} prefill" in out
+    assert f"logits  4 x 64 -> 199  {format} decode" in out
+    assert "wrong" not in out
+    assert cli.main([*options, "rope"]) == 2
+    assert "rope has no packed weights; linear, logits have" in capsys.readouterr().err
+
+
 def test_command_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert cli.main(["bench", "no_such_op"]) == 2
     assert "there is no op 'no_such_op'" in capsys.readouterr().err

@@ -217,7 +217,9 @@ def add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
     command.add_argument(
         "--prompt", type=whole_number(1), default=512, metavar="N", help="of the model's prefill"
     )
-    command.add_argument("--quantize", choices=FORMATS, help="the model's weights")
+    command.add_argument(
+        "--quantize", choices=FORMATS, help="weights, of the model, linear and logits"
+    )
     command.add_argument("--layers", type=whole_number(1), metavar="N", help="fewer in the model")
     command.add_argument("--no-peers", action="store_true", help="only this package")
     command.add_argument("--json", type=Path, metavar="FILE", help="write results here")
@@ -550,12 +552,14 @@ def run_bench(args: argparse.Namespace) -> None:
         _suite.check_device(args.device)
         machine = _report.machine_facts(args.device)
         print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
+        every = _suite.PACKED_OPS if args.quantize else OPS
         results = run_suite(
-            [name for name in args.ops if name != "model"] if args.ops else OPS,
+            [name for name in args.ops if name != "model"] if args.ops else every,
             size=args.size,
             phases=(args.phase,) if args.phase else ("decode", "prefill", "training"),
             dtype=getattr(torch, args.dtype),
             device=args.device,
+            quantize=args.quantize,
             settings=Settings(rounds=args.rounds, peers=not args.no_peers),
             shape=args.shape,
             show=show,

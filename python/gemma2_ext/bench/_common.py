@@ -12,12 +12,14 @@ from torch import Tensor
 
 from ..cache import cache_room
 from ..config import Gemma2Config
+from ..quantize import BLOCK_ROWS, Format, QuantizedWeight, quantize
 from ._harness import Call, Unavailable, compare_tensors
 
 SIZES = ("2b", "9b", "27b")
 PHASES = ("decode", "prefill", "training")
 CACHE_BYTES = 96 << 20  # more than the last-level cache of what this runs on
 MOST_SETS = 64
+PACKED_ROWS = 512  # that are drawn, a multiple of BLOCK_ROWS
 ROWS = {"decode": (1, 8), "prefill": (512, 2048), "training": (2048,)}
 
 
@@ -29,6 +31,7 @@ class Setting:
     phase: str
     dtype: torch.dtype
     device: str
+    quantize: Format | None = None  # the format of packed weights
 
     @property
     def config(self) -> Gemma2Config:
@@ -44,6 +47,8 @@ class Setting:
     @property
     def arithmetic(self) -> str:
         """What products run in."""
+        if self.quantize and self.device == "cpu":
+            return "int8"
         if self.dtype == torch.float32 or (self.device == "cpu" and self.dtype == torch.float16):
             return "float32"
         return self.dtype_name
@@ -54,7 +59,7 @@ class Setting:
         return {
             "size": self.size,
             "phase": self.phase,
-            "dtype": self.dtype_name,
+            "dtype": self.quantize or self.dtype_name,
             "device": self.device,
         }
 
@@ -68,6 +73,24 @@ class Setting:
         room = cache_room([math.prod(shape)] * count, self.dtype, torch.device(self.device))
         made = [t.view(shape).normal_(0, scale) for t in room]
         return [t.requires_grad_(self.phase == "training") for t in made]
+
+    def packed_weights(
+        self, format: Format, count: int, rows: int, columns: int, *, scale: float
+    ) -> list[QuantizedWeight]:
+        """`count` packed matrices of like values, in huge pages likewise."""
+        device = torch.device(self.device)
+        # Blocks of rows are packed each on its own, so they can be repeated.
+        drawn = rows if rows % BLOCK_ROWS else min(rows, PACKED_ROWS)
+        few = quantize(torch.randn(drawn, columns, device=device) * scale, format)
+        parts = []
+        for part in (few.data, few.scales):
+            room = cache_room([rows * part.shape[1]] * count, part.dtype, device)
+            for flat in room:
+                for first in range(0, rows, drawn):
+                    to = flat.view(rows, -1)[first : first + drawn]
+                    to.copy_(part[: len(to)])
+            parts.append([flat.view(rows, -1) for flat in room])
+        return [QuantizedWeight(d, s, format, (rows, columns)) for d, s in zip(*parts, strict=True)]
 
 
 def number_of_sets(bytes_of_one: int) -> int:

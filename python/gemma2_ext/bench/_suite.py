@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from ..quantize import Format
 from ._common import PHASES, Setting
 from ._harness import Case, Result, Settings, measure
 from ._probes import CpuProbes, CudaProbes
@@ -16,16 +17,20 @@ OPS = (
     *("rms_norm", "add_rms_norm", "geglu", "rope", "attention", "linear", "logits"),
     *("linear_cross_entropy", "linear_distillation"),
 )
+# Those over weights that may be packed.
+PACKED_OPS = ("linear", "logits")
 
 
 def cases(op: str, setting: Setting) -> Iterator[Case]:
     """The cases of an op, made one after another, so that only one's inputs are in memory.
 
     Raises:
-        ValueError: no op has that name.
+        ValueError: no op has that name, or it has no weights to be packed.
     """
     if op not in OPS:
         raise ValueError(f"bench: there is no op {op!r}; there are {', '.join(OPS)}")
+    if setting.quantize and op not in PACKED_OPS:
+        raise ValueError(f"bench: {op} has no packed weights; {', '.join(PACKED_OPS)} have")
     found: Iterator[Case] = importlib.import_module(f"{__package__}.{op}").cases(setting)
     return found
 
@@ -43,6 +48,7 @@ def run_suite(
     phases: Iterable[str] = PHASES,
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
+    quantize: Format | None = None,
     settings: Settings | None = None,
     shape: str = "",
     show: Callable[[Result], None] = lambda result: None,
@@ -55,12 +61,13 @@ def run_suite(
         phases: of "decode", "prefill" and "training".
         dtype: of inputs.
         device: "cpu" or "cuda".
+        quantize: the format of packed weights; for ops of PACKED_OPS.
         settings: how long to measure.
         shape: only cases whose shape holds this text.
         show: called with each result as it comes.
 
     Raises:
-        ValueError: an unknown op.
+        ValueError: an unknown op, or `quantize` for one without weights to be packed.
         RuntimeError: a result of this package's is wrong, or there is no such device.
     """
     check_device(device)
@@ -68,7 +75,7 @@ def run_suite(
     results = []
     for op in names:
         for phase in phases:
-            setting = Setting(size, phase, dtype, device)
+            setting = Setting(size, phase, dtype, device, quantize)
             # Training measures gradients; elsewhere inference_mode is how the model runs.
             with torch.inference_mode(phase != "training"):
                 for case in cases(op, setting):

@@ -135,7 +135,7 @@ def _paged_case(setting: Setting, length: int) -> Case:
         return ops.attention_paged(*inputs[i], table, lengths, **facts)
 
     def eager(q: Tensor, *pages: Tensor) -> Any:
-        k, v = (t[table].flatten(1, 2) for t in pages)
+        k, v = (t[table].flatten(1, 2)[:, :length] for t in pages)
         return reference.attention(q, k, v, **facts)
 
     return Case(

@@ -1,14 +1,19 @@
-"""linear: the four products of a layer, with torch's own and torch.compile's."""
+"""linear: the four products of a layer, with torch's own and torch.compile's; over packed weights
+with torch's own over the same weights unpacked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from .. import ops, reference
+from ..quantize import Format, QuantizedWeight, packed_bytes
 from ._common import ROWS, Setting, checker, forward_backward, number_of_sets, peer
-from ._harness import Case
+from ._harness import Call, Case
 
 
 def shapes(setting: Setting) -> dict[str, tuple[int, int]]:
@@ -26,6 +31,9 @@ def shapes(setting: Setting) -> dict[str, tuple[int, int]]:
 
 def cases(setting: Setting) -> Iterator[Case]:
     """Few rows are bound by reading the weight, many by arithmetic."""
+    if setting.quantize:
+        yield from _packed_cases(setting, setting.quantize)
+        return
     rows_of = {"decode": (1, 4, 8), "prefill": (32, 512), "training": (512,)}
     for rows in rows_of.get(setting.phase, ROWS[setting.phase]):
         for name, (out_features, in_features) in shapes(setting).items():
@@ -53,3 +61,53 @@ def cases(setting: Setting) -> Iterator[Case]:
                 operations=2 * rows * out_features * in_features * (3 if training else 1),
                 arithmetic=setting.arithmetic,
             )
+
+
+def _packed_cases(setting: Setting, format: Format) -> Iterator[Case]:
+    rows_of = {"decode": (1, 4, 8, 16), "prefill": (32, 512)}
+    for rows in rows_of.get(setting.phase, ()):
+        for name, (out_features, in_features) in shapes(setting).items():
+            size = packed_bytes(format, (out_features, in_features))
+            sets = number_of_sets(size) if rows <= 16 else 2
+            scale = in_features**-0.5
+            weights = setting.packed_weights(format, sets, out_features, in_features, scale=scale)
+            inputs = [(setting.randn(rows, in_features), weight) for weight in weights]
+            activations = rows * (in_features + out_features) * setting.dtype.itemsize
+            yield Case(
+                op="linear",
+                shape=f"{name}: {rows} x {in_features} -> {out_features}",
+                **setting.facts,
+                ours=forward_backward(ops.linear, inputs),
+                peers={"torch eager": unpacked(setting, F.linear, inputs)},
+                check=packed_checker(reference.linear, inputs[0]),
+                sets=sets,
+                reads=size + activations,
+                writes=activations,
+                operations=2 * rows * out_features * in_features,
+                arithmetic=setting.arithmetic,
+            )
+
+
+def unpacked(
+    setting: Setting,
+    function: Callable[[Tensor, Tensor], Any],
+    inputs: list[tuple[Tensor, QuantizedWeight]],
+) -> Callable[[], Call]:
+    """A peer's callable over the same weights in the setting's dtype."""
+
+    def make() -> Call:
+        dense = [(x, weight.dequantize(setting.dtype)) for x, weight in inputs]
+        return forward_backward(function, dense)
+
+    return make
+
+
+def packed_checker(
+    exact: Callable[[Tensor, Tensor], Any], arguments: tuple[Tensor, QuantizedWeight]
+) -> Callable[[Any], str | None]:
+    """As `checker`, with room for x in 8 bits."""
+
+    def answer(x: Tensor, weight: QuantizedWeight) -> Any:
+        return exact(x, weight.dequantize())
+
+    return checker(answer, arguments, torch.float16)
