@@ -276,6 +276,12 @@ def test_the_model(
     assert "2b, 2 layers, 9 tokens" in out
     assert "2b, 2 layers, after 9 tokens" in out
     assert "[4 samples]" in out
+    assert cli.main(["bench", "model", *options, *quantized, "--phase", "prefill"]) == 0
+    out = capsys.readouterr().out
+    assert "prefill" in out and "decode" not in out
+    assert cli.main(["bench", "model", *options, *quantized, "--phase", "decode"]) == 0
+    out = capsys.readouterr().out
+    assert "decode" in out and "prefill" not in out
 
 
 def test_a_captured_step_gives_the_same_tokens() -> None:
@@ -334,6 +340,14 @@ def test_packed_weights(small: None, format: Any, capsys: pytest.CaptureFixture[
 
 
 def test_command_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for options, message in {
+        ("rope", "--prompt", "9"): "--prompt is for `bench model`",
+        ("--layers", "2"): "--layers is for `bench model`",
+        ("model", "--shape", "1 x"): "the model is one case",
+        ("model", "--phase", "training"): "model has no phase 'training'; it has prefill, decode",
+    }.items():
+        assert cli.main(["bench", *options]) == 2
+        assert message in capsys.readouterr().err
     assert cli.main(["bench", "no_such_op"]) == 2
     assert "there is no op 'no_such_op'" in capsys.readouterr().err
     assert cli.main(["bench", "rope", "--compare", str(tmp_path / "none.json")]) == 2

@@ -215,7 +215,7 @@ def add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
     command.add_argument("--shape", default="", metavar="TEXT", help="only shapes that hold it")
     command.add_argument("--rounds", type=whole_number(3), default=20, metavar="N", help="samples")
     command.add_argument(
-        "--prompt", type=whole_number(1), default=512, metavar="N", help="of the model's prefill"
+        "--prompt", type=whole_number(1), metavar="N", help="of the model's prefill; default 512"
     )
     command.add_argument(
         "--quantize", choices=FORMATS, help="weights, of the model, linear and logits"
@@ -531,13 +531,18 @@ def run_perplexity(args: argparse.Namespace) -> None:
 def run_bench(args: argparse.Namespace) -> None:
     """`gemma2-ext bench`."""
     from .bench import OPS, Result, Settings, _report, _suite, run_suite
-    from .bench.model import ModelSettings, run_model
+    from .bench.model import PHASES, ModelSettings, run_model
 
     for name in args.ops:
         if name not in (*OPS, "model"):
             raise ValueError(
                 f"bench: there is no op {name!r}; there are {', '.join(OPS)}, and model"
             )
+    for option in ("prompt", "layers"):
+        if getattr(args, option) is not None and "model" not in args.ops:
+            raise ValueError(f"bench: --{option} is for `bench model`")
+    if args.shape and "model" in args.ops and not args.load:
+        raise ValueError("bench: --shape chooses among cases of ops; the model is one case")
     earlier = _report.read_json(args.compare)[1] if args.compare else None
 
     def show(result: Result) -> None:
@@ -545,10 +550,29 @@ def run_bench(args: argparse.Namespace) -> None:
 
     if args.load:
         machine, results = _report.read_all(args.load)
-        results = [r for r in results if not args.ops or r.op in args.ops]
+        results = [
+            r
+            for r in results
+            if (not args.ops or r.op in args.ops)
+            and args.phase in (None, r.phase)
+            and args.shape in r.shape
+        ]
         for result in results:
             show(result)
     else:
+        model = None
+        if "model" in args.ops:
+            model = ModelSettings(
+                size=args.size,
+                dtype=getattr(torch, args.dtype),
+                device=args.device,
+                quantize=args.quantize,
+                prompt=args.prompt or 512,
+                new_tokens=args.rounds,
+                layers=args.layers,
+                peers=not args.no_peers,
+                phases=(args.phase,) if args.phase else PHASES,
+            )
         _suite.check_device(args.device)
         machine = _report.machine_facts(args.device)
         print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
@@ -564,17 +588,7 @@ def run_bench(args: argparse.Namespace) -> None:
             shape=args.shape,
             show=show,
         )
-        if "model" in args.ops:
-            model = ModelSettings(
-                size=args.size,
-                dtype=getattr(torch, args.dtype),
-                device=args.device,
-                quantize=args.quantize,
-                prompt=args.prompt,
-                new_tokens=args.rounds,
-                layers=args.layers,
-                peers=not args.no_peers,
-            )
+        if model is not None:
             results += run_model(model, show)
     if args.json:
         args.json.write_text(_report.to_json(results, machine), encoding="utf-8")

@@ -21,16 +21,21 @@ OPS = (
 PACKED_OPS = ("linear", "logits")
 
 
+def check_op(op: str, quantize: Format | None) -> None:
+    """Raises ValueError where no op has that name, or it has no weights to be packed."""
+    if op not in OPS:
+        raise ValueError(f"bench: there is no op {op!r}; there are {', '.join(OPS)}")
+    if quantize and op not in PACKED_OPS:
+        raise ValueError(f"bench: {op} has no packed weights; {', '.join(PACKED_OPS)} have")
+
+
 def cases(op: str, setting: Setting) -> Iterator[Case]:
     """The cases of an op, made one after another, so that only one's inputs are in memory.
 
     Raises:
-        ValueError: no op has that name, or it has no weights to be packed.
+        ValueError: as `check_op`.
     """
-    if op not in OPS:
-        raise ValueError(f"bench: there is no op {op!r}; there are {', '.join(OPS)}")
-    if setting.quantize and op not in PACKED_OPS:
-        raise ValueError(f"bench: {op} has no packed weights; {', '.join(PACKED_OPS)} have")
+    check_op(op, setting.quantize)
     found: Iterator[Case] = importlib.import_module(f"{__package__}.{op}").cases(setting)
     return found
 
@@ -71,6 +76,9 @@ def run_suite(
         RuntimeError: a result of this package's is wrong, or there is no such device.
     """
     check_device(device)
+    names = list(names)
+    for op in names:
+        check_op(op, quantize)
     probes = CudaProbes() if device == "cuda" else CpuProbes()
     results = []
     for op in names:

@@ -35,6 +35,8 @@ from ._probes import CpuProbes, CudaProbes
 # A prefill that takes longer is timed once.
 ONCE_SECONDS = 60.0
 
+PHASES = ("prefill", "decode")
+
 
 @dataclass(frozen=True)
 class ModelSettings:
@@ -50,6 +52,10 @@ class ModelSettings:
         rounds: of the prefill.
         layers: fewer than the model's, for a quick look; None: all.
         peers: whether transformers and llama.cpp are measured too.
+        phases: of PHASES.
+
+    Raises:
+        ValueError: a phase that is none of PHASES.
     """
 
     size: str = "2b"
@@ -61,6 +67,12 @@ class ModelSettings:
     rounds: int = 3
     layers: int | None = None
     peers: bool = True
+    phases: tuple[str, ...] = PHASES
+
+    def __post_init__(self) -> None:
+        for phase in self.phases:
+            if phase not in PHASES:
+                raise ValueError(f"bench: model has no phase {phase!r}; it has {', '.join(PHASES)}")
 
 
 class _Ours:
@@ -180,11 +192,12 @@ def run_model(
     """Measures prefill, then decode.
 
     Returns:
-        Two results; seconds are those of the whole prompt, and of one token.
+        A result for each phase; seconds are those of the whole prompt, and of one token.
 
     Raises:
         RuntimeError: this package's logits are not those of transformers.
     """
+    results: list[Result] = []
     config: Gemma2Config = getattr(Gemma2Config, f"gemma2_{settings.size}")()
     if settings.layers:
         config = replace(
@@ -236,7 +249,7 @@ def run_model(
             side.prefill(ids)  # libraries choose and allocate at their first calls
         logits: dict[str, Tensor] = {}
         peaks = []
-        for _ in range(settings.rounds):
+        for _ in range(settings.rounds if "prefill" in settings.phases else 1):
             peaks.append(probes.arithmetic(kind))
             for side in sides:
                 if taken[side.name] and taken[side.name][0] > ONCE_SECONDS:
@@ -261,7 +274,11 @@ def run_model(
         if prefill.peak:
             prefill.limit_seconds = prefill.operations / prefill.peak
         prefill.bound = "arithmetic"
-        show(prefill)
+        if "prefill" in settings.phases:
+            results.append(prefill)
+            show(prefill)
+        if "decode" not in settings.phases:
+            return results
 
         taken = {side.name: [] for side in sides}
         bandwidths = []
@@ -277,8 +294,9 @@ def run_model(
         decode.bandwidth = statistics.median(bandwidths)
         decode.limit_seconds = size / decode.bandwidth
         decode.bound = "memory"
+        results.append(decode)
         show(decode)
-    return [prefill, decode]
+    return results
 
 
 def _llama_cpp(
