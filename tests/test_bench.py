@@ -339,9 +339,20 @@ def test_packed_weights(small: None, format: Any, capsys: pytest.CaptureFixture[
     assert "rope has no packed weights; linear, logits have" in capsys.readouterr().err
 
 
+def test_packed_weights_repeat_those_that_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_common, "PACKED_ROWS", 32)
+    setting = _common.Setting("2b", "decode", torch.bfloat16, "cpu", "int4")
+    for weight in setting.packed_weights("int4", 2, 80, 70, scale=0.1):
+        dense = weight.dequantize()
+        assert 0.09 < dense[:32].std() < 0.11
+        assert torch.equal(dense, dense[:32].repeat(3, 1)[:80])
+
+
 def test_command_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for options, message in {
         ("rope", "--prompt", "9"): "--prompt is for `bench model`",
+        ("logits", "--phase", "training"): "no case has that phase and shape",
+        ("linear", "--quantize", "int4", "--phase", "training"): "no case has that phase",
         ("--layers", "2"): "--layers is for `bench model`",
         ("model", "--shape", "1 x"): "the model is one case",
         ("model", "--phase", "training"): "model has no phase 'training'; it has prefill, decode",

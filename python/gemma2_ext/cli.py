@@ -590,6 +590,8 @@ def run_bench(args: argparse.Namespace) -> None:
         )
         if model is not None:
             results += run_model(model, show)
+    if not results:
+        raise ValueError("bench: no case has that phase and shape")
     if args.json:
         args.json.write_text(_report.to_json(results, machine), encoding="utf-8")
     if earlier is not None:
