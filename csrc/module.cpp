@@ -42,10 +42,11 @@ bool hold(const pybind11::tuple& dicts, const pybind11::tuple& keys,
   return true;
 }
 
-// Blocks above 32 MiB go back in any case: the C library takes no higher threshold.
+// No block is mapped on its own, as those of 32 MiB and more would be whatever the threshold: they
+// went back when they were freed.
 bool keep_freed_memory() {
 #ifdef __GLIBC__
-  return mallopt(M_TRIM_THRESHOLD, -1) && mallopt(M_MMAP_THRESHOLD, 32 << 20);
+  return mallopt(M_TRIM_THRESHOLD, -1) && mallopt(M_MMAP_MAX, 0);
 #else
   return false;
 #endif

@@ -125,7 +125,7 @@ void run(const char* op, const char* name, const Tensor& x, const Tensor& weight
                  torch::headeronly::toString(out.scalar_type()));
   }
   if (!out.is_contiguous()) fail(op, "out must be contiguous");
-  use_huge_pages(out);
+  prepare_memory(out);
   if (out.numel() == 0) return;
   if (in_features == 0) {
     torch::stable::zero_(out);
