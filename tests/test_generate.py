@@ -79,25 +79,73 @@ def test_top_p_of_a_flat_large_vocabulary() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scale", "low", "high"),
-    [(7.0, 1, 128), (4.6, 129, 1024), (2.0, 1025, 16384), (1.0, 16385, 32_000)],
+    ("scale", "low", "high"), [(7.0, 1, 128), (4.6, 129, 1024), (1.0, 16385, 32_000)]
 )
-def test_top_p_whatever_number_of_tokens_it_takes(
-    scale: float, low: int, high: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """However many are looked at, or all sorted: the draws of a vocabulary that is sorted."""
+def test_top_p_whatever_number_of_tokens_it_takes(scale: float, low: int, high: int) -> None:
+    """Each draw is one of the tokens that count, and the same beside other rows."""
     logits = scale * torch.randn(20, 32_000)
-    sorted_logits = (logits / 1.3).softmax(-1).sort(-1, descending=True).values
-    taken = (sorted_logits.cumsum(-1) < 0.9).sum(-1) + 1
-    assert ((low <= taken) & (taken <= high)).all()
+    logits[3] *= 7 / scale
+    falling, order = (logits / 1.3).softmax(-1).sort(-1, descending=True)
+    taken = (falling.cumsum(-1) < 0.9).sum(-1) + 1
+    assert ((low <= taken) & (taken <= high))[torch.arange(20) != 3].all()
     sampler = Sampler(temperature=1.3, top_p=0.9)
     keys = sampler.keys(20)
     drawn = sampler(logits, keys)
+    assert all(token in row[:n] for token, row, n in zip(drawn, order, taken, strict=True))
     assert torch.equal(
         torch.cat([sampler(logits[i : i + 1], keys[i : i + 1]) for i in range(20)]), drawn
     )
-    monkeypatch.setattr(generate_module, "NUCLEUS_CANDIDATES", ())
-    assert torch.equal(sampler(logits, keys), drawn)
+
+
+@pytest.mark.parametrize("wanted", [1e-30, 0.01, 0.3, 0.95, 0.999999, 2.0])
+def test_the_nucleus_is_that_of_sorted_tokens(wanted: float) -> None:
+    for weights in (
+        torch.randn(20_000).exp(),
+        torch.randn(20_000).mul(15).exp(),
+        torch.rand(1),
+        torch.cat([torch.zeros(1000), torch.rand(50), torch.zeros(1000)]),
+    ):
+        weights /= weights.max()
+        goal = wanted * weights.sum()
+        falling = weights.double().sort(descending=True).values
+        count = max(1, int((falling.cumsum(0) - falling < goal - 1e-6).sum()))
+        kept = weights.clone()
+        generate_module._keep_nucleus(kept, goal[None])
+        assert torch.equal(kept[kept != 0], weights[kept != 0])
+        number = int((kept != 0).sum())
+        # As many as a sum in float64 says, but for what rounding moves.
+        assert abs(number - min(count, int((weights != 0).sum()))) <= 20_000 * 1e-4
+        assert torch.equal(kept.sort(descending=True).values[:number].double(), falling[:number])
+
+
+def test_the_nucleus_of_equals_and_of_no_numbers() -> None:
+    equal = torch.ones(1000)
+    generate_module._keep_nucleus(equal, torch.tensor([250.5]))
+    assert int(equal.sum()) == 251
+    keys = Sampler(temperature=1.0).keys(2)
+    logits = torch.randn(2, 20_000)
+    logits[0, 77] = math.nan
+    logits[1, 5_000:] = -math.inf
+    ids = Sampler(temperature=1.0, top_p=0.9)(logits, keys)
+    assert 0 <= ids[0] < 20_000 and 0 <= ids[1] < 5_000
+
+
+def test_top_p_of_a_flat_vocabulary_keeps_the_distribution() -> None:
+    """A chi-squared test over 16 groups of the tokens that count."""
+    logits = 1.5 * torch.randn(20_000)
+    falling, order = logits.softmax(-1).sort(descending=True)
+    count = int((falling.cumsum(0) < 0.8).sum()) + 1
+    assert count > 1000
+    ids = Sampler(temperature=1.0, top_p=0.8)(logits.expand(3000, -1))
+    place = torch.empty(20_000, dtype=torch.int64)
+    place[order] = torch.arange(20_000)
+    assert int(place[ids].max()) <= count  # one for rounding
+    share = falling[:count].cumsum(0) / falling[:count].sum()
+    group = (16 * share).ceil().clamp(1, 16).long() - 1
+    expected = torch.bincount(group, weights=falling[:count], minlength=16) * 3000
+    expected /= falling[:count].sum()
+    drawn = torch.bincount(group[place[ids].clamp(max=count - 1)], minlength=16)
+    assert float(((drawn - expected) ** 2 / expected).sum()) < 50  # 15 degrees: p = 1e-5
 
 
 @pytest.mark.parametrize("count", [1, 3, 40, 64, 78, 79, 1000, 10_048])

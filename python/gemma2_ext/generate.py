@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 # <eos> and <end_of_turn>: Gemma 2 ends an answer with either.
 STOP_IDS = (1, 107)
 PAD_ID = 0
-# Nucleus sampling looks at this many tokens, at more where they do not carry the asked probability,
-# and sorts the vocabulary only where those do not either.
-NUCLEUS_CANDIDATES = (128, 1024, 16384)
+# Nucleus sampling looks at this many tokens, and at all where they do not carry the asked
+# probability.
+NUCLEUS_CANDIDATES = 128
 # On a CPU a vocabulary of this size or more is drawn from in two steps: a run of tokens, then one
 # of them.
 TWO_STEPS_FROM = 16384
@@ -87,24 +87,25 @@ class Sampler:
         vocab_size = logits.shape[-1]
         if self.top_k is not None:
             largest, ids = _largest(logits, min(self.top_k, vocab_size))
-            weights = self._weights(largest)
-            total = weights.sum(-1, keepdim=True)
+            every = weights = self._weights(largest)
         else:
             every = self._weights(logits)
             if top_p == 1:
                 return _first(self._filter(every), keys)
-            total = every.sum(-1, keepdim=True)
-            # A GPU sorts the whole vocabulary rather than being asked, which would wait for it.
-            for count in () if logits.is_cuda else NUCLEUS_CANDIDATES:
-                weights, ids = _largest(every, min(count, vocab_size))
-                if bool((weights.sum(-1, keepdim=True) >= top_p * total).all()):
-                    break
-            else:
+            if logits.is_cuda:  # to ask whether fewer do would wait for the GPU
                 weights, ids = every.sort(dim=-1, descending=True)
+            else:
+                weights, ids = _largest(every, min(NUCLEUS_CANDIDATES, vocab_size))
+        wanted = top_p * every.sum(-1, keepdim=True)
+        flat = weights.sum(-1) < wanted[:, 0] if weights.shape[-1] < every.shape[-1] else None
         if top_p < 1:
             before = weights.cumsum(-1) - weights
-            weights.masked_fill_(before >= top_p * total, 0.0)
-        return ids.gather(-1, _race(self._filter(weights), ids, keys)[:, None])[:, 0]
+            weights.masked_fill_(before >= wanted, 0.0)
+        tokens = ids.gather(-1, _race(self._filter(weights), ids, keys)[:, None])[:, 0]
+        for row in [] if flat is None else flat.nonzero()[:, 0].tolist():
+            _keep_nucleus(every[row], wanted[row])
+            tokens[row] = _first(self._filter(every[row : row + 1]), keys[row : row + 1])[0]
+        return tokens
 
     def _weights(self, logits: Tensor) -> Tensor:
         """Probabilities by the temperature, as multiples of the largest one; a new tensor."""
@@ -137,6 +138,26 @@ def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     ids = (TOP_RUN * runs[..., None] + torch.arange(TOP_RUN)).flatten(1)
     values, places = logits.gather(-1, ids).topk(count, dim=-1)
     return values, ids.gather(-1, places)
+
+
+def _keep_nucleus(weights: Tensor, wanted: Tensor) -> None:
+    """Zeros for all but the largest of `weights` (n,) that together carry `wanted` (1,), the one
+    that reaches it included; of equals any. On the CPU.
+
+    Sums by the upper half of a float's bits, which says where among 16000 runs of values it lies:
+    only the values of the run in which `wanted` is reached are sorted.
+    """
+    runs = (weights.view(torch.int32) >> 16).bitwise_and_(0x7FFF)  # a NaN's sign is not a place
+    carried = torch.bincount(runs, weights=weights).flip(0).cumsum(0)  # from the largest on
+    reached = min(int((carried < wanted).sum()), len(carried) - 1)
+    run = len(carried) - 1 - reached
+    inside = (runs == run).nonzero()[:, 0]
+    values, order = weights[inside].sort(descending=True)
+    before = values.cumsum(0) - values
+    if reached > 0:
+        before += carried[reached - 1]
+    weights.masked_fill_(runs < run, 0.0)
+    weights[inside[order[before >= wanted]]] = 0.0
 
 
 def _race(probabilities: Tensor, ids: Tensor, keys: Tensor) -> Tensor:
