@@ -60,6 +60,36 @@ constexpr bool kEvenOdd<BFloat16> = true;
 // In place of a number of elements: all kPair of them.
 struct Whole {};
 
+// The first n of kPair elements, 0 < n < kPair, between a row and an array of kPair that holds the
+// rest: kLoad fills it, with zeros behind them. Copied by length, they would have to wait for each
+// other's stores.
+template <bool kLoad, class T>
+GEMMA2_INLINE void copy_first(T* to, const T* from, int64_t n) {
+#if defined(__AVX512BW__) && GEMMA2_LANES == 16
+  if constexpr (sizeof(T) == 2) {
+    const __mmask32 first = __mmask32((1ull << n) - 1);
+    if constexpr (kLoad) {
+      _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(first, from));
+    } else {
+      _mm512_mask_storeu_epi16(to, first, _mm512_loadu_si512(from));
+    }
+  } else {
+    static_assert(sizeof(T) == 4, "");
+    for (int64_t i = 0; i < kPair; i += kLanes) {
+      const __mmask16 first = __mmask16(((1ull << n) - 1) >> i);
+      if constexpr (kLoad) {
+        _mm512_storeu_si512(to + i, _mm512_maskz_loadu_epi32(first, from + i));
+      } else {
+        _mm512_mask_storeu_epi32(to + i, first, _mm512_loadu_si512(from + i));
+      }
+    }
+  }
+#else
+  if constexpr (kLoad) memset(to, 0, kPair * sizeof(T));
+  memcpy(to, from, n * sizeof(T));
+#endif
+}
+
 // kPair elements of a row, in the order of T.
 template <class T, class From>
 GEMMA2_INLINE VecPair<T> load_pair(const From* p, Whole) {
@@ -76,8 +106,8 @@ GEMMA2_INLINE VecPair<T> load_pair(const From* p, Whole) {
 // The first n of them, 0 < n < kPair; the rest reads as 0 and is not touched in memory.
 template <class T, class From>
 GEMMA2_INLINE VecPair<T> load_pair(const From* p, int64_t n) {
-  From elements[kPair] = {};
-  memcpy(elements, p, n * sizeof(From));
+  From elements[kPair];
+  copy_first<true>(elements, p, n);
   return load_pair<T>(elements, Whole{});
 }
 
@@ -132,7 +162,7 @@ template <class T>
 GEMMA2_INLINE void store_rounded_pair(T* p, VecPair<T> v, int64_t n) {
   T elements[kPair];
   store_rounded_pair(elements, v, Whole{});
-  memcpy(p, elements, n * sizeof(T));
+  copy_first<false>(p, elements, n);
 }
 
 // Rounds to To and stores all elements, or the first n of them.
@@ -153,7 +183,7 @@ template <bool kAnyNaN, class T, class To>
 GEMMA2_INLINE void store_pair(To* p, VecPair<T> v, int64_t n) {
   To elements[kPair];
   store_pair<kAnyNaN>(elements, v, Whole{});
-  memcpy(p, elements, n * sizeof(To));
+  copy_first<false>(p, elements, n);
 }
 
 // Rows of float32 for the same kernel's later passes: whole pairs stay in the order of T.
