@@ -92,7 +92,8 @@ def their_step(
 
 def serve(args: argparse.Namespace) -> None:
     """One side: a line of JSON for each line that it reads."""
-    gemma2_ext._C.keep_freed_memory()  # as `gemma2-ext train` does; here the others do too
+    if args.side == SIDES[0] or args.their_memory == "kept":
+        gemma2_ext._C.keep_freed_memory()  # as `gemma2-ext train` does
     config, dtype = SIZES[args.size], getattr(torch, args.dtype)
     if args.side == SIDES[0]:
         module, loss_of = our_step(config, dtype)
@@ -122,6 +123,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
+    parser.add_argument(
+        "--their-memory",
+        default="kept",
+        choices=("kept", "freed"),
+        help="whether the other sides keep what a step frees; by themselves they do not",
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -131,6 +138,7 @@ def main() -> None:
         return
     command = [sys.executable, __file__, "--size", args.size, "--dtype", args.dtype]
     command += ["--tokens", str(args.tokens), "--threads", str(args.threads)]
+    command += ["--their-memory", args.their_memory]
     servers = {
         side: subprocess.Popen(
             [*command, "--side", side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -168,6 +176,7 @@ def main() -> None:
         "torch": torch.__version__,
         "dtype": args.dtype,
         "tokens": args.tokens,
+        "their_memory": args.their_memory,
         "parameters": config.num_parameters,
         "config": config.to_dict(),
         "sides": {},
