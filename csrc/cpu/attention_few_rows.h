@@ -226,6 +226,29 @@ GEMMA2_INLINE void add_values(float, const float* first_w, const ListedRows<T>& 
 
 #if defined(GEMMA2_ISA_avx512_bf16)
 
+// What heads that are taken together fetch, in the order of memory: parts of all heads' row, then
+// of the next one.
+struct RowsAhead {
+  const KeyRows<BFloat16>& rows;
+  const BFloat16* row;
+  int64_t j, end;  // of a row
+  int64_t at = 0;
+
+  template <class Heads>
+  GEMMA2_INLINE RowsAhead(const KeyRows<BFloat16>& rows, int64_t j, const Heads& heads)
+      : rows(rows), row(rows.row(j)), j(j), end(heads.count * heads.stride) {}
+
+  GEMMA2_INLINE const BFloat16* next(int64_t n) {
+    const BFloat16* part = row + at;
+    at += n;
+    if (at >= end) {
+      at = 0, ++j;
+      row = rows.table ? rows.row(j) : row + rows.stride;
+    }
+    return part;
+  }
+};
+
 // s[r, j], s[r, j + 1], ... of the n keys: the dot products (kRows, kLanes / kRows).
 template <int kRows>
 GEMMA2_INLINE void store_dots(VecF dots, float* s, int64_t j, int64_t n) {
@@ -247,6 +270,7 @@ GEMMA2_INLINE void dot_keys(Pair, const float* first_q, const KeyRows<BFloat16>&
                             int64_t depth, float* first_s, const Heads& heads) {
   constexpr int kKeys = kLanes / kRows;
   const int64_t whole = depth / kLanes * kLanes;
+  RowsAhead ahead(first_k, kAhead<BFloat16>, heads);
   for (int64_t j = 0; j < n; j += kKeys) {
     for (int64_t h = 0; h < heads.count; ++h) {
       const KeyRows<BFloat16> k = of_head(first_k, heads, h);
@@ -258,7 +282,7 @@ GEMMA2_INLINE void dot_keys(Pair, const float* first_q, const KeyRows<BFloat16>&
         GEMMA2_UNROLL
         for (int i = 0; i < kKeys; ++i) {
           const BFloat16* row = row_of(i);
-          const BFloat16* later = later_of(i);
+          const BFloat16* later = Heads::kOne ? later_of(i) : ahead.next(heads.stride);
           VecF part_sum[kRows];
           GEMMA2_UNROLL
           for (int r = 0; r < kRows; ++r) part_sum[r] = zero();
@@ -294,9 +318,9 @@ alignas(64) constexpr BFloat16 kNoValue[256] = {};
 
 // As add_values, with kPairs pairs of weights w[r] for the values j, j + 1, ..., of which those
 // outside [0, n) are not read.
-template <int kRows, int kPairs>
+template <int kRows, int kPairs, bool kInOrder>
 GEMMA2_INLINE void add_pairs(const Pair* w, const KeyRows<BFloat16>& v, int64_t j, int64_t n,
-                             int64_t head_dim, float* o, int64_t o_stride) {
+                             int64_t head_dim, float* o, int64_t o_stride, RowsAhead& ahead) {
   const int64_t depth = head_dim / 2;
   const auto add = [&](const auto& row_of, const auto& later_of,
                        const auto& weight_of) __attribute__((always_inline)) {
@@ -310,8 +334,14 @@ GEMMA2_INLINE void add_pairs(const Pair* w, const KeyRows<BFloat16>& v, int64_t 
       for (int i = 0; i < kPairs; ++i) weight[r][i] = broadcast(weight_of(r, i));
     }
     const auto step = [&](int64_t d, int64_t words) __attribute__((always_inline)) {
+      const BFloat16* part = kInOrder ? ahead.next(kPairs * 4 * kLanes) : nullptr;
       GEMMA2_UNROLL
-      for (int i = 0; i < 2 * kPairs; ++i) prefetch_step<64>(later_of(i), 2 * d);
+      for (int i = 0; i < 2 * kPairs; ++i) {
+        if (kInOrder)
+          prefetch_step<64>(part, i * 2 * kLanes);
+        else
+          prefetch_step<64>(later_of(i), 2 * d);
+      }
       VecF lower[kPairs], upper[kPairs];
       GEMMA2_UNROLL
       for (int i = 0; i < kPairs; ++i) {
@@ -355,12 +385,21 @@ GEMMA2_INLINE void add_values(Pair, const float* w, const KeyRows<BFloat16>& v, 
   const Pair* pairs = (const Pair*)w + first / 2;
   int64_t j = -(first & 1);                   // the first pair's first key
   constexpr int kPairs = kRows <= 2 ? 4 : 2;  // with their weights in registers
-  for (; j < n; j += 2 * kPairs, pairs += kPairs) {
-    for (int64_t h = 0; h < heads.count; ++h) {
-      add_pairs<kRows, kPairs>(pairs + h * heads.rows * kScoreStride, of_head(v, heads, h), j, n,
-                               head_dim, o + h * heads.rows * o_stride, o_stride);
+  RowsAhead ahead(v, j + kAhead<BFloat16>, heads);
+  const auto add = [&](auto in_order) __attribute__((always_inline)) {
+    for (; j < n; j += 2 * kPairs, pairs += kPairs) {
+      for (int64_t h = 0; h < heads.count; ++h) {
+        add_pairs<kRows, kPairs, in_order.value>(pairs + h * heads.rows * kScoreStride,
+                                                 of_head(v, heads, h), j, n, head_dim,
+                                                 o + h * heads.rows * o_stride, o_stride, ahead);
+      }
     }
-  }
+  };
+  // A step takes kPairs pairs of lines; so many must fill a row.
+  if (!Heads::kOne && heads.stride == head_dim && ahead.end % (kPairs * 4 * kLanes) == 0)
+    add(Count<1>{});
+  else
+    add(Count<0>{});
 }
 
 // ---- rows that are bound by arithmetic, of pairs
