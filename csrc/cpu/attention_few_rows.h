@@ -6,14 +6,13 @@ namespace gemma2 {
 namespace GEMMA2_ISA {
 namespace {
 
-// Some keys at a time go through their rows side by side, to hide the latency of additions. They
-// are of kShares shares of a block, each read as it lies in memory: a processor fetches few long
-// streams ahead of their use by itself, faster than one, and much faster than several short rows.
-// Rows of int8 are too short for that: those side by side are neighbours, and rows ahead are
-// fetched.
+// Some keys at a time go through their rows side by side, to hide the latency of additions. With
+// AVX-512 and with int8 they are neighbours, and rows ahead are fetched. Below, they are of kShares
+// shares of a block, each read as it lies in memory: there a processor fetches few long streams
+// ahead of their use by itself, faster than one, and much faster than several short rows.
 constexpr int kSideBySide = 4;
 template <class T>
-constexpr int kShares = kScaled<T> ? 1 : kSideBySide;
+constexpr int kShares = kScaled<T> || kLanes >= 16 ? 1 : kSideBySide;
 
 // Fetches a later row: whole, or, where a step of so many bytes takes a line or half of one, step
 // by step. Below AVX-512 the processor's own prefetcher does better, but for several rows, which
@@ -71,6 +70,58 @@ GEMMA2_INLINE ListedRows<T> of_head(const ListedRows<T>& listed, const Heads& he
   return {listed.rows, listed.offset + h * heads.stride, listed.ahead};
 }
 
+// Whether rows are fetched in the order of memory. More rows of queries are busy with arithmetic,
+// and what it takes to count would show.
+template <class T, int kRows>
+constexpr bool kInOrder = kLanes >= 16 && kRows <= 2 && !kScaled<T>;
+
+template <class T>
+GEMMA2_INLINE const T* next_row(const ListedRows<T>& rows, const T*, int64_t j) {
+  return rows.row(j);
+}
+template <class T>
+GEMMA2_INLINE const T* next_row(const KeyRows<T>& rows, const T* before, int64_t j) {
+  return rows.table ? rows.row(j) : before + rows.stride;
+}
+// What is fetched in the order of memory: parts of a row of all heads that are taken together, then
+// of the next row. (Where a ring ends it goes on behind it, in vain, up to the end of a block.)
+template <class Rows, class T>
+struct RowsAhead {
+  const Rows& rows;
+  const T* row;
+  int64_t j, end;  // of a row
+  int64_t at = 0;
+
+  // From row j on.
+  template <class Heads>
+  GEMMA2_INLINE RowsAhead(const Rows& rows, int64_t j, const Heads& heads, int64_t head_dim)
+      : rows(rows),
+        row(rows.row(j)),
+        j(j),
+        end(Heads::kOne ? head_dim : heads.count * heads.stride) {}
+
+  GEMMA2_INLINE const T* next(int64_t n) {
+    const T* part = row + at;
+    at += n;
+    if (at >= end) {
+      at = 0;
+      row = next_row(rows, row, ++j);
+    }
+    return part;
+  }
+  template <int64_t n>
+  GEMMA2_INLINE void fetch() {
+    const T* part = next(n);
+    GEMMA2_UNROLL
+    for (int64_t i = 0; i < n; i += kLineBytes / int64_t(sizeof(T))) prefetch_near(part + i);
+  }
+  // Whether parts of n elements fill a row of heads of head_dim.
+  template <class Heads>
+  GEMMA2_INLINE bool fits(const Heads& heads, int64_t head_dim, int64_t n) const {
+    return (Heads::kOne || heads.stride == head_dim) && end % n == 0;
+  }
+};
+
 // s[r, j] = q[r] . k[j] for kRows rows of `depth` words and the n keys. kKeys keys together fill
 // whole vectors of sums.
 template <int kRows, class T, class Heads>
@@ -85,6 +136,8 @@ void dot_keys(float, const float* first_q, const ListedRows<T>& first_k, int64_t
   constexpr bool kBusy = kRows == 4 && Heads::kOne;
   const int64_t whole = depth / kStep * kStep, share = (n + kParted - 1) / kParted;
   static_assert(kParted + kOfShare + kKeyBlock < kRowsBehind, "");
+  RowsAhead<ListedRows<T>, T> ahead(first_k, first_k.ahead, heads, depth);
+  const bool in_order = kInOrder<T, kRows> && ahead.fits(heads, depth, kAtOnce * kStep);
   for (int64_t j = 0; j < share; j += kOfShare) {
     for (int64_t h = 0; h < heads.count; ++h) {
       const ListedRows<T> k = of_head(first_k, heads, h);
@@ -106,8 +159,12 @@ void dot_keys(float, const float* first_q, const ListedRows<T>& first_k, int64_t
         }
         const auto step = [&](int64_t d, int64_t words) __attribute__((always_inline)) {
           VecF query[kRows][kPart];
-          GEMMA2_UNROLL
-          for (int i = 0; i < kAtOnce; ++i) prefetch_step<kBytes, kBusy>(later[i], d);
+          if (in_order) {
+            ahead.template fetch<kAtOnce * kStep>();
+          } else {
+            GEMMA2_UNROLL
+            for (int i = 0; i < kAtOnce; ++i) prefetch_step<kBytes, kBusy>(later[i], d);
+          }
           GEMMA2_UNROLL
           for (int r = 0; r < kRows * kPart; ++r)
             query[r / kPart][r % kPart] =
@@ -155,7 +212,8 @@ void dot_keys(float, const float* first_q, const ListedRows<T>& first_k, int64_t
 // and so on.
 template <int kRows, int kKeys, int kNeighbours, bool kBusy, class T>
 GEMMA2_INLINE void add_some_values(const float* w, const ListedRows<T>& v, int64_t j, int64_t apart,
-                                   int64_t head_dim, float* o, int64_t o_stride) {
+                                   int64_t head_dim, float* o, int64_t o_stride, bool in_order,
+                                   RowsAhead<ListedRows<T>, T>& ahead) {
   constexpr int kPart = kParts<float, T>, kStep = kPart * kLanes;
   constexpr int64_t kBytes = kStep * sizeof(T);
   const T *rows[kKeys], *later[kKeys];
@@ -171,8 +229,12 @@ GEMMA2_INLINE void add_some_values(const float* w, const ListedRows<T>& v, int64
   }
   const auto step = [&](int64_t d, int64_t end) __attribute__((always_inline)) {
     VecF value[kKeys][kPart];
-    GEMMA2_UNROLL
-    for (int i = 0; i < kKeys; ++i) prefetch_step<kBytes, kBusy>(later[i], d);
+    if (in_order) {
+      ahead.template fetch<kKeys * kStep>();
+    } else {
+      GEMMA2_UNROLL
+      for (int i = 0; i < kKeys; ++i) prefetch_step<kBytes, kBusy>(later[i], d);
+    }
     GEMMA2_UNROLL
     for (int i = 0; i < kKeys; ++i) load_parts<float>(rows[i], d, end, value[i]);
     GEMMA2_UNROLL
@@ -200,17 +262,22 @@ GEMMA2_INLINE void add_values(float, const float* first_w, const ListedRows<T>& 
   constexpr int kNeighbours = kKeys / kParted;
   constexpr bool kBusy = kRows == 4 && Heads::kOne;
   const int64_t share = n / kKeys * kNeighbours;
+  constexpr int kPart = kParts<float, T>, kStep = kPart * kLanes;
+  RowsAhead<ListedRows<T>, T> ahead(first_v, first_v.ahead, heads, head_dim);
+  const bool in_order = kInOrder<T, kRows> && ahead.fits(heads, head_dim, kKeys * kStep);
   for (int64_t j = 0; j < share; j += kNeighbours) {
     for (int64_t h = 0; h < heads.count; ++h) {
       const ListedRows<T> v = of_head(first_v, heads, h);
       const float* w = first_w + h * heads.rows * kScoreStride + first;
       float* o = first_o + h * heads.rows * o_stride;
       if (kParts<float, T> > 1 && kRows > 2) {  // all their weights would fill the registers
-        static_assert(kNeighbours == 1 || kParts<float, T> == 1, "");
-        for (int i = 0; i < kParted; i += 2)
-          add_some_values<kRows, 2, 1, kBusy>(w, v, j + i * share, share, head_dim, o, o_stride);
+        for (int i = 0; i < kKeys; i += 2)
+          add_some_values<kRows, 2, kNeighbours == 1 ? 1 : 2, kBusy>(
+              w, v, kNeighbours == 1 ? j + i * share : j + i, share, head_dim, o, o_stride,
+              in_order, ahead);
       } else {
-        add_some_values<kRows, kKeys, kNeighbours, kBusy>(w, v, j, share, head_dim, o, o_stride);
+        add_some_values<kRows, kKeys, kNeighbours, kBusy>(w, v, j, share, head_dim, o, o_stride,
+                                                          in_order, ahead);
       }
     }
   }
@@ -219,35 +286,14 @@ GEMMA2_INLINE void add_values(float, const float* first_w, const ListedRows<T>& 
       const ListedRows<T> v = of_head(first_v, heads, h);
       const float* w = first_w + h * heads.rows * kScoreStride + first;
       float* o = first_o + h * heads.rows * o_stride;
-      add_some_values<kRows, 1, 1, kBusy>(w, v, j, 0, head_dim, o, o_stride);
+      add_some_values<kRows, 1, 1, kBusy>(w, v, j, 0, head_dim, o, o_stride, false, ahead);
     }
   }
 }
 
 #if defined(GEMMA2_ISA_avx512_bf16)
 
-// What heads that are taken together fetch, in the order of memory: parts of all heads' row, then
-// of the next one.
-struct RowsAhead {
-  const KeyRows<BFloat16>& rows;
-  const BFloat16* row;
-  int64_t j, end;  // of a row
-  int64_t at = 0;
-
-  template <class Heads>
-  GEMMA2_INLINE RowsAhead(const KeyRows<BFloat16>& rows, int64_t j, const Heads& heads)
-      : rows(rows), row(rows.row(j)), j(j), end(heads.count * heads.stride) {}
-
-  GEMMA2_INLINE const BFloat16* next(int64_t n) {
-    const BFloat16* part = row + at;
-    at += n;
-    if (at >= end) {
-      at = 0, ++j;
-      row = rows.table ? rows.row(j) : row + rows.stride;
-    }
-    return part;
-  }
-};
+using PairsAhead = RowsAhead<KeyRows<BFloat16>, BFloat16>;
 
 // s[r, j], s[r, j + 1], ... of the n keys: the dot products (kRows, kLanes / kRows).
 template <int kRows>
@@ -270,19 +316,18 @@ GEMMA2_INLINE void dot_keys(Pair, const float* first_q, const KeyRows<BFloat16>&
                             int64_t depth, float* first_s, const Heads& heads) {
   constexpr int kKeys = kLanes / kRows;
   const int64_t whole = depth / kLanes * kLanes;
-  RowsAhead ahead(first_k, kAhead<BFloat16>, heads);
+  PairsAhead ahead(first_k, kAhead<BFloat16>, heads, 2 * depth);
   for (int64_t j = 0; j < n; j += kKeys) {
     for (int64_t h = 0; h < heads.count; ++h) {
       const KeyRows<BFloat16> k = of_head(first_k, heads, h);
       const float* q = first_q + h * heads.rows * kQueryStride;
       float* s = first_s + h * heads.rows * kScoreStride;
       VecF sum[kLanes];  // (kRows, kKeys)
-      const auto dot = [&](const auto& row_of,
-                           const auto& later_of) __attribute__((always_inline)) {
+      const auto dot = [&](const auto& row_of) __attribute__((always_inline)) {
         GEMMA2_UNROLL
         for (int i = 0; i < kKeys; ++i) {
           const BFloat16* row = row_of(i);
-          const BFloat16* later = Heads::kOne ? later_of(i) : ahead.next(heads.stride);
+          const BFloat16* later = ahead.next(Heads::kOne ? ahead.end : heads.stride);
           VecF part_sum[kRows];
           GEMMA2_UNROLL
           for (int r = 0; r < kRows; ++r) part_sum[r] = zero();
@@ -300,13 +345,10 @@ GEMMA2_INLINE void dot_keys(Pair, const float* first_q, const KeyRows<BFloat16>&
         }
       };
       if (j + kKeys <= n && k.in_line(j, kKeys)) {
-        // Those ahead are for the most part in line, too.
-        const BFloat16 *first = k.row(j), *later = k.row(j + kAhead<BFloat16>);
-        dot([&](int i) { return first + i * k.stride; },
-            [&](int i) { return later + i * k.stride; });
+        const BFloat16* first = k.row(j);
+        dot([&](int i) { return first + i * k.stride; });
       } else {
-        dot([&](int i) { return k.row(min64(j + i, n - 1)); },
-            [&](int i) { return k.row(j + i + kAhead<BFloat16>); });
+        dot([&](int i) { return k.row(min64(j + i, n - 1)); });
       }
       store_dots<kRows>(reduce_sums(sum), s, j, n);
     }
@@ -318,9 +360,10 @@ alignas(64) constexpr BFloat16 kNoValue[256] = {};
 
 // As add_values, with kPairs pairs of weights w[r] for the values j, j + 1, ..., of which those
 // outside [0, n) are not read.
-template <int kRows, int kPairs, bool kInOrder>
+template <int kRows, int kPairs, bool kAllHeads>
 GEMMA2_INLINE void add_pairs(const Pair* w, const KeyRows<BFloat16>& v, int64_t j, int64_t n,
-                             int64_t head_dim, float* o, int64_t o_stride, RowsAhead& ahead) {
+                             int64_t head_dim, float* o, int64_t o_stride, PairsAhead& ahead) {
+  constexpr int64_t kStep = kPairs * 4 * kLanes;
   const int64_t depth = head_dim / 2;
   const auto add = [&](const auto& row_of, const auto& later_of,
                        const auto& weight_of) __attribute__((always_inline)) {
@@ -334,13 +377,11 @@ GEMMA2_INLINE void add_pairs(const Pair* w, const KeyRows<BFloat16>& v, int64_t 
       for (int i = 0; i < kPairs; ++i) weight[r][i] = broadcast(weight_of(r, i));
     }
     const auto step = [&](int64_t d, int64_t words) __attribute__((always_inline)) {
-      const BFloat16* part = kInOrder ? ahead.next(kPairs * 4 * kLanes) : nullptr;
-      GEMMA2_UNROLL
-      for (int i = 0; i < 2 * kPairs; ++i) {
-        if (kInOrder)
-          prefetch_step<64>(part, i * 2 * kLanes);
-        else
-          prefetch_step<64>(later_of(i), 2 * d);
+      if (kAllHeads) {
+        ahead.fetch<kStep>();
+      } else {
+        GEMMA2_UNROLL
+        for (int i = 0; i < 2 * kPairs; ++i) prefetch_step<64>(later_of(i), 2 * d);
       }
       VecF lower[kPairs], upper[kPairs];
       GEMMA2_UNROLL
@@ -385,18 +426,17 @@ GEMMA2_INLINE void add_values(Pair, const float* w, const KeyRows<BFloat16>& v, 
   const Pair* pairs = (const Pair*)w + first / 2;
   int64_t j = -(first & 1);                   // the first pair's first key
   constexpr int kPairs = kRows <= 2 ? 4 : 2;  // with their weights in registers
-  RowsAhead ahead(v, j + kAhead<BFloat16>, heads);
-  const auto add = [&](auto in_order) __attribute__((always_inline)) {
+  PairsAhead ahead(v, j + kAhead<BFloat16>, heads, head_dim);
+  const auto add = [&](auto all_heads) __attribute__((always_inline)) {
     for (; j < n; j += 2 * kPairs, pairs += kPairs) {
       for (int64_t h = 0; h < heads.count; ++h) {
-        add_pairs<kRows, kPairs, in_order.value>(pairs + h * heads.rows * kScoreStride,
-                                                 of_head(v, heads, h), j, n, head_dim,
-                                                 o + h * heads.rows * o_stride, o_stride, ahead);
+        add_pairs<kRows, kPairs, all_heads.value>(pairs + h * heads.rows * kScoreStride,
+                                                  of_head(v, heads, h), j, n, head_dim,
+                                                  o + h * heads.rows * o_stride, o_stride, ahead);
       }
     }
   };
-  // A step takes kPairs pairs of lines; so many must fill a row.
-  if (!Heads::kOne && heads.stride == head_dim && ahead.end % (kPairs * 4 * kLanes) == 0)
+  if (ahead.fits(heads, head_dim, kPairs * 4 * kLanes))
     add(Count<1>{});
   else
     add(Count<0>{});
