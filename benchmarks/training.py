@@ -93,7 +93,7 @@ def their_step(
 def serve(args: argparse.Namespace) -> None:
     """One side: a line of JSON for each line that it reads."""
     if args.side == SIDES[0] or args.their_memory == "kept":
-        gemma2_ext._C.keep_freed_memory()  # as `gemma2-ext train` does
+        gemma2_ext.keep_freed_memory()  # as `gemma2-ext train` does
     config, dtype = SIZES[args.size], getattr(torch, args.dtype)
     if args.side == SIDES[0]:
         module, loss_of = our_step(config, dtype)

@@ -113,7 +113,7 @@ def test_freed_memory_is_not_faulted_in_anew() -> None:
     # In a process of its own, as the setting stays.
     script = """
 import resource, sys, torch, gemma2_ext
-assert gemma2_ext._C.keep_freed_memory()
+assert gemma2_ext.keep_freed_memory()
 for i in range(60):
     if i == 20:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -31,6 +31,7 @@ def of_the_model(folder: str, ids: Tensor) -> None:
     assert_type(model.generate(ids, max_new_tokens=64), Tensor)
     assert_type(model.stream(ids, max_new_tokens=64), Iterator[int])
     assert_type(gemma2_ext.build_info(), dict[str, object])
+    assert_type(gemma2_ext.keep_freed_memory(), bool)
 
 
 def of_modules(x: Tensor, config: Gemma2Config) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import _C
+from .. import keep_freed_memory
 from ..config import Gemma2Config, read_json
 from ..model import Gemma2
 from ..models import shipped_model
@@ -260,7 +260,7 @@ def _train(args: argparse.Namespace, teacher_folder: Path | None, distil: bool) 
     from .trainer import processes
 
     # A step frees gigabytes that the next one needs; to fault them in anew takes a twentieth of it.
-    _C.keep_freed_memory()
+    keep_freed_memory()
     with processes(args.device) as device:
         trainer = _trainer(args, teacher_folder, distil, device)
         result = trainer.run()
