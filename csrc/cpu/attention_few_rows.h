@@ -115,10 +115,12 @@ struct RowsAhead {
     GEMMA2_UNROLL
     for (int64_t i = 0; i < n; i += kLineBytes / int64_t(sizeof(T))) prefetch_near(part + i);
   }
-  // Whether parts of n elements fill a row of heads of head_dim.
+  // Whether steps of `step` elements of so many rows take a head's rows, and parts as large as
+  // those a row of all heads, without a rest: then as much is fetched as is read.
   template <class Heads>
-  GEMMA2_INLINE bool fits(const Heads& heads, int64_t head_dim, int64_t n) const {
-    return (Heads::kOne || heads.stride == head_dim) && end % n == 0;
+  GEMMA2_INLINE bool fits(const Heads& heads, int64_t head_dim, int64_t step, int64_t rows) const {
+    return (Heads::kOne || heads.stride == head_dim) && head_dim % step == 0 &&
+           end % (step * rows) == 0;
   }
 };
 
@@ -137,7 +139,7 @@ void dot_keys(float, const float* first_q, const ListedRows<T>& first_k, int64_t
   const int64_t whole = depth / kStep * kStep, share = (n + kParted - 1) / kParted;
   static_assert(kParted + kOfShare + kKeyBlock < kRowsBehind, "");
   RowsAhead<ListedRows<T>, T> ahead(first_k, first_k.ahead, heads, depth);
-  const bool in_order = kInOrder<T, kRows> && ahead.fits(heads, depth, kAtOnce * kStep);
+  const bool in_order = kInOrder<T, kRows> && ahead.fits(heads, depth, kStep, kAtOnce);
   for (int64_t j = 0; j < share; j += kOfShare) {
     for (int64_t h = 0; h < heads.count; ++h) {
       const ListedRows<T> k = of_head(first_k, heads, h);
@@ -264,7 +266,7 @@ GEMMA2_INLINE void add_values(float, const float* first_w, const ListedRows<T>& 
   const int64_t share = n / kKeys * kNeighbours;
   constexpr int kPart = kParts<float, T>, kStep = kPart * kLanes;
   RowsAhead<ListedRows<T>, T> ahead(first_v, first_v.ahead, heads, head_dim);
-  const bool in_order = kInOrder<T, kRows> && ahead.fits(heads, head_dim, kKeys * kStep);
+  const bool in_order = kInOrder<T, kRows> && ahead.fits(heads, head_dim, kStep, kKeys);
   for (int64_t j = 0; j < share; j += kNeighbours) {
     for (int64_t h = 0; h < heads.count; ++h) {
       const ListedRows<T> v = of_head(first_v, heads, h);
@@ -436,7 +438,7 @@ GEMMA2_INLINE void add_values(Pair, const float* w, const KeyRows<BFloat16>& v, 
       }
     }
   };
-  if (ahead.fits(heads, head_dim, kPairs * 4 * kLanes))
+  if (ahead.fits(heads, head_dim, 2 * kLanes, 2 * kPairs))
     add(Count<1>{});
   else
     add(Count<0>{});
