@@ -92,6 +92,10 @@ def test_top_p_whatever_number_of_tokens_it_takes(scale: float, low: int, high: 
     keys = sampler.keys(20)
     drawn = sampler(logits, keys)
     assert all(token in row[:n] for token, row, n in zip(drawn, order, taken, strict=True))
+    if high < generate_module.TWO_STEPS_FROM:  # then the draws of a vocabulary that is sorted
+        falling[falling.cumsum(-1) - falling >= 0.9] = 0
+        raced = generate_module._race(falling, order, keys)
+        assert torch.equal(order.gather(-1, raced[:, None])[:, 0], drawn)
     assert torch.equal(
         torch.cat([sampler(logits[i : i + 1], keys[i : i + 1]) for i in range(20)]), drawn
     )

@@ -24,8 +24,7 @@ PAD_ID = 0
 # Nucleus sampling looks at this many tokens, and at all where they do not carry the asked
 # probability.
 NUCLEUS_CANDIDATES = 128
-# On a CPU a vocabulary of this size or more is drawn from in two steps: a run of tokens, then one
-# of them.
+# On a CPU so many tokens or more are drawn from in two steps: a run of them, then one of it.
 TWO_STEPS_FROM = 16384
 RUN = 512
 TOP_RUN = 64  # of the k largest, which lie in the k runs of the largest maxima
@@ -104,7 +103,10 @@ class Sampler:
         tokens = ids.gather(-1, _race(self._filter(weights), ids, keys)[:, None])[:, 0]
         for row in [] if flat is None else flat.nonzero()[:, 0].tolist():
             _keep_nucleus(every[row], wanted[row])
-            tokens[row] = _first(self._filter(every[row : row + 1]), keys[row : row + 1])[0]
+            kept, key = self._filter(every[row : row + 1]), keys[row : row + 1]
+            ids = kept[0].nonzero()[:, 0]
+            few = 0 < len(ids) < TWO_STEPS_FROM
+            tokens[row] = ids[_race(kept[:, ids], ids, key)] if few else _first(kept, key)
         return tokens
 
     def _weights(self, logits: Tensor) -> Tensor:
