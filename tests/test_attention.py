@@ -301,6 +301,19 @@ def test_few_rows_equal_those_alone(
         assert torch.equal(alone, together[:, i : i + 1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 96, 128])
+@pytest.mark.parametrize("seqlen_q", [1, 2, 3])
+def test_heads_side_by_side_and_apart(
+    isa: str, dtype: torch.dtype, head_dim: int, seqlen_q: int
+) -> None:
+    """To the bit: keys meet in one order, wherever they lie and whatever is fetched meanwhile."""
+    q, k, v = random_qkv(8, seqlen_q, 200, (16, 8), head_dim, dtype)
+    apart = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (k, v)]
+    options = dict(scale=0.1, softcap=20.0)
+    assert torch.equal(attend(q, *apart, **options), attend(q, k, v, **options))
+
+
 def test_every_isa_agrees_with_scalar() -> None:
     q, k, v = random_qkv(1, 60, 90, head_dim=72)
     results = {}
