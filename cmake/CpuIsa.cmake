@@ -6,7 +6,7 @@
 # machine; such a build is for tests only.
 include(CheckCXXCompilerFlag)
 
-set(GEMMA2_EXT_CPU_ISAS "scalar;avx2;avx512;avx512_bf16" CACHE STRING "instruction sets to compile for")
+set(GEMMA2_EXT_CPU_ISAS "scalar;avx2;avx512;avx512_bf16;avx512_amx" CACHE STRING "instruction sets to compile for")
 option(GEMMA2_EXT_EMULATE_ISA "compile the AVX-512 levels with AVX2 instructions" OFF)
 
 set(gemma2_flags_scalar "")
@@ -14,15 +14,40 @@ set(gemma2_flags_avx2 -mavx2 -mfma -mf16c)
 set(gemma2_flags_avx512 ${gemma2_flags_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl
   -mprefer-vector-width=512)
 set(gemma2_flags_avx512_bf16 ${gemma2_flags_avx512} -mavx512bf16 -mavx512vnni)
+set(gemma2_flags_avx512_amx ${gemma2_flags_avx512_bf16} -mamx-tile -mamx-int8 -mamx-bf16)
 set(gemma2_lanes_scalar 4)
 set(gemma2_lanes_avx2 8)
 set(gemma2_lanes_avx512 16)
 set(gemma2_lanes_avx512_bf16 16)
+set(gemma2_lanes_avx512_amx 16)
 
+# Objects of `target` from the sources for one instruction set.
+function(gemma2_add_isa target isa)
+  set(flags ${gemma2_flags_${isa}})
+  if(GEMMA2_EXT_EMULATE_ISA AND isa MATCHES "avx512")
+    set(flags ${gemma2_flags_avx2})
+  endif()
+  set(optimization -O3)
+  if(GEMMA2_EXT_SANITIZE)
+    set(optimization -O1)  # the checks make the kernels so large that -O3 takes six times as long to compile
+  endif()
+  set(library ${target}_${isa})
+  add_library(${library} OBJECT ${ARGN})
+  # -fno-trapping-math lets a select become a blend; -Wno-psabi: vectors never cross a translation unit.
+  target_compile_options(${library} PRIVATE ${flags} ${optimization} -Wall -Wextra -Wno-psabi
+    -ffp-contract=fast -fno-math-errno -fno-trapping-math)
+  target_compile_definitions(${library} PRIVATE GEMMA2_ISA=${isa} GEMMA2_LANES=${gemma2_lanes_${isa}}
+    GEMMA2_ISA_${isa})
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:${library}>)
+endfunction()
+
+# gemma2_cpu_kernels(target TILES source... ALL source...): those after TILES are compiled for AMX's tiles too, which
+# serve what is bound by products of bfloat16 and int8; all else comes from the levels below.
 function(gemma2_cpu_kernels target)
+  cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "ALL;TILES")
   set(isas scalar)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-    foreach(isa avx2 avx512 avx512_bf16)
+    foreach(isa avx2 avx512 avx512_bf16 avx512_amx)
       string(REPLACE ";" " " flags "${gemma2_flags_${isa}}")
       check_cxx_compiler_flag("${flags}" GEMMA2_COMPILER_HAS_${isa})
       if(isa IN_LIST GEMMA2_EXT_CPU_ISAS AND GEMMA2_COMPILER_HAS_${isa})
@@ -30,24 +55,17 @@ function(gemma2_cpu_kernels target)
       endif()
     endforeach()
   endif()
-  message(STATUS "gemma2_ext CPU kernels: ${isas}")
-  set(optimization -O3)
-  if(GEMMA2_EXT_SANITIZE)
-    set(optimization -O1)  # the checks make the kernels so large that -O3 takes six times as long to compile
+  if(NOT "avx512" IN_LIST isas OR NOT "avx512_bf16" IN_LIST isas)
+    list(REMOVE_ITEM isas avx512_amx)  # it takes kernels of both
   endif()
+  message(STATUS "gemma2_ext CPU kernels: ${isas}")
   foreach(isa ${isas})
-    set(flags ${gemma2_flags_${isa}})
-    if(GEMMA2_EXT_EMULATE_ISA AND isa MATCHES "avx512")
-      set(flags ${gemma2_flags_avx2})
+    if(isa STREQUAL avx512_amx)
+      gemma2_add_isa(${target} ${isa} ${arg_TILES})
+      target_compile_definitions(${target}_${isa} PRIVATE GEMMA2_ISA_avx512_bf16)
+    else()
+      gemma2_add_isa(${target} ${isa} ${arg_ALL})
     endif()
-    set(library ${target}_${isa})
-    add_library(${library} OBJECT ${ARGN})
-    # -fno-trapping-math lets a select become a blend; -Wno-psabi: vectors never cross a translation unit.
-    target_compile_options(${library} PRIVATE ${flags} ${optimization} -Wall -Wextra -Wno-psabi
-      -ffp-contract=fast -fno-math-errno -fno-trapping-math)
-    target_compile_definitions(${library} PRIVATE GEMMA2_ISA=${isa} GEMMA2_LANES=${gemma2_lanes_${isa}}
-      GEMMA2_ISA_${isa})
-    target_sources(${target} PRIVATE $<TARGET_OBJECTS:${library}>)
     list(APPEND built GEMMA2_BUILT_${isa})
   endforeach()
   if(GEMMA2_EXT_EMULATE_ISA)

@@ -8,6 +8,9 @@
 
 #include "attention.h"
 #include "simd.h"
+#if defined(GEMMA2_ISA_avx512_amx)
+#include "tiles.h"
+#endif
 
 namespace gemma2 {
 namespace GEMMA2_ISA {
@@ -54,8 +57,12 @@ GEMMA2_INLINE int64_t end_key(const AttentionParams& p, const Sequence& s, int64
   return max64(end, first_key(p, s, i));
 }
 
-// Accumulators of a tile: 12 of 16 registers, or 24 of 32.
+// Accumulators of a tile: 12 of 16 registers, or 24 of 32; or those of AMX.
+#if defined(GEMMA2_ISA_avx512_amx)
+constexpr int kTileRows = kTileLines;
+#else
 constexpr int kTileRows = kLanes >= 16 ? 12 : 6;
+#endif
 constexpr int kTileVecs = 2;
 constexpr int kTileCols = kTileVecs * kLanes;
 static_assert(kRowBlock % kTileRows == 0 && kKeyBlock % kTileCols == 0 && 32 % kTileCols == 0, "");
@@ -346,9 +353,9 @@ GEMMA2_INLINE void widen_rows(const KeyRows<int8_t>& from, const float* factors,
 }
 
 // n keys as panels of kTileCols keys, in each the words of all keys side by side: (panel, depth,
-// kTileCols). Keys past n are zero, up to the end of their panel.
+// kTileCols). Keys past n are zero, up to the end of their panel, and words past those of a key.
 template <class Word, class T>
-void pack_keys(const KeyRows<T>& k, int64_t n, int64_t depth, float* out) {
+void pack_keys(const KeyRows<T>& k, int64_t n, int64_t words, int64_t depth, float* out) {
   for (int64_t j0 = 0; j0 < n; j0 += kTileCols) {
     for (int64_t j = j0; j < j0 + kTileCols; j += kLanes) {
       float* column = out + j0 * depth + (j - j0);
@@ -358,7 +365,7 @@ void pack_keys(const KeyRows<T>& k, int64_t n, int64_t depth, float* out) {
         VecF v[kLanes];
         GEMMA2_UNROLL
         for (int i = 0; i < kLanes; ++i)
-          v[i] = rows[i] ? load_words(Word{}, rows[i], d, depth) : zero();
+          v[i] = rows[i] ? load_words(Word{}, rows[i], d, words) : zero();
         transpose(v);
         if (d + kLanes <= depth) {
           GEMMA2_UNROLL
@@ -415,12 +422,13 @@ GEMMA2_INLINE void store_value_words(Pair, const BFloat16* even, const BFloat16*
 #endif
 
 // n keys' values as panels of kTileCols dimensions: (panel, kKeyBlock / kPerWord, kTileCols). Keys
-// in `skip` (bit j) and dimensions past head_dim are zero.
+// in `skip` (bit j), those from n up to `end` and dimensions past head_dim are zero.
 template <class Word, class T>
-void pack_values(const KeyRows<T>& v, int64_t n, int64_t head_dim, uint64_t skip, float* out) {
+void pack_values(const KeyRows<T>& v, int64_t n, int64_t end, int64_t head_dim, uint64_t skip,
+                 float* out) {
   constexpr int kStep = kPerWord<Word>;
-  for (int64_t j = 0; j < n; j += kStep) {
-    const T* even = skip >> j & 1 ? nullptr : v.row(j);
+  for (int64_t j = 0; j < end; j += kStep) {
+    const T* even = j >= n || skip >> j & 1 ? nullptr : v.row(j);
     const T* odd = kStep == 1 || j + 1 >= n || skip >> (j + 1) & 1 ? nullptr : v.row(j + 1);
     for (int64_t d = 0; d < head_dim; d += kTileCols) {
       store_value_words(Word{}, even, odd, d, head_dim,

@@ -11,6 +11,8 @@ namespace gemma2 {
 // (192 * 256 * 8 + 64 * 256 * 8 bytes at most) stay in a second-level cache of 512 KiB to 1 MiB.
 constexpr int64_t kAttentionRowBlock = 192;  // a multiple of every kTileRows
 constexpr int64_t kAttentionKeyBlock = 64;
+// Room for rows comes in multiples of every kTileRows.
+constexpr int64_t kAttentionTileRows = 48;
 // Up to here keys are read where they lie, once for all rows, and a row's result does not depend on
 // the rows beside it: blocks and splits of keys lie at multiples of their size, whatever is seen of
 // them. So checking a draft gives what decoding token by token does.

@@ -217,8 +217,8 @@ struct KeyBlock {
   void pack_keys_and_values() {
     const KeyRows<T> k{key_of<const T>(p.k, s, 0), p.k.seqlen_stride, key, INT64_MAX};
     const KeyRows<T> v{key_of<const T>(p.v, s, 0), p.v.seqlen_stride, key, INT64_MAX};
-    pack_keys<Word>(k, n, depth, k_panels);
-    pack_keys<Word>(v, n, depth, v_panels);
+    pack_keys<Word>(k, n, depth, depth, k_panels);
+    pack_keys<Word>(v, n, depth, depth, v_panels);
     for (int64_t j = 0; j < kKeys; j += kStep) {
       float* to_row = k_rows + j / kStep * kQueryStride;
       const T* row = j < n ? k.row(j) : nullptr;

@@ -6,21 +6,40 @@
 // does not depend on the sizes of the other dimensions, nor on the threads.
 #pragma once
 #include "linear-inl.h"
+#if defined(GEMMA2_ISA_avx512_amx)
+#include "tiles.h"
+#endif
 
 namespace gemma2 {
 namespace GEMMA2_ISA {
 namespace {
 
 constexpr int kPanelWidth = 2 * kLanes;
+// Whether the products of T are those of AMX's tiles.
+#if defined(GEMMA2_ISA_avx512_amx)
+template <class T>
+constexpr bool kInTiles = Math<T>::kPerFactor == 2;
+#else
+template <class T>
+constexpr bool kInTiles = false;
+#endif
 // Rows of a register tile; of a tile of one vector of columns kNarrowRows.
-constexpr int kTileRows = kRegisters == 32 ? 12 : 6;
-constexpr int kNarrowRows = 12;
-static_assert(kNarrowRows % kTileRows == 0, "");
+template <class T>
+constexpr int kTileRows = kInTiles<T>        ? 32
+                          : kRegisters == 32 ? 12
+                                             : 6;
+template <class T>
+constexpr int kNarrowRows = kInTiles<T> ? 32 : 12;
+// Factors of a row at a time. A tile of products takes them from memory, not from registers: two
+// rows of tiles stay in a first-level cache with a panel.
+template <class T>
+constexpr int64_t kBlockDepth = kInTiles<T> ? kGemmDepth / 2 : kGemmDepth;
 
-// Factors that hold k elements.
+// Factors that hold k elements; where tiles take them, whole rows of tiles, with zeros behind.
 template <class T>
 GEMMA2_INLINE int64_t factors(int64_t k) {
-  return divide_up(k, Math<T>::kPerFactor);
+  const int64_t n = divide_up(k, Math<T>::kPerFactor);
+  return kInTiles<T> ? divide_up(n, kLanes) * kLanes : n;
 }
 
 // sums[r][c] (+)= over i of rows[r][i] * panel[i][c], for kRows rows, `stride` factors apart, and
@@ -55,6 +74,26 @@ void gemm_tile(const Factor* panel, const Factor* rows, int64_t stride, int64_t 
     }
   }
 }
+
+// The same by tiles (kInTiles<T>): 32 rows and kVectors times 16 columns, `depth` a multiple of 16.
+// The registers have to be set up for 16 words. In every step `lines` lines are fetched, from
+// `next` on.
+template <class T, int kVectors, class Factor = typename Math<T>::Factor>
+void tile_product(const Factor* panel, const Factor* rows, int64_t stride, int64_t depth,
+                  float* sums, int64_t sums_stride, bool add, const void* next, int64_t lines);
+#if defined(GEMMA2_ISA_avx512_amx)
+template <class T, int kVectors, class Factor>
+void tile_product(const Factor* panel, const Factor* rows, int64_t stride, int64_t depth,
+                  float* sums, int64_t sums_stride, bool add, const void* next, int64_t lines) {
+  static_assert(kTileRows<T> == 2 * kTileLines && sizeof(Factor) == 4, "");
+  const char* line = (const char*)next;
+  multiply_tiles<2, kVectors>({rows, stride * 4}, {panel, kVectors * kTileWords * 4}, depth, sums,
+                              sums_stride, add, [&] {
+                                for (int64_t i = 0; i < lines; ++i, line += kLineBytes)
+                                  prefetch(line);
+                              });
+}
+#endif
 
 }  // namespace
 }  // namespace GEMMA2_ISA

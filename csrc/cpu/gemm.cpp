@@ -69,8 +69,10 @@ template <class T, class S>
 void pack_panel(const GemmParams& p, int64_t panel) {
   using M = Math<T>;
   const int width = panel_width(p.columns, panel);
-  const int64_t n = factors<T>(p.depth), first = panel * kPanelWidth;
-  typename M::Factor* packed = (typename M::Factor*)p.packed_b + first * n;
+  const int64_t n = divide_up(p.depth, M::kPerFactor), first = panel * kPanelWidth;
+  const int64_t with_zeros = factors<T>(p.depth);
+  typename M::Factor* packed = (typename M::Factor*)p.packed_b + first * with_zeros;
+  memset((void*)(packed + n * width), 0, (with_zeros - n) * width * sizeof *packed);
   const S* b = (const S*)p.b + first * p.b_row;
   const int64_t columns = min_of<int64_t>(width, p.columns - first);
   if (p.b_row == 1 && p.b_k != 1) {
@@ -94,13 +96,15 @@ void pack_panel(const GemmParams& p, int64_t panel) {
 }
 
 // Rows [row, row + rows) x [k, k + depth) of a to factors, kGemmDepthStride a row; then rows of
-// zeros up to a multiple of kNarrowRows.
+// zeros up to a multiple of kNarrowRows<T>.
 template <class T, class S>
 void unpack_rows(const GemmParams& p, int64_t row, int64_t rows, int64_t k, int64_t depth,
                  typename Math<T>::Factor* to) {
   using M = Math<T>;
   const S* a = (const S*)p.a + row * p.a_row + k * p.a_k;
-  const int64_t n = factors<T>(depth);
+  const int64_t n = divide_up(depth, M::kPerFactor), zeros = factors<T>(depth) - n;
+  for (int64_t r = 0; zeros > 0 && r < rows; ++r)
+    memset((void*)(to + r * kGemmDepthStride + n), 0, zeros * sizeof *to);
   if (p.a_k == 1) {
     for (int64_t r = 0; r < rows; ++r) {
       const S* from = a + r * p.a_row;
@@ -124,7 +128,7 @@ void unpack_rows(const GemmParams& p, int64_t row, int64_t rows, int64_t k, int6
             make_factor<T>(from + r * p.a_row, p.a_k, i * M::kPerFactor + 1 < depth);
     }
   }
-  for (; rows % kNarrowRows; ++rows)
+  for (; rows % kNarrowRows<T>; ++rows)
     memset((void*)(to + rows * kGemmDepthStride), 0, kGemmDepthStride * sizeof *to);
 }
 
@@ -133,8 +137,13 @@ template <class T, int kVectors, int kRows, class Factor = typename Math<T>::Fac
 void edge_tile(const Factor* panel, const Factor* lines, int64_t depth, float* sums,
                int64_t sums_stride, bool add, int64_t rows, int64_t columns) {
   float tile[kRows * kVectors * kLanes];
-  gemm_tile<T, kVectors, kRows>(panel, lines, kGemmDepthStride, depth, tile, kVectors * kLanes,
-                                false);
+  if constexpr (kInTiles<T>) {
+    tile_product<T, kVectors>(panel, lines, kGemmDepthStride, depth, tile, kVectors * kLanes, false,
+                              nullptr, 0);
+  } else {
+    gemm_tile<T, kVectors, kRows>(panel, lines, kGemmDepthStride, depth, tile, kVectors * kLanes,
+                                  false);
+  }
   for (int64_t r = 0; r < min_of<int64_t>(rows, kRows); ++r) {
     for (int64_t c = 0; c < columns; ++c) {
       float* to = sums + r * sums_stride + c;
@@ -154,7 +163,11 @@ void multiply_panel(const Factor* panel, const Factor* lines, int64_t depth, flo
     const Factor* at = lines + r * kGemmDepthStride;
     float* to = sums + r * sums_stride;
     if (r + kRows <= rows && columns == kVectors * kLanes) {
-      if (next && r < kPanelWidth) {
+      if constexpr (kInTiles<T>) {
+        const int64_t of_next = next ? divide_up(kPanelWidth, divide_up(rows, kRows)) : 0;
+        tile_product<T, kVectors>(panel, at, kGemmDepthStride, depth, to, sums_stride, add,
+                                  next + r / kRows * of_next * depth, of_next);
+      } else if (next && r < kPanelWidth) {
         gemm_tile<T, kVectors, kRows, true>(panel, at, kGemmDepthStride, depth, to, sums_stride,
                                             add, (const T*)(next + r * depth));
       } else {
@@ -169,7 +182,7 @@ void multiply_panel(const Factor* panel, const Factor* lines, int64_t depth, flo
 template <class T, class S>
 void multiply_rows(const GemmParams& p, int64_t row) {
   using Factor = typename Math<T>::Factor;
-  constexpr int64_t kDepth = kGemmDepth * Math<T>::kPerFactor;
+  constexpr int64_t kDepth = kBlockDepth<T> * Math<T>::kPerFactor;
   const int64_t rows = min_of(p.unit_rows, p.rows - row);
   const bool direct = p.out_dtype == DType::kFloat32;
   Factor* lines = (Factor*)p.scratch;
@@ -192,11 +205,11 @@ void multiply_rows(const GemmParams& p, int64_t row) {
                                      factors<T>(k) * panel_width(p.columns, following / kPanelWidth)
                                : nullptr;
       if (width == kPanelWidth) {
-        multiply_panel<T, 2, kTileRows>(panel, lines, n, sums + first, stride, add, rows, columns,
-                                        next);
+        multiply_panel<T, 2, kTileRows<T>>(panel, lines, n, sums + first, stride, add, rows,
+                                           columns, next);
       } else {
-        multiply_panel<T, 1, kNarrowRows>(panel, lines, n, sums + first, stride, add, rows, columns,
-                                          next);
+        multiply_panel<T, 1, kNarrowRows<T>>(panel, lines, n, sums + first, stride, add, rows,
+                                             columns, next);
       }
     }
   }
@@ -220,6 +233,9 @@ void gemm_pack_panels(const GemmParams& p, int64_t begin, int64_t end) {
 
 // A unit is unit_rows rows of out.
 void gemm_rows(const GemmParams& p, int64_t begin, int64_t end) {
+#if defined(GEMMA2_ISA_avx512_amx)
+  const Tiles tiles(kTileWords);
+#endif
   dispatch_product(p.product, [&](auto t) {
     dispatch_dtype(p.a_dtype, [&](auto s) {
       for (int64_t unit = begin; unit < end; ++unit)

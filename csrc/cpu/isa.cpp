@@ -4,6 +4,13 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "quantized.h"
+#if defined(GEMMA2_BUILT_avx512_amx)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace gemma2 {
 namespace {
 
@@ -76,6 +83,68 @@ const CpuKernels& vnni_kernels() {
 #define GEMMA2_BUILT_avx512_vnni
 #endif
 
+#if defined(GEMMA2_BUILT_avx512_amx)
+// Whether the processor multiplies tiles of bfloat16 and int8, and Linux lets this process: it
+// saves the registers' 8 KiB for those threads only that have asked.
+bool has_avx512_amx() {
+#ifdef GEMMA2_EMULATE_ISA
+  return has_avx512_bf16();
+#else
+  static const bool has = [] {
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;  // of leaf 7
+    constexpr unsigned kAll = kBf16 | kTile | kInt8;
+    unsigned a, b, c, d = 0;
+    if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll)
+      return false;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of Linux' asm/prctl.h
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return has;
+#endif
+}
+
+void amx_attention(const AttentionWork& w, int64_t begin, int64_t end) {
+  const bool tiles = !w.stream && w.p.dtype == DType::kBFloat16;
+  (tiles ? avx512_amx::attention_units : avx512::attention_units)(w, begin, end);
+}
+// Few rows are memory's; up to kQuantFewRows share a pass over it.
+template <auto kTiles, auto kFewRows>
+void amx_packed(const LinearParams& p, int64_t begin, int64_t end) {
+  (p.rows > kQuantFewRows ? kTiles : kFewRows)(p, begin, end);
+}
+void amx_probe(const ProbeParams& p, int64_t begin, int64_t end) {
+  const bool tiles = p.int8 || p.dtype == DType::kBFloat16;
+  (tiles ? avx512_amx::probe_multiply : avx512::probe_multiply)(p, begin, end);
+}
+
+// Intel's level of before, with the products of many rows by tiles.
+const CpuKernels& amx_kernels() {
+  static const CpuKernels kernels = [] {
+    CpuKernels mixed = vnni_kernels();
+    mixed.attention_units = amx_attention;
+    mixed.linear_pack_panels = avx512_amx::linear_pack_panels;
+    mixed.linear_many_rows = avx512_amx::linear_many_rows;
+    mixed.gemm_pack_panels = avx512_amx::gemm_pack_panels;
+    mixed.gemm_rows = avx512_amx::gemm_rows;
+    mixed.gemm_round_rows = avx512_amx::gemm_round_rows;
+    mixed.linear_loss_words = avx512_amx::linear_loss_words;
+    mixed.linear_loss_merge = avx512_amx::linear_loss_merge;
+    mixed.linear_loss_gradient = avx512_amx::linear_loss_gradient;
+    mixed.linear_int8_pack =
+        amx_packed<avx512_amx::linear_int8_pack, avx512_bf16::linear_int8_pack>;
+    mixed.linear_int8_units =
+        amx_packed<avx512_amx::linear_int8_units, avx512_bf16::linear_int8_units>;
+    mixed.linear_int4_pack =
+        amx_packed<avx512_amx::linear_int4_pack, avx512_bf16::linear_int4_pack>;
+    mixed.linear_int4_units =
+        amx_packed<avx512_amx::linear_int4_units, avx512_bf16::linear_int4_units>;
+    mixed.probe_multiply = amx_probe;
+    return mixed;
+  }();
+  return kernels;
+}
+#endif
+
 const Isa kIsas[] = {
     {"scalar", &scalar::kKernels, always},
 #ifdef GEMMA2_BUILT_avx2
@@ -89,6 +158,9 @@ const Isa kIsas[] = {
 #endif
 #ifdef GEMMA2_BUILT_avx512_vnni
     {"avx512_vnni", &vnni_kernels(), has_avx512_vnni},
+#endif
+#ifdef GEMMA2_BUILT_avx512_amx
+    {"avx512_amx", &amx_kernels(), has_avx512_amx},
 #endif
 };
 

@@ -17,18 +17,18 @@ namespace GEMMA2_ISA {
 namespace {
 
 constexpr int kPanelRows = kPanelWidth;
-static_assert(kLinearManyColumns % kNarrowRows == 0 && kLinearManyColumns % kLanes == 0, "");
 // So many rows of weight meet all of x before the next ones do, where x is no larger than this;
 // else a unit's do, one block of k after another.
-constexpr int64_t kGroupRows = 24;
+template <class T>
+constexpr int64_t kGroupRows = kInTiles<T> ? 64 : 24;
 constexpr int64_t kGroupBytes = 3 << 19;
 // From this size on the next panel's part of x is fetched too, by the products of its first
 // kFetchRows rows of weight.
 constexpr int64_t kFetchBytes = 3 << 20;
 template <class T>
 constexpr int64_t kFetchRows =
-    (kPanelRows * 4 / (Math<T>::kPerFactor * int64_t(sizeof(T))) + kNarrowRows - 1) / kNarrowRows *
-    kNarrowRows;
+    (kPanelRows * 4 / (Math<T>::kPerFactor * int64_t(sizeof(T))) + kNarrowRows<T> - 1) /
+    kNarrowRows<T> * kNarrowRows<T>;
 // Whether weights are factors as they lie in memory.
 template <class T>
 constexpr bool kInPlace = sizeof(T) * Math<T>::kPerFactor == sizeof(typename Math<T>::Factor);
@@ -47,13 +47,13 @@ GEMMA2_INLINE VecF load_words(const T* x, int64_t i) {
     return (VecF)load_bits(x + 2 * i);
   }
 }
-// Factor i.
+// Factor i, 0 behind the last one.
 template <class T>
 GEMMA2_INLINE typename Math<T>::Factor load_factor(const T* x, int64_t i, int64_t in_features) {
   typename Math<T>::Factor factor{};
   if constexpr (Math<T>::kPerFactor == 1) {
     factor = to_float(x[i]);
-  } else {
+  } else if (2 * i < in_features) {
     memcpy(&factor, x + 2 * i, 2 * i + 1 < in_features ? 4 : 2);
   }
   return factor;
@@ -89,7 +89,7 @@ void pack_panel(const LinearParams& p, int64_t panel) {
 }
 
 // `rows` rows of weight, `depth` elements each, to factors, kGemmDepthStride a row; then rows of
-// zeros up to a multiple of kNarrowRows.
+// zeros up to a multiple of kNarrowRows<T>.
 template <class T>
 void unpack_weights(const T* w, int64_t w_stride, int64_t rows, int64_t depth,
                     typename Math<T>::Factor* to) {
@@ -99,15 +99,15 @@ void unpack_weights(const T* w, int64_t w_stride, int64_t rows, int64_t depth,
       for (; i + kLanes <= depth; i += kLanes) store(to + i, load(w + i));
       for (; i < depth; ++i) to[i] = to_float(w[i]);
     } else {
-      if (depth % 2) to[depth / 2] = {};
+      for (int64_t i = depth / 2; i < factors<T>(depth); ++i) to[i] = {};
       memcpy(to, w, depth * sizeof(T));
     }
   }
-  for (; rows % kNarrowRows; ++rows, to += kGemmDepthStride)
+  for (; rows % kNarrowRows<T>; ++rows, to += kGemmDepthStride)
     memset((void*)to, 0, kGemmDepthStride * sizeof *to);
 }
 
-// Rows [begin, end) of weight (multiples of kNarrowRows) with one panel.
+// Rows [begin, end) of weight (multiples of kNarrowRows<T>) with one panel.
 template <class T, int kVectors, int kRows, bool kFetch, class Factor = typename Math<T>::Factor>
 void multiply_panel(const Factor* panel, const Factor* rows, int64_t begin, int64_t end,
                     int64_t stride, int64_t depth, float* sums, bool add, const T* next) {
@@ -119,22 +119,38 @@ void multiply_panel(const Factor* panel, const Factor* rows, int64_t begin, int6
   }
 }
 
+// All `rows` rows of weight with one panel of `width` rows of x, by tiles.
+template <class T, class Factor = typename Math<T>::Factor>
+void tile_panel(int width, const Factor* panel, const Factor* weights, int64_t rows, int64_t stride,
+                int64_t depth, float* sums, bool add, const char* next, int64_t lines) {
+  for (int64_t r = 0; r < rows; r += kTileRows<T>) {
+    const auto* at = weights + r * stride;
+    if (width == kPanelRows) {
+      tile_product<T, 2>(panel, at, stride, depth, sums + r * width, width, add, next, lines);
+    } else {
+      tile_product<T, 1>(panel, at, stride, depth, sums + r * width, width, add, next, lines);
+    }
+    next += lines * kLineBytes * (depth / kLanes);
+  }
+}
+
 template <class T>
 void gemm_columns(const LinearParams& p, int64_t column, int64_t columns) {
   using M = Math<T>;
   using Factor = typename M::Factor;
-  constexpr int64_t kDepth = kGemmDepth * M::kPerFactor;
+  constexpr int64_t kDepth = kBlockDepth<T> * M::kPerFactor;
+  static_assert(kLinearManyColumns % kNarrowRows<T> == 0 && kLinearManyColumns % kLanes == 0, "");
   const int64_t panels = divide_up(p.rows, kPanelRows);
   const int64_t k_factors = factors<T>(p.in_features);
   const int64_t x_bytes = p.rows * k_factors * int64_t(sizeof(Factor));
-  const int64_t group_rows = x_bytes <= kGroupBytes ? kGroupRows : columns;
+  const int64_t group_rows = kInTiles<T> || x_bytes <= kGroupBytes ? kGroupRows<T> : columns;
   const bool in_place = kInPlace<T> && p.weight_stride % M::kPerFactor == 0 &&
                         uintptr_t(p.weight) % sizeof(Factor) == 0;
   Factor* unpacked = (Factor*)p.scratch;
   float* sums = p.scratch + kLinearManyColumns * kGemmDepthStride;  // [panel][column][row]
   for (int64_t c = 0; c < columns; c += group_rows) {
     const int64_t w_rows = min_of(group_rows, columns - c);
-    const int64_t tile_rows = divide_up(w_rows, kNarrowRows) * kNarrowRows;
+    const int64_t tile_rows = divide_up(w_rows, kNarrowRows<T>) * kNarrowRows<T>;
     const T* w = (const T*)p.weight + (column + c) * p.weight_stride;
     // (Of a last few rows, what is fetched ends behind the weights, which does no harm.)
     const bool fetch = p.weight_stride == p.in_features && column + c + w_rows < p.out_features;
@@ -143,7 +159,7 @@ void gemm_columns(const LinearParams& p, int64_t column, int64_t columns) {
       const int64_t depth = min_of(kDepth, p.in_features - k), n = factors<T>(depth);
       const Factor* rows = unpacked;
       int64_t stride = kGemmDepthStride;
-      if (in_place && w_rows == tile_rows && depth % M::kPerFactor == 0) {
+      if (in_place && w_rows == tile_rows && depth == n * M::kPerFactor) {
         rows = (const Factor*)(w + k);
         stride = p.weight_stride / M::kPerFactor;
       } else {
@@ -157,24 +173,32 @@ void gemm_columns(const LinearParams& p, int64_t column, int64_t columns) {
         const int width = panel_width(p, panel);
         const Factor* x = x_block(panel);
         float* to = sums + panel * kPanelRows * kLinearManyColumns + c * width;
-        const auto multiply = [&](auto fetches, int64_t begin, int64_t end, const T* from) {
-          constexpr bool kFetch = decltype(fetches)::value;
-          if (width == kPanelRows) {
-            multiply_panel<T, 2, kTileRows, kFetch>(x, rows, begin, end, stride, n, to, k > 0,
-                                                    from);
-          } else {
-            multiply_panel<T, 1, kNarrowRows, kFetch>(x, rows, begin, end, stride, n, to, k > 0,
-                                                      from);
-          }
-        };
-        if (fetch && panel == 0) {
-          multiply(Count<true>{}, 0, tile_rows, next);
-        } else if (x_bytes >= kFetchBytes && panel + 1 < panels) {
-          const int64_t fetching = min_of(kFetchRows<T>, tile_rows);
-          multiply(Count<true>{}, 0, fetching, (const T*)(x_block(panel + 1)));
-          multiply(Count<false>{}, fetching, tile_rows, next);
+        if constexpr (kInTiles<T>) {
+          // Each panel fetches its share of what follows.
+          const int64_t lines = fetch ? divide_up(kTileRows<T>, panels) : 0;
+          const int64_t steps = tile_rows / kTileRows<T> * (n / kLanes);
+          tile_panel<T>(width, x, rows, tile_rows, stride, n, to, k > 0,
+                        (const char*)next + panel * steps * lines * kLineBytes, lines);
         } else {
-          multiply(Count<false>{}, 0, tile_rows, next);
+          const auto multiply = [&](auto fetches, int64_t begin, int64_t end, const T* from) {
+            constexpr bool kFetch = decltype(fetches)::value;
+            if (width == kPanelRows) {
+              multiply_panel<T, 2, kTileRows<T>, kFetch>(x, rows, begin, end, stride, n, to, k > 0,
+                                                         from);
+            } else {
+              multiply_panel<T, 1, kNarrowRows<T>, kFetch>(x, rows, begin, end, stride, n, to,
+                                                           k > 0, from);
+            }
+          };
+          if (fetch && panel == 0) {
+            multiply(Count<true>{}, 0, tile_rows, next);
+          } else if (x_bytes >= kFetchBytes && panel + 1 < panels) {
+            const int64_t fetching = min_of(kFetchRows<T>, tile_rows);
+            multiply(Count<true>{}, 0, fetching, (const T*)(x_block(panel + 1)));
+            multiply(Count<false>{}, fetching, tile_rows, next);
+          } else {
+            multiply(Count<false>{}, 0, tile_rows, next);
+          }
         }
       }
       next += tile_rows * depth;
@@ -210,6 +234,9 @@ void linear_pack_panels(const LinearParams& p, int64_t begin, int64_t end) {
 
 // A unit is unit_columns columns of out.
 void linear_many_rows(const LinearParams& p, int64_t begin, int64_t end) {
+#if defined(GEMMA2_ISA_avx512_amx)
+  const Tiles tiles(kTileWords);
+#endif
   dispatch_dtype(p.dtype, [&](auto t) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t range = unit / p.range_units * p.range_columns;

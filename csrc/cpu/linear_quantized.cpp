@@ -7,75 +7,15 @@
 // exactly, then scaled and added to the row's sums in float32. Every lane is a row of weight, so
 // nothing is summed across lanes, and a row of x is computed the same way whatever rows and threads
 // are beside it. Memory bounds few rows, arithmetic many.
-#include "integers.h"
 #include "kernels.h"
-#include "linear-inl.h"
-#include "quantized.h"
+#include "linear_quantized-inl.h"
 
 namespace gemma2 {
 namespace GEMMA2_ISA {
 namespace {
 
-// Vectors that hold a block's rows.
-constexpr int kBlockVectors = kQuantRows / kLanes;
-// Bytes of one group of four columns of a block.
-constexpr int64_t kQuadBytes = kQuantRows * 4;
 // How far ahead of their use weights are asked for.
 constexpr int64_t kPrefetchBytes = kLanes == 16 ? 6144 : 2048;
-
-// kQuantDepth values of x as integers from -127 to 127, times a scale. Inf and NaN make the scale
-// NaN.
-struct Quantized {
-  const int8_t* q;
-  int32_t sums[2];  // of its halves
-  float scale;
-};
-
-// Of the n elements of a row at x, n > 0, as many pieces as there are lanes at most: f(piece,
-// Quantized) of each. Beside each other, so that their maxima are found together.
-template <class T, class F>
-GEMMA2_INLINE void quantize_pieces(const T* x, int64_t n, const F& f) {
-  constexpr float limit = 127;
-  constexpr int kPieceVectors = kQuantDepth / kLanes;
-  VecF values[kLanes][kPieceVectors];
-  VecF largest[kLanes], nan[kLanes];
-  const int64_t pieces = min_of<int64_t>(kLanes, divide_up(n, kQuantDepth));
-  for (int64_t i = 0; i < kLanes; ++i) {
-    VecF most = zero(), not_finite = zero();
-    GEMMA2_UNROLL
-    for (int v = 0; v < kPieceVectors; ++v) {
-      const int64_t k = i * kQuantDepth + v * kLanes;
-      const VecF value = k + kLanes <= n ? load(x + k) : k < n ? load_n(x + k, n - k) : zero();
-      most = max(most, abs(value));
-      not_finite += value * zero();
-      values[i][v] = value;
-    }
-    largest[i] = most;
-    nan[i] = not_finite;
-  }
-  const VecF most = reduce_maxima(largest);
-  float scales[kLanes], inverses[kLanes];
-  store(scales, most / set(limit) + reduce_sums(nan));
-  // What is smaller has an inverse beyond float's range, and counts as 0.
-  store(inverses, most > set(1e-30f) ? set(limit) / most : zero());
-  int8_t q[kLanes][kQuantDepth];
-  VecF halves[2][kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) {
-    const VecF inverse = set(inverses[i]);
-    VecF sum[2] = {};
-    GEMMA2_UNROLL
-    for (int v = 0; v < kPieceVectors; ++v) {
-      const VecF rounded = max(min(round_small(values[i][v] * inverse), set(limit)), set(-limit));
-      store_integers(q[i] + v * kLanes, to_int(rounded));
-      sum[v * 2 / kPieceVectors] += rounded;
-    }
-    for (int half = 0; half < 2; ++half) halves[half][i] = sum[half];
-  }
-  float sums[2][kLanes];
-  for (int half = 0; half < 2; ++half) store(sums[half], reduce_sums(halves[half]));
-  for (int64_t i = 0; i < pieces; ++i)
-    f(i, Quantized{q[i], {int32_t(sums[0][i]), int32_t(sums[1][i])}, scales[i]});
-}
 
 #if !defined(GEMMA2_ISA_avx512_bf16)
 
@@ -403,12 +343,9 @@ struct Int4 {
   }
   static GEMMA2_INLINE Scales load_scales(const uint8_t* from) {
     Scales scales;
-    const int8_t* s = (const int8_t*)from;
     GEMMA2_UNROLL
-    for (int v = 0; v < kBlockVectors; ++v, s += kLanes) {
-      const VecI16 both = join_words(load_bytes(s), load_bytes(s + kQuantRows)), sign = both >> 15;
-      scales.s[v] = both * ((both ^ sign) - sign);
-    }
+    for (int v = 0; v < kBlockVectors; ++v)
+      scales.s[v] = join_squares((const int8_t*)from + v * kLanes);
     return scales;
   }
   static GEMMA2_INLINE Weights load_piece(const uint8_t* data, const Scales& scales, int vector) {
@@ -488,10 +425,6 @@ struct Int4 {
 
 #endif
 
-GEMMA2_INLINE int64_t piece_count(const LinearParams& p) {
-  return divide_up(p.in_features, kQuantDepth);
-}
-
 // x of chunk `chunk` of rows: [piece][row].
 template <class F>
 GEMMA2_INLINE typename F::X* packed_chunk(const LinearParams& p, int64_t chunk) {
@@ -515,40 +448,6 @@ void pack_row(const LinearParams& p, int64_t row) {
     }
   });
 }
-
-// One block of weights in memory.
-template <class F>
-struct Block {
-  const uint8_t* data;
-  const uint8_t* scales;  // behind the rows' own factors
-  int64_t rows;
-
-  GEMMA2_INLINE Block(const LinearParams& p, int64_t block) {
-    const int64_t first = block * kQuantRows, pieces = piece_count(p);
-    rows = min_of(kQuantRows, p.out_features - first);
-    data = (const uint8_t*)p.weight + first * pieces * F::kRowBytes;
-    scales = (const uint8_t*)p.scales + first * (pieces * F::kScaleBytes + F::kFactorBytes) +
-             rows * F::kFactorBytes;
-  }
-};
-
-// A piece of a block of fewer than kQuantRows rows, with zeros for the others.
-template <class F>
-struct WidePiece {
-  alignas(64) uint8_t data[kQuantRows * F::kRowBytes];
-  alignas(64) uint8_t scales[kQuantRows * F::kScaleBytes];
-
-  WidePiece(const Block<F>& block, int64_t piece) {
-    memset(this, 0, sizeof *this);
-    const uint8_t* from = block.data + piece * block.rows * F::kRowBytes;
-    for (int64_t i = 0; i < F::kRowBytes / 4; ++i)
-      memcpy(data + i * kQuadBytes, from + i * block.rows * 4, block.rows * 4);
-    const int64_t width = block.rows * sizeof(typename F::Scale);
-    from = block.scales + piece * block.rows * F::kScaleBytes;
-    for (int64_t i = 0; i < int64_t(F::kScaleBytes / sizeof(typename F::Scale)); ++i)
-      memcpy(scales + i * kQuantRows * sizeof(typename F::Scale), from + i * width, width);
-  }
-};
 
 // sums[r] += the products of one piece with row r of x, for `rows` rows.
 template <class F>
@@ -642,7 +541,7 @@ void dot_blocks(const Block<F>& first, int64_t pieces, int64_t begin, int64_t en
 }
 
 // Up to this many rows meet a block at once, with all their sums in registers.
-constexpr int kFewRows = 8;
+constexpr int kFewRows = int(kQuantFewRows);
 
 // The sums of kRows rows of x with a whole block. One block after the other is one stream through
 // memory, which comes faster than two or more side by side.
@@ -706,23 +605,6 @@ void dot_row_blocks(const Block<F>& first, int64_t pieces, const typename F::X* 
 }
 
 #endif
-
-// Multiplies sums with the factors that int4's rows have, and stores them.
-template <class F>
-void finish_block(const LinearParams& p, const Block<F>& block, int64_t column, int64_t first_row,
-                  int64_t rows, const VecF (*sums)[kBlockVectors]) {
-  float factors[kQuantRows];
-  for (int64_t i = 0; i < block.rows; ++i)
-    factors[i] = F::kFactorBytes
-                     ? to_float(((const BFloat16*)(block.scales - block.rows * F::kFactorBytes))[i])
-                     : 1.0f;
-  for (int64_t r = 0; r < rows; ++r) {
-    float line[kQuantRows];
-    memcpy(line, sums[r], sizeof line);
-    for (int64_t i = 0; i < block.rows; ++i) line[i] *= factors[i];
-    finish_row(p, first_row + r, column, block.rows, line);
-  }
-}
 
 template <class F>
 void pack_rows(const LinearParams& p, int64_t begin, int64_t end) {

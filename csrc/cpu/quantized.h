@@ -20,6 +20,9 @@ constexpr int64_t kInt8ScaleBytes = 2, kInt4ScaleBytes = 2;
 constexpr int64_t kInt4FactorBytes = 2;
 // Rows of x that a block of weights serves in one pass.
 constexpr int64_t kQuantChunk = 64;
+// With AVX-512's int8 products up to this many rows meet a block at once; with AMX more than these
+// are tiles.
+constexpr int64_t kQuantFewRows = 8;
 // Bytes of LinearParams::packed_x for kQuantDepth columns of one row, at most.
 constexpr int64_t kQuantPackedBytes = 80;
 

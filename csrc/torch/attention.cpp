@@ -218,9 +218,10 @@ void run(const AttentionParams& p, const Tensor& like) {
   AttentionWork w{};
   w.p = p;
   w.stream = stream;
-  w.block_rows = stream                      ? attention_stream_rows(rows)
-                 : rows < kAttentionRowBlock ? (rows + 11) / 12 * 12  // whole tiles
-                                             : kAttentionRowBlock;
+  w.block_rows = stream ? attention_stream_rows(rows)
+                 : rows < kAttentionRowBlock
+                     ? (rows + kAttentionTileRows - 1) / kAttentionTileRows * kAttentionTileRows
+                     : kAttentionRowBlock;
   w.row_blocks = (rows + w.block_rows - 1) / w.block_rows;
   w.splits = 1;
   w.split_keys = keys;
@@ -242,7 +243,7 @@ void run(const AttentionParams& p, const Tensor& like) {
   int64_t scratch =
       w.unit_heads * w.block_rows * (kAttentionQueryStride + kAttentionScoreStride + padded_dim);
   if (w.unit_heads > 1) scratch += kAttentionKeyBlock * p.head_dim;
-  if (!stream) scratch += kAttentionKeyBlock * (p.head_dim + padded_dim);
+  if (!stream) scratch += kAttentionKeyBlock * 2 * padded_dim;
   if (!stream && p.k_scales.data) scratch += 2 * kAttentionKeyBlock * p.head_dim;
   scratch = (scratch + 31) / 32 * 32;
   int64_t partial = w.splits > 1 ? heads * w.splits * w.block_rows * (p.head_dim + 2) : 0;

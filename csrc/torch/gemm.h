@@ -36,11 +36,18 @@ inline void gemm_pack(const GemmParams& p) {
   });
 }
 
+// Rows of a register tile: 6, 12 with AVX-512, 32 with AMX.
+inline int64_t gemm_tile_rows() {
+  const std::string isa = cpu_isa();
+  if (isa == "avx512_amx") return 32;
+  return isa.rfind("avx512", 0) == 0 ? 12 : 6;
+}
+
 // Rows of a unit such that the threads finish together. Every unit reads all of the other factor,
-// which speaks for long ones; whole register tiles (of 6 rows, 12 with AVX-512) for multiples.
+// which speaks for long ones; whole register tiles for multiples of their rows.
 inline int64_t gemm_unit_rows(int64_t rows) {
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t tile = cpu_isa().rfind("avx512", 0) == 0 ? 12 : 6;
+  const int64_t tile = gemm_tile_rows();
   int64_t best = kGemmRows, best_cost = INT64_MAX;
   for (int64_t unit = kGemmRows; unit >= 2 * tile; unit -= tile) {
     const int64_t turns = divide_up(divide_up(rows, unit), threads);

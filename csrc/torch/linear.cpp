@@ -17,7 +17,8 @@
 namespace gemma2 {
 namespace {
 
-// Where the processor has AMX, torch's GEMM serves bfloat16 from so many rows on.
+// At Intel's level without this project's own AMX products torch's GEMM serves bfloat16 from so
+// many rows on.
 constexpr int64_t kTorchRows = 32;
 
 // Whether torch's GEMM serves a product of `rows` rows of `depth` numbers each. With AMX oneDNN
@@ -64,10 +65,11 @@ void many_rows(LinearParams p, const Tensor& x) {
   // Each thread has a range of its own, as large as the others', of whole lines of out where that
   // leaves none without.
   const int64_t even = divide_up(p.out_features, int64_t(torch::stable::get_num_threads()));
+  const int64_t tile = std::max(kLinearColumnTile, gemm_tile_rows());
   const int64_t lines = round_up(even, 64 / element_size(p.out_dtype));
-  p.range_columns = lines - even <= even / 8 ? lines : round_up(even, kLinearColumnTile);
+  p.range_columns = lines - even <= even / 8 ? lines : round_up(even, tile);
   p.range_units = divide_up(p.range_columns, kLinearManyColumns);
-  p.unit_columns = round_up(divide_up(p.range_columns, p.range_units), kLinearColumnTile);
+  p.unit_columns = round_up(divide_up(p.range_columns, p.range_units), tile);
   const int64_t units = divide_up(p.out_features, p.range_columns) * p.range_units;
   const bool large = kLinearRowBlock * p.in_features * element_size(p.dtype) > kLinearBlockBytes;
   const int64_t most_rows = large ? kLinearRowBlock / 2 : kLinearRowBlock;
