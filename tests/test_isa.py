@@ -12,7 +12,7 @@ import torch
 import gemma2_ext
 from common import ISAS
 
-LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "avx512_vnni")
+LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "avx512_vnni", "avx512_amx")
 
 
 def run(value: str, code: str) -> subprocess.CompletedProcess[str]:
@@ -74,6 +74,43 @@ def test_avx512_vnni_has_floats_from_avx512_and_packed_weights_from_avx512_bf16(
     gemma2_ext._C.set_cpu_isa(before)
     assert torch.equal(results["avx512_vnni"][0], results["avx512"][0])
     assert torch.equal(results["avx512_vnni"][1], results["avx512_bf16"][1])
+
+
+@pytest.mark.skipif("avx512_amx" not in ISAS, reason="AMX, or its emulation")
+@pytest.mark.parametrize("target", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("rows", "in_features", "out_features"),
+    [(9, 64, 16), (16, 33, 40), (17, 1100, 48), (70, 96, 33), (530, 64, 20)],
+)
+def test_packed_products_by_tiles_are_those_of_the_level_below(
+    target: str, rows: int, in_features: int, out_features: int
+) -> None:
+    # Sums of integers are exact, and those of floats go in the same order.
+    before = gemma2_ext._C.cpu_isa()
+    x = torch.randn(rows, in_features).bfloat16()
+    weight = gemma2_ext.ops.quantize(torch.randn(out_features, in_features), target)
+    results = []
+    for isa in ("avx512_bf16", "avx512_amx"):
+        gemma2_ext._C.set_cpu_isa(isa)
+        results.append(gemma2_ext.ops.linear(x, weight))
+    gemma2_ext._C.set_cpu_isa(before)
+    assert torch.equal(*results)
+
+
+@pytest.mark.skipif("avx512_amx" not in ISAS, reason="AMX, or its emulation")
+@pytest.mark.parametrize("in_features", [1, 2, 31, 32, 33, 255, 256, 257, 600])
+def test_tiles_hide_no_number_behind_the_ends(in_features: int) -> None:
+    # What fills up a tile is 0: with NaN in the neighbours' rows and behind the views, a sum of
+    # ones is still the number of them.
+    before = gemma2_ext._C.cpu_isa()
+    gemma2_ext._C.set_cpu_isa("avx512_amx")
+    x = torch.full((40, in_features + 3), torch.nan).bfloat16()
+    weight = torch.full((37, in_features + 5), torch.nan).bfloat16()
+    x[:, :in_features] = 1
+    weight[:, :in_features] = 1
+    out = gemma2_ext.ops.linear(x[:, :in_features], weight[:, :in_features])
+    gemma2_ext._C.set_cpu_isa(before)
+    assert torch.equal(out, torch.full((40, 37), float(in_features)).bfloat16())
 
 
 def test_build_info() -> None:

@@ -23,6 +23,7 @@ constexpr int64_t kQueryStride = kAttentionQueryStride, kScoreStride = kAttentio
 
 GEMMA2_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 GEMMA2_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+GEMMA2_INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 // One sequence and key head of a batch.
 struct Sequence {
@@ -511,6 +512,42 @@ GEMMA2_INLINE void multiply_tile(const Word* a, const float* b, int64_t depth, f
   NoFetcher none;
   multiply_tile<kARow, kADepth, kBStride, kAdd>(a, b, depth, c, c_stride, none);
 }
+
+#if defined(GEMMA2_ISA_avx512_amx)
+// Rows that meet a panel together, and words of depth that they do at a time.
+constexpr int64_t kRowsAtOnce = 2 * kTileRows;
+constexpr int64_t kDepthStep = kTileWords;
+
+// c (+)= a b: scores or output of `rows` rows, kTileRows or kRowsAtOnce of them, and kTileCols
+// columns. `steps` pairs of lines are fetched for each step of depth.
+template <int64_t kARow, int64_t kBStride, bool kAdd, class Word, class Fetcher>
+void multiply_rows(int64_t rows, const Word* a, const float* b, int64_t depth, float* c,
+                   int64_t c_stride, Fetcher& fetcher, int64_t steps) {
+  static_assert(kPerWord<Word> == 2, "");
+  const TileRows rows_of_a(a, kARow * 4), rows_of_b(b, kBStride * 4);
+  const auto fetch = [&] {
+    for (int64_t i = 0; i < steps; ++i) fetcher.next();
+  };
+  if (rows == kTileRows) {
+    multiply_tiles<1, 2>(rows_of_a, rows_of_b, depth, c, c_stride, kAdd, fetch);
+  } else {
+    multiply_tiles<2, 2>(rows_of_a, rows_of_b, depth, c, c_stride, kAdd, fetch);
+  }
+}
+#else
+constexpr int64_t kRowsAtOnce = kTileRows;
+constexpr int64_t kDepthStep = 1;
+
+template <int64_t kARow, int64_t kBStride, bool kAdd, class Word, class Fetcher>
+GEMMA2_INLINE void multiply_rows(int64_t, const Word* a, const float* b, int64_t depth, float* c,
+                                 int64_t c_stride, Fetcher& fetcher, int64_t) {
+  const int64_t first = kAdd ? depth : min64(depth, kDepthBlock);
+  multiply_tile<kARow, 1, kBStride, kAdd>(a, b, first, c, c_stride, fetcher);
+  for (int64_t d = first; d < depth; d += kDepthBlock)
+    multiply_tile<kARow, 1, kBStride, true>(a + d, b + d * kBStride, min64(depth - d, kDepthBlock),
+                                            c, c_stride, fetcher);
+}
+#endif
 
 }  // namespace
 }  // namespace GEMMA2_ISA

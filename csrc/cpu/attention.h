@@ -56,10 +56,10 @@ constexpr int64_t kAttentionBackwardBlock = 96;
 constexpr int64_t kAttentionBackwardStride = kAttentionBackwardBlock + 16;
 
 // In floats, of one worker: keys and values in panels, keys, their two gradients, query rows and
-// their grad_out (in both forms), scores and products (in both forms).
+// their grad_out (in both forms), scores and products (in both forms, and the other way round).
 constexpr int64_t attention_backward_scratch(int64_t head_dim) {
-  return kAttentionBackwardBlock *
-         (2 * head_dim + 6 * kAttentionQueryStride + 3 * kAttentionBackwardStride);
+  return kAttentionBackwardBlock * (2 * attention_padded_dim(head_dim) + 6 * kAttentionQueryStride +
+                                    4 * kAttentionBackwardStride);
 }
 
 struct AttentionBackwardWork {

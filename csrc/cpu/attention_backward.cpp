@@ -21,7 +21,13 @@ namespace {
 
 constexpr int64_t kRows = kAttentionBackwardBlock, kKeys = kAttentionBackwardBlock;
 constexpr int64_t kWeightStride = kAttentionBackwardStride;
-static_assert(kRows % kTileRows == 0 && kKeys % kTileRows == 0 && kKeys % kTileCols == 0, "");
+static_assert(kRows % kRowsAtOnce == 0 && kKeys % kTileRows == 0 && kKeys % kTileCols == 0, "");
+// Whether products are those of AMX's tiles.
+#if defined(GEMMA2_ISA_avx512_amx)
+constexpr bool kInTiles = true;
+#else
+constexpr bool kInTiles = false;
+#endif
 
 // A block of query rows of one sequence and key head.
 struct RowBlock {
@@ -176,13 +182,16 @@ struct KeyBlock {
   const Sequence s;
   const int64_t key, n;  // keys [key, key + n) of the sequence
   const ScoreScale scale;
-  const int64_t depth, padded;  // head_dim in words, and in floats with the padding of a tile
+  // head_dim in words, those with zeros behind that products take, and in floats with the padding
+  // of a tile.
+  const int64_t words, depth, padded;
   // Scratch. Right factors over dimensions: k_panels, v_panels; over keys: k_rows; over query rows:
   // q_rows, grad_out_rows. Left factors over dimensions: q, grad_out. The scores become P, and the
   // products of grad_out and v become dS, left factors over query rows; ds_keys is dS as a left
-  // factor over keys. Where words are floats one copy is both.
+  // factor over keys. Where words are floats one copy is both. A factor of tiles is rows of words:
+  // there P and dS over query rows are transposed to by_keys.
   float *k_panels, *v_panels, *k_rows, *grad_k, *grad_v;
-  float *q, *grad_out, *q_rows, *grad_out_rows, *scores, *products, *ds_keys;
+  float *q, *grad_out, *q_rows, *grad_out_rows, *scores, *products, *ds_keys, *by_keys;
   int64_t from[kRows], to[kRows];  // keys of the block that a row sees; both rise
   int64_t next_row = 0;            // rows from here on are fetched, which the next block needs
 
@@ -194,7 +203,8 @@ struct KeyBlock {
         key(first),
         n(count),
         scale(score_scale(work.p.forward)),
-        depth(work.p.forward.head_dim / kStep),
+        words(work.p.forward.head_dim / kStep),
+        depth(round_up(words, kDepthStep)),
         padded(attention_padded_dim(work.p.forward.head_dim)) {
     float* free = w.scratch;
     const auto take = [&free](int64_t size) {
@@ -202,7 +212,7 @@ struct KeyBlock {
       free += size;
       return part;
     };
-    k_panels = take(kKeys * p.head_dim), v_panels = take(kKeys * p.head_dim);
+    k_panels = take(kKeys * padded), v_panels = take(kKeys * padded);
     k_rows = take(kKeys * kQueryStride);
     grad_k = take(kKeys * kQueryStride), grad_v = take(kKeys * kQueryStride);
     q = take(kRows * kQueryStride), grad_out = take(kRows * kQueryStride);
@@ -212,18 +222,19 @@ struct KeyBlock {
       q_rows = take(kRows / 2 * kQueryStride), grad_out_rows = take(kRows / 2 * kQueryStride);
       ds_keys = take(kRows * kWeightStride);
     }
+    by_keys = kInTiles ? take(kKeys * kWeightStride) : nullptr;
   }
 
   void pack_keys_and_values() {
     const KeyRows<T> k{key_of<const T>(p.k, s, 0), p.k.seqlen_stride, key, INT64_MAX};
     const KeyRows<T> v{key_of<const T>(p.v, s, 0), p.v.seqlen_stride, key, INT64_MAX};
-    pack_keys<Word>(k, n, depth, depth, k_panels);
-    pack_keys<Word>(v, n, depth, depth, v_panels);
+    pack_keys<Word>(k, n, words, depth, k_panels);
+    pack_keys<Word>(v, n, words, depth, v_panels);
     for (int64_t j = 0; j < kKeys; j += kStep) {
       float* to_row = k_rows + j / kStep * kQueryStride;
       const T* row = j < n ? k.row(j) : nullptr;
       if constexpr (kStep == 1) {
-        pack_row<Word>(row, depth, padded, to_row);
+        pack_row<Word>(row, words, padded, to_row);
       } else {
         pack_row_pair<Word>(row, j + 1 < n ? k.row(j + 1) : nullptr, padded, p.head_dim, to_row);
       }
@@ -242,8 +253,8 @@ struct KeyBlock {
       const bool used = r < block.rows && lse[r] != INFINITY;
       q_of[r] = used ? row_of<const T>(p.q, s, block.begin + r) : nullptr;
       grad_out_of[r] = used ? row_of<const T>(w.p.grad_out, s, block.begin + r) : nullptr;
-      pack_row<Word>(q_of[r], depth, padded, q + r * kQueryStride);
-      pack_row<Word>(grad_out_of[r], depth, padded, grad_out + r * kQueryStride);
+      pack_row<Word>(q_of[r], words, padded, q + r * kQueryStride);
+      pack_row<Word>(grad_out_of[r], words, padded, grad_out + r * kQueryStride);
       if (r < block.rows) {
         const int64_t i = s.query(block.begin + r);
         from[r] = min64(n, max64(0, first_key(p, s, i) - key));
@@ -264,7 +275,7 @@ struct KeyBlock {
 
   // Fetches its share of the next block's rows, of so many tiles of products.
   void fetch_rows() {
-    constexpr int64_t kTiles = 2 * (kKeys / kTileCols) * (kRows / kTileRows);
+    constexpr int64_t kTiles = 2 * (kKeys / kTileCols) * (kRows / kRowsAtOnce);
     const int64_t end = min64(next_row + (kRows + kTiles - 1) / kTiles, s.seqlen_q * s.group);
     for (; next_row < end; ++next_row) {
       const T* q_row = row_of<const T>(p.q, s, next_row);
@@ -278,18 +289,13 @@ struct KeyBlock {
   // row sees some key.
   void multiply_panels(const float* a, const float* panels, int64_t rows, float* out) {
     for (int64_t c = 0; c < n; c += kTileCols) {
-      for (int64_t r = 0; r < rows; r += kTileRows) {
-        if (from[r] >= c + kTileCols || to[r + kTileRows - 1] <= c) continue;
+      for (int64_t r = 0; r < rows; r += kRowsAtOnce) {
+        if (from[r] >= c + kTileCols || to[r + kRowsAtOnce - 1] <= c) continue;
         fetch_rows();
-        const Word* left = (const Word*)a + r * kQueryStride;
-        const float* right = panels + c * depth;
-        float* tile = out + r * kWeightStride + c;
-        multiply_tile<kQueryStride, 1, kTileCols, false>(left, right, min64(depth, kDepthBlock),
-                                                         tile, kWeightStride);
-        for (int64_t d = kDepthBlock; d < depth; d += kDepthBlock) {
-          multiply_tile<kQueryStride, 1, kTileCols, true>(
-              left + d, right + d * kTileCols, min64(depth - d, kDepthBlock), tile, kWeightStride);
-        }
+        NoFetcher none;
+        multiply_rows<kQueryStride, kTileCols, false>(
+            kRowsAtOnce, (const Word*)a + r * kQueryStride, panels + c * depth, depth,
+            out + r * kWeightStride + c, kWeightStride, none, 0);
       }
     }
   }
@@ -346,6 +352,40 @@ struct KeyBlock {
     }
   }
 
+  // Words [pair of rows][key] to [key][pair of rows].
+  void transpose_weights(const float* weights, int64_t rows) {
+    for (int64_t j = 0; j < kKeys; j += kLanes) {
+      for (int64_t pair = 0; pair < rows / 2; pair += kLanes) {
+        VecF v[kLanes];
+        GEMMA2_UNROLL
+        for (int i = 0; i < kLanes; ++i) v[i] = load(weights + (pair + i) * 2 * kWeightStride + j);
+        transpose(v);
+        GEMMA2_UNROLL
+        for (int i = 0; i < kLanes; ++i) store(by_keys + (j + i) * kWeightStride + pair, v[i]);
+      }
+    }
+  }
+
+  // The same as below.
+  void add_tiles_to_keys(const float* weights, const float* right, int64_t rows, float* sums) {
+    transpose_weights(weights, rows);
+    for (int64_t d = 0; d < p.head_dim; d += kTileCols) {
+      int64_t begin = 0, end = 0;
+      for (int64_t c = 0; c < n; c += kRowsAtOnce) {
+        while (begin < rows && to[begin] <= c) ++begin;
+        while (end < rows && from[end] < c + kRowsAtOnce) ++end;
+        const int64_t first = begin / kStep / kDepthStep * kDepthStep;
+        const int64_t last = round_up(end, kStep * kDepthStep) / kStep;
+        if (begin >= end) continue;
+        NoFetcher none;
+        multiply_rows<kWeightStride, kQueryStride, true>(
+            kRowsAtOnce, (const Word*)by_keys + c * kWeightStride + first,
+            right + first * kQueryStride + d, last - first, sums + c * kQueryStride + d,
+            kQueryStride, none, 0);
+      }
+    }
+  }
+
   // sums (keys, head_dim) += weights^T (keys, rows) times right (rows, head_dim).
   void add_to_keys(const float* weights, const float* right, int64_t rows, float* sums) {
     for (int64_t d = 0; d < p.head_dim; d += kTileCols) {
@@ -364,7 +404,7 @@ struct KeyBlock {
 
   // Fetches a tile of sums.
   void fetch_sums(const float* sums, int64_t r, int64_t d) {
-    for (int64_t i = 0; i < kTileRows; ++i) {
+    for (int64_t i = 0; i < kRowsAtOnce; ++i) {
       for (int64_t at = d; at < d + kTileCols; at += kLineBytes / int64_t(sizeof(float)))
         prefetch_near(sums + (r + i) * padded + at);
     }
@@ -373,21 +413,22 @@ struct KeyBlock {
   // sums (rows, head_dim) += dS (rows, keys) times k_rows (keys, head_dim).
   void add_to_rows(int64_t rows, float* sums) {
     for (int64_t d = 0; d < p.head_dim; d += kTileCols) {
-      for (int64_t r = 0; r < rows; r += kTileRows) {
-        const bool last = r + kTileRows >= rows;  // of a column of tiles
-        fetch_sums(sums, last ? 0 : r + kTileRows, last ? d + kTileCols : d);
-        const int64_t first = from[r] / kStep;
-        const int64_t words = (to[r + kTileRows - 1] + kStep - 1) / kStep - first;
-        if (words <= 0) continue;
-        multiply_tile<kWeightStride, 1, kQueryStride, true>(
-            (const Word*)(ds_keys + r * kWeightStride) + first, k_rows + first * kQueryStride + d,
-            words, sums + r * padded + d, padded);
+      for (int64_t r = 0; r < rows; r += kRowsAtOnce) {
+        const bool last = r + kRowsAtOnce >= rows;  // of a column of tiles
+        fetch_sums(sums, last ? 0 : r + kRowsAtOnce, last ? d + kTileCols : d);
+        const int64_t first = from[r] / kStep / kDepthStep * kDepthStep;
+        const int64_t end = round_up(to[r + kRowsAtOnce - 1], kStep * kDepthStep) / kStep;
+        if (first >= end) continue;
+        NoFetcher none;
+        multiply_rows<kWeightStride, kQueryStride, true>(
+            kRowsAtOnce, (const Word*)(ds_keys + r * kWeightStride) + first,
+            k_rows + first * kQueryStride + d, end - first, sums + r * padded + d, padded, none, 0);
       }
     }
   }
 
   void meet(const RowBlock& block) {
-    const int64_t rows = (block.rows + kTileRows - 1) / kTileRows * kTileRows;
+    const int64_t rows = round_up(block.rows, kRowsAtOnce);
     const float* delta = w.row_terms + block.index * 2 * kRows;
     const float* lse = delta + kRows;
     pack_rows(block, rows, lse);
@@ -395,8 +436,13 @@ struct KeyBlock {
     multiply_panels(q, k_panels, rows, scores);
     multiply_panels(grad_out, v_panels, rows, products);
     weigh(rows, lse, delta);
-    add_to_keys(scores, grad_out_rows, rows, grad_v);
-    add_to_keys(products, q_rows, rows, grad_k);
+    if constexpr (kInTiles) {
+      add_tiles_to_keys(scores, grad_out_rows, rows, grad_v);
+      add_tiles_to_keys(products, q_rows, rows, grad_k);
+    } else {
+      add_to_keys(scores, grad_out_rows, rows, grad_v);
+      add_to_keys(products, q_rows, rows, grad_k);
+    }
 
     // Blocks of keys begin at multiples of kKeys from the sequence's first key.
     const int64_t turn = (key - s.start) / kKeys - (block.first_key - s.start) / kKeys;
@@ -431,6 +477,7 @@ struct KeyBlock {
 
 }  // namespace
 
+#if !defined(GEMMA2_ISA_avx512_amx)
 // A unit is (block of query rows, sequence, key head).
 void attention_backward_rows(const AttentionBackwardWork& w, int64_t begin, int64_t end) {
   const AttentionParams& p = w.p.forward;
@@ -443,9 +490,12 @@ void attention_backward_rows(const AttentionBackwardWork& w, int64_t begin, int6
   });
 }
 
+#endif
+
+// By tiles bfloat16 alone.
 void attention_backward_keys(const AttentionBackwardWork& w, int64_t begin, int64_t end) {
   const AttentionParams& p = w.p.forward;
-  dispatch_dtype(p.dtype, [&](auto t) {
+  const auto run = [&](auto t) {
     for (int64_t index = begin; index < end; ++index) {
       const int64_t heads = p.batch * p.num_kv_heads, at = index % heads, block = index / heads;
       const Sequence s = make_sequence(p, at / p.num_kv_heads, at % p.num_kv_heads);
@@ -459,7 +509,13 @@ void attention_backward_keys(const AttentionBackwardWork& w, int64_t begin, int6
       }
       keys.store_sums();
     }
-  });
+  };
+#if defined(GEMMA2_ISA_avx512_amx)
+  const Tiles tiles(kTileWords);
+  run(BFloat16{});
+#else
+  dispatch_dtype(p.dtype, run);
+#endif
 }
 
 }  // namespace GEMMA2_ISA

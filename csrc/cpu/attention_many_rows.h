@@ -7,44 +7,6 @@ namespace gemma2 {
 namespace GEMMA2_ISA {
 namespace {
 
-#if defined(GEMMA2_ISA_avx512_amx)
-// Rows that meet a panel together, and words of depth that they do at a time.
-constexpr int64_t kRowsAtOnce = 2 * kTileRows;
-constexpr int64_t kDepthStep = kTileWords;
-
-// c (+)= a b: scores or output of `rows` rows, kTileRows or kRowsAtOnce of them, and kTileCols
-// columns. `steps` pairs of lines are fetched for each step of depth.
-template <int64_t kARow, bool kAdd, class Word, class Fetcher>
-void multiply_rows(int64_t rows, const Word* a, const float* b, int64_t depth, float* c,
-                   int64_t c_stride, Fetcher& fetcher, int64_t steps) {
-  static_assert(kPerWord<Word> == 2, "");
-  const TileRows rows_of_a(a, kARow * 4), rows_of_b(b, kTileCols * 4);
-  const auto fetch = [&] {
-    for (int64_t i = 0; i < steps; ++i) fetcher.next();
-  };
-  if (rows == kTileRows) {
-    multiply_tiles<1, 2>(rows_of_a, rows_of_b, depth, c, c_stride, kAdd, fetch);
-  } else {
-    multiply_tiles<2, 2>(rows_of_a, rows_of_b, depth, c, c_stride, kAdd, fetch);
-  }
-}
-#else
-constexpr int64_t kRowsAtOnce = kTileRows;
-constexpr int64_t kDepthStep = 1;
-
-template <int64_t kARow, bool kAdd, class Word, class Fetcher>
-GEMMA2_INLINE void multiply_rows(int64_t, const Word* a, const float* b, int64_t depth, float* c,
-                                 int64_t c_stride, Fetcher& fetcher, int64_t) {
-  const int64_t first = kAdd ? depth : min64(depth, kDepthBlock);
-  multiply_tile<kARow, 1, kTileCols, kAdd>(a, b, first, c, c_stride, fetcher);
-  for (int64_t d = first; d < depth; d += kDepthBlock)
-    multiply_tile<kARow, 1, kTileCols, true>(a + d, b + d * kTileCols,
-                                             min64(depth - d, kDepthBlock), c, c_stride, fetcher);
-}
-#endif
-
-GEMMA2_INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
-
 template <class T, class K>
 void tile_unit(const AttentionWork& w, const Unit& u) {
   using Word = typename Packed<T>::Word;
@@ -124,9 +86,9 @@ void tile_unit(const AttentionWork& w, const Unit& u) {
       for (int64_t r = 0; r < rows; r += kRowsAtOnce) {
         const int64_t count = min64(kRowsAtOnce, rows - r);
         if (from(r) >= c + kTileCols || to(r + count - 1) <= c) continue;
-        multiply_rows<kQueryStride, false>(count, (const Word*)q + r * kQueryStride,
-                                           k_packed + c * depth, depth, s + r * kScoreStride + c,
-                                           kScoreStride, fetcher, each_step);
+        multiply_rows<kQueryStride, kTileCols, false>(
+            count, (const Word*)q + r * kQueryStride, k_packed + c * depth, depth,
+            s + r * kScoreStride + c, kScoreStride, fetcher, each_step);
       }
     }
     const auto softmax = [&](auto count, int64_t r) {
@@ -149,9 +111,10 @@ void tile_unit(const AttentionWork& w, const Unit& u) {
         const int64_t stop = round_up(to(r + count - 1), kStep * kDepthStep) / kStep;
         if (begin >= stop) continue;
         NoFetcher none;
-        multiply_rows<kScoreStride, true>(count, (const Word*)s + r * kScoreStride + begin,
-                                          v_packed + d * (kKeyBlock / kStep) + begin * kTileCols,
-                                          stop - begin, o + r * o_stride + d, o_stride, none, 0);
+        multiply_rows<kScoreStride, kTileCols, true>(
+            count, (const Word*)s + r * kScoreStride + begin,
+            v_packed + d * (kKeyBlock / kStep) + begin * kTileCols, stop - begin,
+            o + r * o_stride + d, o_stride, none, 0);
       }
     }
     for (int64_t i = 0; apart >> i; ++i) {

@@ -107,6 +107,10 @@ void amx_attention(const AttentionWork& w, int64_t begin, int64_t end) {
   const bool tiles = !w.stream && w.p.dtype == DType::kBFloat16;
   (tiles ? avx512_amx::attention_units : avx512::attention_units)(w, begin, end);
 }
+void amx_attention_backward(const AttentionBackwardWork& w, int64_t begin, int64_t end) {
+  const bool tiles = w.p.forward.dtype == DType::kBFloat16;
+  (tiles ? avx512_amx::attention_backward_keys : avx512::attention_backward_keys)(w, begin, end);
+}
 // Few rows are memory's; up to kQuantFewRows share a pass over it.
 template <auto kTiles, auto kFewRows>
 void amx_packed(const LinearParams& p, int64_t begin, int64_t end) {
@@ -122,6 +126,7 @@ const CpuKernels& amx_kernels() {
   static const CpuKernels kernels = [] {
     CpuKernels mixed = vnni_kernels();
     mixed.attention_units = amx_attention;
+    mixed.attention_backward_keys = amx_attention_backward;
     mixed.linear_pack_panels = avx512_amx::linear_pack_panels;
     mixed.linear_many_rows = avx512_amx::linear_many_rows;
     mixed.gemm_pack_panels = avx512_amx::gemm_pack_panels;
