@@ -61,28 +61,14 @@ struct Int8 {
   static GEMMA2_INLINE void unpack(const uint8_t* from, int8_t* to) {
     memcpy(to, from, kPieceBytes);
   }
-  // Adds `pieces` products to the sums of 16 rows.
-  static void add(const XTile* x, const int8_t* w, const Scales* scales, int64_t pieces, Sums& to) {
-    alignas(64) Integers integers[2];
-    Sums sums;
-    memcpy(&sums, &to, sizeof sums);
-    const auto scale = [&](const Integers& from, const XTile& of, VecF factor) {
-      GEMMA2_UNROLL
-      for (int r = 0; r < kTileLines; ++r)
-        sums[r] = fma(to_floats(load_integers(from[r])), factor * set(of.scale[r]), sums[r]);
-    };
-    int64_t i = 0;
-    for (; i + 2 <= pieces; i += 2) {
-      multiply_piece<0, 4, 6>(x[i].q[0], w + i * kPieceBytes, integers[0]);
-      multiply_piece<1, 5, 7>(x[i + 1].q[0], w + (i + 1) * kPieceBytes, integers[1]);
-      scale(integers[0], x[i], scales[i]);
-      scale(integers[1], x[i + 1], scales[i + 1]);
-    }
-    if (i < pieces) {
-      multiply_piece<0, 4, 6>(x[i].q[0], w + i * kPieceBytes, integers[0]);
-      scale(integers[0], x[i], scales[i]);
-    }
-    memcpy(&to, &sums, sizeof sums);
+  using Room = Integers;
+  template <int kOdd>
+  static GEMMA2_INLINE void multiply(const XTile& x, const int8_t* w, Room& to) {
+    multiply_piece<kOdd, 4 + kOdd, 6 + kOdd>(x.q[0], w, to);
+  }
+  static GEMMA2_INLINE VecF scale(const Room& from, int row, const XTile& x, Scales scales,
+                                  VecF sum) {
+    return fma(to_floats(load_integers(from[row])), scales * set(x.scale[row]), sum);
   }
 };
 
@@ -107,30 +93,17 @@ struct Int4 {
       memcpy(to + kPieceBytes / 2 + i * kQuadBytes, &high, sizeof high);
     }
   }
-  static void add(const XTile* x, const int8_t* w, const Scales* scales, int64_t pieces, Sums& to) {
-    alignas(64) Integers integers[2][2];
-    Sums sums;
-    memcpy(&sums, &to, sizeof sums);
-    // Both sums are below 2^14.
-    const auto scale = [&](const Integers(&from)[2], const XTile& of, VecI16 factors) {
-      GEMMA2_UNROLL
-      for (int r = 0; r < kTileLines; ++r) {
-        const VecI16 both = join_words(load_integers(from[0][r]), load_integers(from[1][r]));
-        sums[r] = fma(to_floats(multiply_add_words(both, factors)), set(of.scale[r]), sums[r]);
-      }
-    };
-    for (int64_t i = 0; i < pieces; ++i, w += kPieceBytes) {
-      Integers(&both)[2] = integers[i % 2];
-      if (i % 2) {
-        multiply_piece<0, 4, 6>(x[i].q[0], w, both[0]);
-        multiply_piece<1, 5, 7>(x[i].q[0] + kInt4Group, w + kPieceBytes / 2, both[1]);
-      } else {
-        multiply_piece<2, 4, 6>(x[i].q[0], w, both[0]);
-        multiply_piece<3, 5, 7>(x[i].q[0] + kInt4Group, w + kPieceBytes / 2, both[1]);
-      }
-      scale(both, x[i], scales[i]);
-    }
-    memcpy(&to, &sums, sizeof sums);
+  using Room = Integers[2];
+  template <int kOdd>
+  static GEMMA2_INLINE void multiply(const XTile& x, const int8_t* w, Room& to) {
+    multiply_piece<2 * kOdd, 4, 6>(x.q[0], w, to[0]);
+    multiply_piece<2 * kOdd + 1, 5, 7>(x.q[0] + kInt4Group, w + kPieceBytes / 2, to[1]);
+  }
+  // Both sums are below 2^14.
+  static GEMMA2_INLINE VecF scale(const Room& from, int row, const XTile& x, Scales scales,
+                                  VecF sum) {
+    const VecI16 both = join_words(load_integers(from[0][row]), load_integers(from[1][row]));
+    return fma(to_floats(multiply_add_words(both, scales)), set(x.scale[row]), sum);
   }
 };
 
@@ -151,7 +124,34 @@ void pack_rows(const LinearParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// Products of `tiles` tiles of x with a block.
+// A product is scaled so many products later: what a tile stores has to reach the cache before it
+// is loaded.
+constexpr int64_t kDelay = 2, kRooms = 4;
+
+// Adds `pieces` products to the sums of 16 rows.
+template <class F>
+void add_products(const XTile* x, const int8_t* w, const typename F::Scales* scales, int64_t pieces,
+                  Sums& to) {
+  alignas(64) typename F::Room rooms[kRooms];
+  Sums sums;
+  memcpy(&sums, &to, sizeof sums);
+  for (int64_t i = 0; i < pieces + kDelay; ++i) {
+    if (i < pieces) {
+      if (i % 2)
+        F::template multiply<1>(x[i], w + i * kPieceBytes, rooms[i % kRooms]);
+      else
+        F::template multiply<0>(x[i], w + i * kPieceBytes, rooms[i % kRooms]);
+    }
+    if (i < kDelay) continue;
+    const int64_t before = i - kDelay;
+    GEMMA2_UNROLL
+    for (int r = 0; r < kTileLines; ++r)
+      sums[r] = F::scale(rooms[before % kRooms], r, x[before], scales[before], sums[r]);
+  }
+  memcpy(&to, &sums, sizeof sums);
+}
+
+// Products of `rows` rows of x with a block.
 template <class F>
 void multiply_block(const LinearParams& p, int64_t block_index, const XTile* x, int64_t first_row,
                     int64_t rows) {
@@ -183,7 +183,7 @@ void multiply_block(const LinearParams& p, int64_t block_index, const XTile* x, 
         prefetch(next + at);
       for (int64_t at = t * share * kScales; at < (t + 1) * share * kScales; at += kLineBytes)
         prefetch(next_scales + at);
-      F::add(x + t * pieces + begin, weights, scales, n, sums[t]);
+      add_products<F>(x + t * pieces + begin, weights, scales, n, sums[t]);
     }
   }
   for (int64_t t = 0; t < tiles; ++t) {
