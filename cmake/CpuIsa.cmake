@@ -6,25 +6,30 @@
 # machine; such a build is for tests only.
 include(CheckCXXCompilerFlag)
 
-set(GEMMA2_EXT_CPU_ISAS "scalar;avx2;avx512;avx512_bf16;avx512_amx" CACHE STRING "instruction sets to compile for")
+set(GEMMA2_EXT_CPU_ISAS "scalar;avx2;avx2_vnni;avx512;avx512_vnni;avx512_bf16;avx512_amx"
+  CACHE STRING "instruction sets to compile for")
 option(GEMMA2_EXT_EMULATE_ISA "compile the AVX-512 levels with AVX2 instructions" OFF)
 
 set(gemma2_flags_scalar "")
 set(gemma2_flags_avx2 -mavx2 -mfma -mf16c)
+set(gemma2_flags_avx2_vnni ${gemma2_flags_avx2} -mavxvnni)
 set(gemma2_flags_avx512 ${gemma2_flags_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl
   -mprefer-vector-width=512)
-set(gemma2_flags_avx512_bf16 ${gemma2_flags_avx512} -mavx512bf16 -mavx512vnni)
+set(gemma2_flags_avx512_vnni ${gemma2_flags_avx512} -mavx512vnni)
+set(gemma2_flags_avx512_bf16 ${gemma2_flags_avx512_vnni} -mavx512bf16)
 set(gemma2_flags_avx512_amx ${gemma2_flags_avx512_bf16} -mamx-tile -mamx-int8 -mamx-bf16)
 set(gemma2_lanes_scalar 4)
 set(gemma2_lanes_avx2 8)
+set(gemma2_lanes_avx2_vnni 8)
 set(gemma2_lanes_avx512 16)
+set(gemma2_lanes_avx512_vnni 16)
 set(gemma2_lanes_avx512_bf16 16)
 set(gemma2_lanes_avx512_amx 16)
 
 # Objects of `target` from the sources for one instruction set.
 function(gemma2_add_isa target isa)
   set(flags ${gemma2_flags_${isa}})
-  if(GEMMA2_EXT_EMULATE_ISA AND isa MATCHES "avx512")
+  if(GEMMA2_EXT_EMULATE_ISA AND isa MATCHES "avx512|vnni")
     set(flags ${gemma2_flags_avx2})
   endif()
   set(optimization -O3)
@@ -41,13 +46,14 @@ function(gemma2_add_isa target isa)
   target_sources(${target} PRIVATE $<TARGET_OBJECTS:${library}>)
 endfunction()
 
-# gemma2_cpu_kernels(target TILES source... ALL source...): those after TILES are compiled for AMX's tiles too, which
-# serve what is bound by products of bfloat16 and int8; all else comes from the levels below.
+# gemma2_cpu_kernels(target ALL source... BYTES source... TILES source...): ALL are compiled for every level of its own.
+# A level that is another one but for products of bytes in an instruction (VNNI) has those of BYTES, that of AMX, for
+# products of bfloat16 and int8, those of TILES; isa.cpp says where they get all else.
 function(gemma2_cpu_kernels target)
-  cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "ALL;TILES")
+  cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "ALL;BYTES;TILES")
   set(isas scalar)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-    foreach(isa avx2 avx512 avx512_bf16 avx512_amx)
+    foreach(isa avx2 avx2_vnni avx512 avx512_vnni avx512_bf16 avx512_amx)
       string(REPLACE ";" " " flags "${gemma2_flags_${isa}}")
       check_cxx_compiler_flag("${flags}" GEMMA2_COMPILER_HAS_${isa})
       if(isa IN_LIST GEMMA2_EXT_CPU_ISAS AND GEMMA2_COMPILER_HAS_${isa})
@@ -55,12 +61,21 @@ function(gemma2_cpu_kernels target)
       endif()
     endforeach()
   endif()
-  if(NOT "avx512" IN_LIST isas OR NOT "avx512_bf16" IN_LIST isas)
-    list(REMOVE_ITEM isas avx512_amx)  # it takes kernels of both
+  # Those that take kernels of others.
+  if(NOT avx2 IN_LIST isas)
+    list(REMOVE_ITEM isas avx2_vnni)
+  endif()
+  if(NOT avx512 IN_LIST isas)
+    list(REMOVE_ITEM isas avx512_vnni)
+  endif()
+  if(NOT avx512_vnni IN_LIST isas)
+    list(REMOVE_ITEM isas avx512_amx)
   endif()
   message(STATUS "gemma2_ext CPU kernels: ${isas}")
   foreach(isa ${isas})
-    if(isa STREQUAL avx512_amx)
+    if(isa MATCHES "_vnni$")
+      gemma2_add_isa(${target} ${isa} ${arg_BYTES})
+    elseif(isa STREQUAL avx512_amx)
       gemma2_add_isa(${target} ${isa} ${arg_TILES})
       target_compile_definitions(${target}_${isa} PRIVATE GEMMA2_ISA_avx512_bf16)
     else()

@@ -78,6 +78,27 @@ GEMMA2_INLINE VecI8 with_sign(VecI8 w, VecI8 x) {
 #endif
 }
 
+// Where a product of bytes sums four of them in 32 bits.
+#if defined(GEMMA2_ISA_avx2_vnni) || defined(GEMMA2_ISA_avx512_vnni) || \
+    defined(GEMMA2_ISA_avx512_bf16)
+#define GEMMA2_DOT_QUADS
+#endif
+
+#if defined(GEMMA2_DOT_QUADS)
+// sum[i] + a[4i] * b[4i] + ... + a[4i + 3] * b[4i + 3].
+GEMMA2_INLINE VecI dot_quads(VecI sum, VecU8 a, VecI8 b) {
+#if defined(__AVX512VNNI__)
+  return (VecI)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVXVNNI__)
+  return (VecI)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+#else
+  const VecI16 x = (VecI16)a, y = (VecI16)b;
+  return sum + multiply_add_words(x & 0xff, y << 8 >> 8) +
+         multiply_add_words(x >> 8 & 0xff, y >> 8);
+#endif
+}
+#endif
+
 #if defined(GEMMA2_ISA_avx512_bf16)
 // Byte 4i + k of to[u] is byte 16 (i / 4) + 4 u + i % 4 of rows[k]: the bytes of four rows side by
 // side, 128 bits of a row to 128 bits of the result.
@@ -97,17 +118,6 @@ GEMMA2_INLINE void join_rows(const VecI8 (&rows)[4], VecI8 (&to)[4]) {
       for (int k = 0; k < 4; ++k) to[u][4 * i + k] = rows[k][16 * (i / 4) + 4 * u + i % 4];
     }
   }
-#endif
-}
-
-// sum[i] + a[4i] * b[4i] + ... + a[4i + 3] * b[4i + 3].
-GEMMA2_INLINE VecI dot_quads(VecI sum, VecU8 a, VecI8 b) {
-#if defined(__AVX512VNNI__)
-  return (VecI)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
-#else
-  const VecI16 x = (VecI16)a, y = (VecI16)b;
-  return sum + multiply_add_words(x & 0xff, y << 8 >> 8) +
-         multiply_add_words(x >> 8 & 0xff, y >> 8);
 #endif
 }
 #endif

@@ -5,7 +5,7 @@
 #include <stdexcept>
 
 #include "quantized.h"
-#if defined(GEMMA2_BUILT_avx512_amx)
+#if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -29,6 +29,21 @@ bool always() { return true; }
          __builtin_cpu_supports("f16c");
 }
 
+// Leaf 7 of cpuid; zeros where there is none.
+struct Leaf7 {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  explicit Leaf7(unsigned subleaf) { __get_cpuid_count(7, subleaf, &a, &b, &c, &d); }
+};
+
+[[maybe_unused]] bool has_avx2_vnni() {
+#ifdef GEMMA2_EMULATE_ISA
+  return has_avx2();
+#else
+  constexpr unsigned kAvxVnni = 1u << 4;
+  return has_avx2() && (Leaf7(1).a & kAvxVnni);
+#endif
+}
+
 [[maybe_unused]] bool has_avx512() {
 #ifdef GEMMA2_EMULATE_ISA
   return has_avx2();
@@ -38,71 +53,90 @@ bool always() { return true; }
 #endif
 }
 
+[[maybe_unused]] bool has_avx512_vnni() {
+#ifdef GEMMA2_EMULATE_ISA
+  return has_avx512();
+#else
+  return has_avx512() && __builtin_cpu_supports("avx512vnni");
+#endif
+}
+
 [[maybe_unused]] bool has_avx512_bf16() {
 #ifdef GEMMA2_EMULATE_ISA
   return has_avx512();
 #else
-  return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
-         __builtin_cpu_supports("avx512vnni");
-#endif
-}
-#endif
-
-#if defined(GEMMA2_BUILT_avx512) && defined(GEMMA2_BUILT_avx512_bf16)
-// Intel's bf16 dot does half the products of its float32 FMA in the same time (a Sapphire Rapids:
-// 160 GFLOP/s beside 285); AMD's does twice as many. So there products of floats widen bf16, while
-// int8 dots serve packed weights, and bf16's own rounding what is bound by loads and stores.
-bool has_avx512_vnni() {
-#ifdef GEMMA2_EMULATE_ISA
-  return false;
-#else
-  return has_avx512_bf16() && __builtin_cpu_is("intel");
+  return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16");
 #endif
 }
 
-void probe_multiply(const ProbeParams& p, int64_t begin, int64_t end) {
-  (p.int8 ? avx512_bf16::probe_multiply : avx512::probe_multiply)(p, begin, end);
-}
-
-const CpuKernels& vnni_kernels() {
-  static const CpuKernels kernels = [] {
-    CpuKernels mixed = avx512::kKernels;
-    mixed.linear_int8_pack = avx512_bf16::linear_int8_pack;
-    mixed.linear_int8_units = avx512_bf16::linear_int8_units;
-    mixed.linear_int4_pack = avx512_bf16::linear_int4_pack;
-    mixed.linear_int4_units = avx512_bf16::linear_int4_units;
-    mixed.rms_norm_rows = avx512_bf16::rms_norm_rows;
-    mixed.add_rms_norm_rows = avx512_bf16::add_rms_norm_rows;
-    mixed.geglu_runs = avx512_bf16::geglu_runs;
-    mixed.rope_tokens = avx512_bf16::rope_tokens;
-    mixed.probe_multiply = probe_multiply;
-    return mixed;
-  }();
-  return kernels;
-}
-#define GEMMA2_BUILT_avx512_vnni
-#endif
-
-#if defined(GEMMA2_BUILT_avx512_amx)
 // Whether the processor multiplies tiles of bfloat16 and int8, and Linux lets this process: it
 // saves the registers' 8 KiB for those threads only that have asked.
-bool has_avx512_amx() {
+[[maybe_unused]] bool has_avx512_amx() {
 #ifdef GEMMA2_EMULATE_ISA
   return has_avx512_bf16();
 #else
   static const bool has = [] {
-    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;  // of leaf 7
-    constexpr unsigned kAll = kBf16 | kTile | kInt8;
-    unsigned a, b, c, d = 0;
-    if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll)
-      return false;
+    constexpr unsigned kAll = 1u << 22 | 1u << 24 | 1u << 25;  // bfloat16, tiles, int8
+    if (!has_avx512_bf16() || (Leaf7(0).d & kAll) != kAll) return false;
     constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of Linux' asm/prctl.h
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   }();
   return has;
 #endif
 }
+#endif
 
+// Levels that are another one but for some kernels.
+
+#ifdef GEMMA2_BUILT_avx2_vnni
+void avx2_vnni_probe(const ProbeParams& p, int64_t begin, int64_t end) {
+  (p.int8 ? avx2_vnni::probe_multiply : avx2::probe_multiply)(p, begin, end);
+}
+
+const CpuKernels& avx2_vnni_kernels() {
+  static const CpuKernels kernels = [] {
+    CpuKernels mixed = avx2::kKernels;
+    mixed.linear_int8_pack = avx2_vnni::linear_int8_pack;
+    mixed.linear_int8_units = avx2_vnni::linear_int8_units;
+    mixed.linear_int4_pack = avx2_vnni::linear_int4_pack;
+    mixed.linear_int4_units = avx2_vnni::linear_int4_units;
+    mixed.probe_multiply = avx2_vnni_probe;
+    return mixed;
+  }();
+  return kernels;
+}
+#endif
+
+#ifdef GEMMA2_BUILT_avx512_vnni
+void avx512_vnni_probe(const ProbeParams& p, int64_t begin, int64_t end) {
+  (p.int8 ? avx512_vnni::probe_multiply : avx512::probe_multiply)(p, begin, end);
+}
+
+// Where there is bfloat16's rounding in an instruction, it serves what is bound by loads and
+// stores.
+const CpuKernels& avx512_vnni_kernels() {
+  static const CpuKernels kernels = [] {
+    CpuKernels mixed = avx512::kKernels;
+    mixed.linear_int8_pack = avx512_vnni::linear_int8_pack;
+    mixed.linear_int8_units = avx512_vnni::linear_int8_units;
+    mixed.linear_int4_pack = avx512_vnni::linear_int4_pack;
+    mixed.linear_int4_units = avx512_vnni::linear_int4_units;
+    mixed.probe_multiply = avx512_vnni_probe;
+#ifdef GEMMA2_BUILT_avx512_bf16
+    if (has_avx512_bf16()) {
+      mixed.rms_norm_rows = avx512_bf16::rms_norm_rows;
+      mixed.add_rms_norm_rows = avx512_bf16::add_rms_norm_rows;
+      mixed.geglu_runs = avx512_bf16::geglu_runs;
+      mixed.rope_tokens = avx512_bf16::rope_tokens;
+    }
+#endif
+    return mixed;
+  }();
+  return kernels;
+}
+#endif
+
+#ifdef GEMMA2_BUILT_avx512_amx
 void amx_attention(const AttentionWork& w, int64_t begin, int64_t end) {
   const bool tiles = !w.stream && w.p.dtype == DType::kBFloat16;
   (tiles ? avx512_amx::attention_units : avx512::attention_units)(w, begin, end);
@@ -121,10 +155,10 @@ void amx_probe(const ProbeParams& p, int64_t begin, int64_t end) {
   (tiles ? avx512_amx::probe_multiply : avx512::probe_multiply)(p, begin, end);
 }
 
-// Intel's level of before, with the products of many rows by tiles.
+// avx512_vnni with the products of many rows by tiles.
 const CpuKernels& amx_kernels() {
   static const CpuKernels kernels = [] {
-    CpuKernels mixed = vnni_kernels();
+    CpuKernels mixed = avx512_vnni_kernels();
     mixed.attention_units = amx_attention;
     mixed.attention_backward_keys = amx_attention_backward;
     mixed.linear_pack_panels = avx512_amx::linear_pack_panels;
@@ -136,13 +170,13 @@ const CpuKernels& amx_kernels() {
     mixed.linear_loss_merge = avx512_amx::linear_loss_merge;
     mixed.linear_loss_gradient = avx512_amx::linear_loss_gradient;
     mixed.linear_int8_pack =
-        amx_packed<avx512_amx::linear_int8_pack, avx512_bf16::linear_int8_pack>;
+        amx_packed<avx512_amx::linear_int8_pack, avx512_vnni::linear_int8_pack>;
     mixed.linear_int8_units =
-        amx_packed<avx512_amx::linear_int8_units, avx512_bf16::linear_int8_units>;
+        amx_packed<avx512_amx::linear_int8_units, avx512_vnni::linear_int8_units>;
     mixed.linear_int4_pack =
-        amx_packed<avx512_amx::linear_int4_pack, avx512_bf16::linear_int4_pack>;
+        amx_packed<avx512_amx::linear_int4_pack, avx512_vnni::linear_int4_pack>;
     mixed.linear_int4_units =
-        amx_packed<avx512_amx::linear_int4_units, avx512_bf16::linear_int4_units>;
+        amx_packed<avx512_amx::linear_int4_units, avx512_vnni::linear_int4_units>;
     mixed.probe_multiply = amx_probe;
     return mixed;
   }();
@@ -155,19 +189,32 @@ const Isa kIsas[] = {
 #ifdef GEMMA2_BUILT_avx2
     {"avx2", &avx2::kKernels, has_avx2},
 #endif
+#ifdef GEMMA2_BUILT_avx2_vnni
+    {"avx2_vnni", &avx2_vnni_kernels(), has_avx2_vnni},
+#endif
 #ifdef GEMMA2_BUILT_avx512
     {"avx512", &avx512::kKernels, has_avx512},
 #endif
+#ifdef GEMMA2_BUILT_avx512_vnni
+    {"avx512_vnni", &avx512_vnni_kernels(), has_avx512_vnni},
+#endif
 #ifdef GEMMA2_BUILT_avx512_bf16
     {"avx512_bf16", &avx512_bf16::kKernels, has_avx512_bf16},
-#endif
-#ifdef GEMMA2_BUILT_avx512_vnni
-    {"avx512_vnni", &vnni_kernels(), has_avx512_vnni},
 #endif
 #ifdef GEMMA2_BUILT_avx512_amx
     {"avx512_amx", &amx_kernels(), has_avx512_amx},
 #endif
 };
+
+// Intel's bf16 dot does half the products of its float32 FMA in the same time (a Sapphire Rapids:
+// 160 GFLOP/s beside 285); AMD's does twice as many. So Intel takes the level below.
+bool fast(const Isa& isa) {
+#if defined(__x86_64__)
+  return isa.name != std::string("avx512_bf16") || !__builtin_cpu_is("intel");
+#else
+  return true;
+#endif
+}
 
 const Isa* find_isa(const std::string& name, const char* source) {
   std::string names;
@@ -186,7 +233,7 @@ const Isa* initial_isa() {
   if (forced && *forced) return find_isa(forced, "GEMMA2_EXT_CPU_ISA");
   const Isa* best = nullptr;
   for (const Isa& isa : kIsas) {
-    if (isa.supported()) best = &isa;
+    if (isa.supported() && fast(isa)) best = &isa;
   }
   return best;
 }

@@ -63,7 +63,10 @@ GEMMA2_DECLARE_ISA(scalar)
 GEMMA2_DECLARE_ISA(avx2)
 GEMMA2_DECLARE_ISA(avx512)
 GEMMA2_DECLARE_ISA(avx512_bf16)
-GEMMA2_DECLARE_ISA(avx512_amx)  // some of them, and no table
+// Some of them, and no table:
+GEMMA2_DECLARE_ISA(avx2_vnni)
+GEMMA2_DECLARE_ISA(avx512_vnni)
+GEMMA2_DECLARE_ISA(avx512_amx)
 #undef GEMMA2_DECLARE_ISA
 #undef GEMMA2_DECLARE
 

@@ -17,7 +17,7 @@ namespace {
 // How far ahead of their use weights are asked for.
 constexpr int64_t kPrefetchBytes = kLanes == 16 ? 6144 : 2048;
 
-#if !defined(GEMMA2_ISA_avx512_bf16)
+#if !defined(GEMMA2_DOT_QUADS)
 
 struct Int8 {
   static constexpr int64_t kRowBytes = kInt8RowBytes, kScaleBytes = kInt8ScaleBytes;
@@ -267,6 +267,29 @@ struct Int8 {
       total[i % 2] = dot_quads(total[i % 2], w.w[i], (VecI8)broadcast_bits(x.q + 4 * i));
     return fma(to_floats(total[0] + total[1]), w.scale * set(x.scale), sum);
   }
+  // One row of x against kVectors vectors of rows of weight, whose data begin at data[v].
+  template <int kVectors>
+  static GEMMA2_INLINE void dot_row(const uint8_t* const (&data)[kVectors],
+                                    const Scales (&scales)[kVectors / kBlockVectors], const X& x,
+                                    VecF (&sums)[kVectors]) {
+    VecI total[kVectors];
+    GEMMA2_UNROLL
+    for (int v = 0; v < kVectors; ++v) total[v] = VecI{} + x.offset;
+    GEMMA2_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      const VecI8 q = (VecI8)broadcast_bits(x.q + 4 * i);
+      GEMMA2_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        const VecU8 w = (VecU8)(load_bits(data[v] + i * kQuadBytes) ^ 0x80808080u);
+        total[v] = dot_quads(total[v], w, q);
+      }
+    }
+    GEMMA2_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const VecF scale = scales[v / kBlockVectors].s[v % kBlockVectors];
+      sums[v] = fma(to_floats(total[v]), scale * set(x.scale), sums[v]);
+    }
+  }
   // As `dot`, of kBlocks blocks and kRows rows of x.
   template <int kRows, int kBlocks>
   static GEMMA2_INLINE void dot_blocks(const Weights (&w)[kBlocks], const X* x,
@@ -368,6 +391,34 @@ struct Int4 {
     // Both sums are below 2^14.
     const VecI product = multiply_add_words(join_words(total[0], total[1]), w.scale);
     return fma(to_floats(product), set(x.scale), sum);
+  }
+  template <int kVectors>
+  static GEMMA2_INLINE void dot_row(const uint8_t* const (&data)[kVectors],
+                                    const Scales (&scales)[kVectors / kBlockVectors], const X& x,
+                                    VecF (&sums)[kVectors]) {
+    VecI total[2][kVectors];
+    GEMMA2_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      total[0][v] = VecI{} + x.offset[0];
+      total[1][v] = VecI{} + x.offset[1];
+    }
+    GEMMA2_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const VecI8 low = (VecI8)broadcast_bits(x.q + 4 * i);
+      const VecI8 high = (VecI8)broadcast_bits(x.q + kInt4Group + 4 * i);
+      GEMMA2_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        const VecU bits = load_bits(data[v] + i * kQuadBytes);
+        total[0][v] = dot_quads(total[0][v], (VecU8)(bits & 0x0f0f0f0fu), low);
+        total[1][v] = dot_quads(total[1][v], (VecU8)(bits >> 4 & 0x0f0f0f0fu), high);
+      }
+    }
+    GEMMA2_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const VecI16 both = join_words(total[0][v], total[1][v]);
+      const VecI16 scale = scales[v / kBlockVectors].s[v % kBlockVectors];
+      sums[v] = fma(to_floats(multiply_add_words(both, scale)), set(x.scale), sums[v]);
+    }
   }
   template <int kRows, int kBlocks>
   static GEMMA2_INLINE void dot_blocks(const Weights (&w)[kBlocks], const X* x,
@@ -485,7 +536,7 @@ void dot_block(const Block<F>& block, int64_t pieces, const typename F::X* x, in
   }
 }
 
-#if defined(GEMMA2_ISA_avx512_bf16)
+#if defined(GEMMA2_DOT_QUADS) && GEMMA2_LANES == 16
 
 // Whole blocks that a row of x meets at once, of several rows: their weights fill half the
 // registers. Otherwise reading x takes as long as the products.
@@ -617,7 +668,7 @@ void dot_units(const LinearParams& p, int64_t begin, int64_t end) {
   VecF sums[kQuantChunk][kBlockVectors];
   int64_t b = begin * kQuantUnitBlocks;
   end = min_of(end * kQuantUnitBlocks, blocks);
-#if defined(GEMMA2_ISA_avx512_bf16)
+#if defined(GEMMA2_DOT_QUADS) && GEMMA2_LANES == 16
   for (; p.rows <= kFewRows && (b + 1) * kQuantRows <= p.out_features && b < end; ++b) {
     const Block<F> block(p, b);
     dispatch_rows<1, kFewRows>(p.rows, [&](auto rows) {

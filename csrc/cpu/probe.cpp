@@ -81,6 +81,10 @@ int64_t multiply_run_int8() {
   typedef __m512i V;
   const auto dot = [](V sum, V a, V) { return _mm512_dpbusd_epi32(sum, a, a); };
   V a = _mm512_set1_epi8(1), ones = a;
+#elif defined(__AVXVNNI__)
+  typedef __m256i V;
+  const auto dot = [](V sum, V a, V) { return _mm256_dpbusd_avx_epi32(sum, a, a); };
+  V a = _mm256_set1_epi8(1), ones = a;
 #else
   typedef __m256i V;
   const auto dot = [](V sum, V a, V ones) {

@@ -17,21 +17,15 @@
 namespace gemma2 {
 namespace {
 
-// At Intel's level without this project's own AMX products torch's GEMM serves bfloat16 from so
-// many rows on.
-constexpr int64_t kTorchRows = 32;
-
-// Whether torch's GEMM serves a product of `rows` rows of `depth` numbers each. With AMX oneDNN
-// reads one number past a row of an odd depth and multiplies it with zero: a NaN there would show.
-// With AVX512_BF16 alone it is no faster than linear_many_rows, but faster than `gemm`, which
-// gradients would take. Without products of bfloat16 pairs torch widens bfloat16 to float32 at a
-// quarter of this project's speed or less, as float16. For float32 its GEMM is slower too, but for
-// the narrowest products (docs/notes.md).
-bool torch_serves(DType dtype, int64_t rows, int64_t depth, bool gradient) {
+// Whether torch's GEMM makes the gradients, of sums of `depth` products. With AVX512_BF16 it is no
+// faster than linear_many_rows, but faster than `gemm`, which gradients would take. (oneDNN may
+// read one number past a row of an odd depth and multiply it with zero: a NaN there would show.)
+// Without products of bfloat16 pairs torch widens bfloat16 to float32 at a quarter of this
+// project's speed or less, as float16. For float32 its GEMM is slower too, but for the narrowest
+// products (docs/notes.md).
+bool torch_serves_gradients(DType dtype, int64_t depth) {
   if (dtype == DType::kFloat64) return true;
-  if (dtype != DType::kBFloat16 || depth % 2 != 0) return false;
-  const std::string isa = cpu_isa();
-  return (isa == "avx512_vnni" && rows >= kTorchRows) || (isa == "avx512_bf16" && gradient);
+  return dtype == DType::kBFloat16 && depth % 2 == 0 && cpu_isa() == "avx512_bf16";
 }
 
 #ifdef GEMMA2_WITH_CUDA
@@ -137,8 +131,7 @@ void run(const char* op, const char* name, const Tensor& x, const Tensor& weight
   const int64_t rows = out.numel() / out_features;
   if (geglu && (x.is_cpu() || dtype == DType::kFloat32 || rows > kLinearCudaRows))
     return linear_then_geglu(x, weight, out);
-  if (x.is_cpu() && (softcap == 0 || dtype == DType::kFloat64) && out_type == x.scalar_type() &&
-      torch_serves(dtype, rows, in_features, false)) {
+  if (x.is_cpu() && dtype == DType::kFloat64) {
     torch_mm_out(as_matrix(x, rows), torch::stable::transpose(weight, 0, 1), out, rows);
     double* y = static_cast<double*>(out.data_ptr());
     for (int64_t i = 0; softcap > 0 && i < rows * out_features; ++i)
@@ -226,8 +219,8 @@ void linear_backward_out(const Tensor& grad_out, const Tensor& x, const Tensor& 
     if (grad_weight) torch::stable::zero_(*grad_weight);
     return;
   }
-  if (!x.is_cpu() || (grad_out.scalar_type() == x.scalar_type() &&
-                      torch_serves(dtype, rows, out_features, true))) {
+  if (!x.is_cpu() ||
+      (grad_out.scalar_type() == x.scalar_type() && torch_serves_gradients(dtype, out_features))) {
     Tensor grad = as_matrix(grad_out, rows);
     if (grad.scalar_type() != x.scalar_type()) grad = torch::stable::to(grad, x.scalar_type());
     if (grad_x) torch_mm_out(grad, weight, *grad_x, rows);

@@ -28,9 +28,8 @@ def linear(x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
 
     A row's result depends neither on the rows beside it, up to 16 of them and from 17 on, nor on
     the number of threads; the same holds for the gradients `grad_x = grad weight` and
-    `grad_weight = grad^T x`. Torch's GEMM, which promises neither, serves bfloat16 from 32 rows on
-    where the processor is Intel's with AVX512_BF16 and without AMX, and on other processors with
-    AVX512_BF16 the gradients.
+    `grad_weight = grad^T x`. Torch's GEMM, which promises neither, serves the gradients of
+    bfloat16 where the processor has AVX512_BF16 and is not Intel's.
 
     Args:
         x: (..., in_features), float32, bfloat16 or float16, any strides; float64, to check
