@@ -77,7 +77,11 @@ class CMakeBuild(build_ext):
             f"-DTORCH_VERSION={torch_version}",
             f"-DTORCH_CUDA={torch_cuda}",
             f"-DCMAKE_BUILD_TYPE={os.environ.get('GEMMA2_EXT_BUILD_TYPE', 'Release')}",
-            *(f"-D{name}={os.environ[name]}" for name in CMAKE_VARIABLES if os.environ.get(name)),
+            # What the environment no longer says is forgotten: then a new version's default holds.
+            *(
+                f"-D{name}={os.environ[name]}" if os.environ.get(name) else f"-U{name}"
+                for name in CMAKE_VARIABLES
+            ),
             *([] if cache.exists() else ninja_arguments()),  # a generator is chosen once
         ]
         cmake = cmake_program()

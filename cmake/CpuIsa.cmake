@@ -38,8 +38,9 @@ function(gemma2_add_isa target isa)
   endif()
   set(library ${target}_${isa})
   add_library(${library} OBJECT ${ARGN})
-  # -fno-trapping-math lets a select become a blend; -Wno-psabi: vectors never cross a translation unit.
-  target_compile_options(${library} PRIVATE ${flags} ${optimization} -Wall -Wextra -Wno-psabi
+  # -fno-trapping-math lets a select become a blend; -Wno-psabi: vectors never cross a translation unit; -fno-exceptions:
+  # nothing in a kernel throws, and what unwinds would be shared between instruction sets.
+  target_compile_options(${library} PRIVATE ${flags} ${optimization} -Wall -Wextra -Wno-psabi -fno-exceptions
     -ffp-contract=fast -fno-math-errno -fno-trapping-math)
   target_compile_definitions(${library} PRIVATE GEMMA2_ISA=${isa} GEMMA2_LANES=${gemma2_lanes_${isa}}
     GEMMA2_ISA_${isa})
