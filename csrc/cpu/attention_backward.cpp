@@ -366,7 +366,7 @@ struct KeyBlock {
     }
   }
 
-  // The same as below.
+  // What add_to_keys does, by tiles.
   void add_tiles_to_keys(const float* weights, const float* right, int64_t rows, float* sums) {
     transpose_weights(weights, rows);
     for (int64_t d = 0; d < p.head_dim; d += kTileCols) {
