@@ -234,7 +234,8 @@ GEMMA2_INLINE void softmax_rows(float* s, int64_t n, First first, Last last, con
       VecF x = score(load(row + j), c);
       if (j < first(r) || j + kLanes > last(r)) {
         const VecI column = lane + int32_t(j);
-        x = (column >= int32_t(first(r))) & (column < int32_t(last(r))) ? x : minus_infinity;
+        const VecI inside = (column >= int32_t(first(r))) & (column < int32_t(last(r)));
+        x = inside ? x : minus_infinity;
       }
       store(row + j, x);
       most = max(most, x);

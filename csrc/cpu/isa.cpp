@@ -25,8 +25,9 @@ bool always() { return true; }
 #if defined(__x86_64__)
 // __builtin_cpu_supports also asks whether the operating system saves the wide registers.
 [[maybe_unused]] bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
+  unsigned a, b, c, d;
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
 // Leaf 7 of cpuid; zeros where there is none.
