@@ -89,6 +89,13 @@ struct Leaf7 {
 
 // Levels that are another one but for some kernels.
 
+// Products of packed weights from another namespace.
+#define GEMMA2_TAKE_PACKED(kernels, isa)              \
+  kernels.linear_int8_pack = isa::linear_int8_pack;   \
+  kernels.linear_int8_units = isa::linear_int8_units; \
+  kernels.linear_int4_pack = isa::linear_int4_pack;   \
+  kernels.linear_int4_units = isa::linear_int4_units;
+
 #ifdef GEMMA2_BUILT_avx2_vnni
 void avx2_vnni_probe(const ProbeParams& p, int64_t begin, int64_t end) {
   (p.int8 ? avx2_vnni::probe_multiply : avx2::probe_multiply)(p, begin, end);
@@ -97,10 +104,7 @@ void avx2_vnni_probe(const ProbeParams& p, int64_t begin, int64_t end) {
 const CpuKernels& avx2_vnni_kernels() {
   static const CpuKernels kernels = [] {
     CpuKernels mixed = avx2::kKernels;
-    mixed.linear_int8_pack = avx2_vnni::linear_int8_pack;
-    mixed.linear_int8_units = avx2_vnni::linear_int8_units;
-    mixed.linear_int4_pack = avx2_vnni::linear_int4_pack;
-    mixed.linear_int4_units = avx2_vnni::linear_int4_units;
+    GEMMA2_TAKE_PACKED(mixed, avx2_vnni)
     mixed.probe_multiply = avx2_vnni_probe;
     return mixed;
   }();
@@ -118,10 +122,7 @@ void avx512_vnni_probe(const ProbeParams& p, int64_t begin, int64_t end) {
 const CpuKernels& avx512_vnni_kernels() {
   static const CpuKernels kernels = [] {
     CpuKernels mixed = avx512::kKernels;
-    mixed.linear_int8_pack = avx512_vnni::linear_int8_pack;
-    mixed.linear_int8_units = avx512_vnni::linear_int8_units;
-    mixed.linear_int4_pack = avx512_vnni::linear_int4_pack;
-    mixed.linear_int4_units = avx512_vnni::linear_int4_units;
+    GEMMA2_TAKE_PACKED(mixed, avx512_vnni)
     mixed.probe_multiply = avx512_vnni_probe;
 #ifdef GEMMA2_BUILT_avx512_bf16
     if (has_avx512_bf16()) {
