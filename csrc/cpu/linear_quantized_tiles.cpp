@@ -32,7 +32,7 @@ static_assert(sizeof(XTile) <= (kQuantFewRows + 1) * kQuantPackedBytes &&
 using Sums = VecF[kTileLines];
 using Integers = int32_t[kTileLines][kTileWords];
 
-// The integers of a product with kDepth words, by the tiles kSum, kA and kB.
+// The integers of a product, by the tiles kSum, kA and kB, of the depth that these are set up for.
 template <int kSum, int kA, int kB>
 GEMMA2_INLINE void multiply_piece(const int8_t* x, const int8_t* w, Integers& to) {
   Tiles::clear<kSum>();
