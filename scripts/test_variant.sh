@@ -10,7 +10,7 @@ shift
 case $variant in
   sanitize)
     settings=(-DGEMMA2_EXT_SANITIZE=address,undefined)
-    settings+=("-DGEMMA2_EXT_CPU_ISAS=${SANITIZE_ISAS:-scalar;avx2;avx512;avx512_bf16;avx512_amx}")
+    if [[ ${SANITIZE_ISAS:-} ]]; then settings+=("-DGEMMA2_EXT_CPU_ISAS=$SANITIZE_ISAS"); fi
     ;;
   emulate) settings=(-DGEMMA2_EXT_EMULATE_ISA=ON) ;;
   scalar) settings=(-DGEMMA2_EXT_CPU_ISAS=scalar) ;;

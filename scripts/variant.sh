@@ -10,7 +10,8 @@ generator=()
 if command -v ninja >/dev/null || PATH=$PWD/.venv/bin:$PATH command -v ninja >/dev/null; then generator=(-G Ninja); fi
 export PATH=$PWD/.venv/bin:$PATH
 {
-  cmake -S . -B "$cmake_folder" "${generator[@]}" -DPython_EXECUTABLE="$python" -DGEMMA2_EXT_CUDA=OFF "$@"
+  cmake -S . -B "$cmake_folder" "${generator[@]}" -DPython_EXECUTABLE="$python" -DGEMMA2_EXT_CUDA=OFF \
+    -UGEMMA2_EXT_CPU_ISAS "$@"
   cmake --build "$cmake_folder" --target _C -j "${MAX_JOBS:-$(env -u OMP_NUM_THREADS nproc)}"
 } >&2
 rm -rf "$folder/python"

@@ -83,7 +83,8 @@ class Tiles {
   }
 
   // Sums of products of bfloat16 pairs, in float32: those of the first elements and those of the
-  // second ones, each from zero in the order of k, then both to the sum before. Subnormals are 0.
+  // second ones, each from zero in the order of k, then both to the sum before. Subnormals are 0
+  // (but not where tiles are memory).
   template <int kSum, int kA, int kB>
   static GEMMA2_INLINE void multiply_pairs() {
 #if defined(__AMX_BF16__)
