@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 export PYTHON TORCH
 
 .PHONY: demo test build lint format sanitize emulate scalar oldest-transformers check-packages cuda-check
-.PHONY: distillation performance clean
+.PHONY: neon-check distillation performance clean
 
 demo:
 	@scripts/setup.sh
@@ -26,8 +26,8 @@ format:
 	@scripts/setup.sh lint
 	@scripts/lint.sh --fix
 
-# The tests of the ops with kernels built with ASan and UBSan; with the AVX-512 levels in AVX2's instructions; with no
-# instruction set beyond the compiler's default.
+# The tests of the ops with kernels built with ASan and UBSan; with the AVX-512 and NEON levels in AVX2's instructions at
+# most; with no instruction set beyond the compiler's default.
 sanitize emulate scalar:
 	@scripts/setup.sh test
 	@scripts/test_variant.sh $@ $(PYTEST_ARGS)
@@ -39,6 +39,10 @@ oldest-transformers:
 cuda-check:
 	@scripts/setup.sh
 	@scripts/cuda_check.sh
+
+neon-check:
+	@scripts/setup.sh
+	@scripts/neon_check.sh
 
 check-packages:
 	@scripts/setup.sh test

@@ -1,16 +1,19 @@
 # gemma2_cpu_kernels(target source...): compiles each source once per instruction set, in namespace GEMMA2_ISA.
 #
 # The flags go on those objects alone, so no wide instruction reaches code that runs before the run-time check.
-# GEMMA2_EXT_CPU_ISAS limits the list; on a processor other than x86 it is "scalar". GEMMA2_EXT_EMULATE_ISA compiles
-# every level with AVX2's instructions (vectors of 16 lanes are lowered to two of 8), to test wide levels on a narrow
-# machine; such a build is for tests only.
+# GEMMA2_EXT_CPU_ISAS limits the list; those of another processor are left out. GEMMA2_EXT_EMULATE_ISA compiles every
+# level for x86, with AVX2's instructions at most (vectors of 16 lanes are lowered to two of 8), to test wide levels and
+# NEON's on a machine without them; such a build is for tests only.
 include(CheckCXXCompilerFlag)
 
-set(GEMMA2_EXT_CPU_ISAS "scalar;avx2;avx2_vnni;avx512;avx512_vnni;avx512_bf16;avx512_amx"
+set(GEMMA2_EXT_CPU_ISAS
+  "scalar;neon_dot;neon_bf16;avx2;avx2_vnni;avx512;avx512_vnni;avx512_bf16;avx512_amx"
   CACHE STRING "instruction sets to compile for")
-option(GEMMA2_EXT_EMULATE_ISA "compile the AVX-512 levels with AVX2 instructions" OFF)
+option(GEMMA2_EXT_EMULATE_ISA "compile the levels that this processor lacks with AVX2 instructions" OFF)
 
 set(gemma2_flags_scalar "")
+set(gemma2_flags_neon_dot -march=armv8.2-a+dotprod)
+set(gemma2_flags_neon_bf16 -march=armv8.2-a+dotprod+bf16+i8mm)
 set(gemma2_flags_avx2 -mavx2 -mfma -mf16c)
 set(gemma2_flags_avx2_vnni ${gemma2_flags_avx2} -mavxvnni)
 set(gemma2_flags_avx512 ${gemma2_flags_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl
@@ -19,6 +22,8 @@ set(gemma2_flags_avx512_vnni ${gemma2_flags_avx512} -mavx512vnni)
 set(gemma2_flags_avx512_bf16 ${gemma2_flags_avx512_vnni} -mavx512bf16)
 set(gemma2_flags_avx512_amx ${gemma2_flags_avx512_bf16} -mamx-tile -mamx-int8 -mamx-bf16)
 set(gemma2_lanes_scalar 4)
+set(gemma2_lanes_neon_dot 4)
+set(gemma2_lanes_neon_bf16 4)
 set(gemma2_lanes_avx2 8)
 set(gemma2_lanes_avx2_vnni 8)
 set(gemma2_lanes_avx512 16)
@@ -31,6 +36,8 @@ function(gemma2_add_isa target isa)
   set(flags ${gemma2_flags_${isa}})
   if(GEMMA2_EXT_EMULATE_ISA AND isa MATCHES "avx512|vnni")
     set(flags ${gemma2_flags_avx2})
+  elseif(GEMMA2_EXT_EMULATE_ISA AND isa MATCHES "neon")
+    set(flags ${gemma2_flags_scalar})
   endif()
   set(optimization -O3)
   if(GEMMA2_EXT_SANITIZE)
@@ -48,20 +55,31 @@ function(gemma2_add_isa target isa)
 endfunction()
 
 # gemma2_cpu_kernels(target ALL source... BYTES source... TILES source...): ALL are compiled for every level of its own.
-# A level that is another one but for products of bytes in an instruction (VNNI) has those of BYTES, that of AMX, for
+# A level that is another one but for products of bytes in an instruction has those of BYTES, that of AMX, for
 # products of bfloat16 and int8, those of TILES; isa.cpp says where they get all else.
 function(gemma2_cpu_kernels target)
   cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "ALL;BYTES;TILES")
   set(isas scalar)
+  set(of_processor "")
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-    foreach(isa avx2 avx2_vnni avx512 avx512_vnni avx512_bf16 avx512_amx)
-      string(REPLACE ";" " " flags "${gemma2_flags_${isa}}")
-      check_cxx_compiler_flag("${flags}" GEMMA2_COMPILER_HAS_${isa})
-      if(isa IN_LIST GEMMA2_EXT_CPU_ISAS AND GEMMA2_COMPILER_HAS_${isa})
-        list(APPEND isas ${isa})
-      endif()
-    endforeach()
+    set(of_processor avx2 avx2_vnni avx512 avx512_vnni avx512_bf16 avx512_amx)
+  elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64")
+    set(of_processor neon_dot neon_bf16)
   endif()
+  if(GEMMA2_EXT_EMULATE_ISA)
+    list(PREPEND of_processor neon_dot neon_bf16)
+  endif()
+  list(REMOVE_DUPLICATES of_processor)
+  foreach(isa ${of_processor})
+    string(REPLACE ";" " " flags "${gemma2_flags_${isa}}")
+    if(GEMMA2_EXT_EMULATE_ISA AND isa MATCHES "neon")
+      set(flags "")
+    endif()
+    check_cxx_compiler_flag("${flags}" GEMMA2_COMPILER_HAS_${isa})
+    if(isa IN_LIST GEMMA2_EXT_CPU_ISAS AND GEMMA2_COMPILER_HAS_${isa})
+      list(APPEND isas ${isa})
+    endif()
+  endforeach()
   # Those that take kernels of others.
   foreach(pair avx2_vnni:avx2 avx512_vnni:avx512 avx512_amx:avx512_vnni)
     string(REPLACE ":" ";" pair ${pair})
@@ -76,7 +94,7 @@ function(gemma2_cpu_kernels target)
   endforeach()
   message(STATUS "gemma2_ext CPU kernels: ${isas}")
   foreach(isa ${isas})
-    if(isa MATCHES "_vnni$")
+    if(isa MATCHES "_vnni$|_dot$")
       gemma2_add_isa(${target} ${isa} ${arg_BYTES})
     elseif(isa STREQUAL avx512_amx)
       gemma2_add_isa(${target} ${isa} ${arg_TILES})

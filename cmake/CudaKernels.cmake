@@ -5,7 +5,7 @@
 # tests/test_cuda_resources.py reads). CMake's own CUDA language stays off: CMake 3.25 does not know nvcc 13's dialect
 # flags and wants a full toolkit.
 set(GEMMA2_EXT_CUDA AUTO CACHE STRING "AUTO, ON, OFF or CHECK")
-set(GEMMA2_EXT_CUDA_ARCHS "80;90a;100;120" CACHE STRING "SM versions; the last one gets PTX too")
+set(GEMMA2_EXT_CUDA_ARCHS "80;90a;100;120" CACHE STRING "SM versions; those from 100 on and the last get PTX too")
 
 function(gemma2_cuda_kernels target)
   if(NOT ARGN)
@@ -38,12 +38,15 @@ function(gemma2_cuda_kernels target)
     message(FATAL_ERROR "nvcc is CUDA ${version_number}, but PyTorch was built with CUDA ${TORCH_CUDA}")
   endif()
 
+  # PTX of 100 is for 110, that of the last one for what comes later: device.py knows.
   set(architectures "")
+  list(GET GEMMA2_EXT_CUDA_ARCHS -1 last)
   foreach(arch ${GEMMA2_EXT_CUDA_ARCHS})
     list(APPEND architectures -gencode=arch=compute_${arch},code=sm_${arch})
-    set(last ${arch})
+    if(arch STREQUAL last OR arch MATCHES "^1[0-9][0-9]$")
+      list(APPEND architectures -gencode=arch=compute_${arch},code=compute_${arch})
+    endif()
   endforeach()
-  list(APPEND architectures -gencode=arch=compute_${last},code=compute_${last})
 
   # The report is in order only where one architecture is compiled after the other; files still go in parallel.
   if(mode STREQUAL CHECK)
@@ -75,7 +78,9 @@ function(gemma2_cuda_kernels target)
   # The static runtime: no libcudart to find when the extension is imported; it shares torch's primary context.
   execute_process(COMMAND ${GEMMA2_NVCC} -dryrun -c x.cu ERROR_VARIABLE dryrun OUTPUT_QUIET)
   string(REGEX MATCH "TOP=([^\n]+)" _ "${dryrun}")
-  find_library(GEMMA2_CUDART cudart_static REQUIRED NO_CACHE HINTS ${CMAKE_MATCH_1}/lib64
-    ${CMAKE_MATCH_1}/lib ${CMAKE_MATCH_1}/targets/x86_64-linux/lib)
+  set(top ${CMAKE_MATCH_1})
+  string(REGEX MATCH "_TARGET_DIR_=(targets[^\n]+)" _ "${dryrun}")  # by processor
+  find_library(GEMMA2_CUDART cudart_static REQUIRED NO_CACHE HINTS ${top}/lib64 ${top}/lib
+    ${top}/${CMAKE_MATCH_1}/lib)
   target_link_libraries(${target} PRIVATE ${TORCH_DIR}/lib/libtorch_cuda.so ${GEMMA2_CUDART} dl rt pthread)
 endfunction()

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # test_variant.sh sanitize|emulate|scalar [PYTEST_ARGUMENT...]: the tests of the ops with kernels built another way.
 #   sanitize  AddressSanitizer and UndefinedBehaviorSanitizer; without what compiles code or forks, which they mistake
-#   emulate   the AVX-512 levels in AVX2's instructions, for machines without AVX-512
-#   scalar    no instruction set beyond the compiler's default, as on a processor other than x86
+#   emulate   the AVX-512 levels in AVX2's instructions, for machines without AVX-512, and NEON's in SSE2's
+#   scalar    no instruction set beyond the compiler's default
 set -euo pipefail
 cd -P "$(dirname "$0")/.."
 variant=$1

@@ -260,6 +260,11 @@ def test_command(small: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
     page.write_text(path.read_text().replace('"threads": ', '"threads": 9'))
     assert cli.main(["bench", "--load", str(path), str(page)]) == 2
     assert "its threads is 9" in capsys.readouterr().err
+    assert cli.main([*again[:3], "--dtype", "float32"]) == 2
+    assert "--dtype is for measuring" in capsys.readouterr().err
+    assert cli.main([*again[:3], "--no-peers"]) == 2
+    assert "--no-peers is for measuring" in capsys.readouterr().err
+    assert cli.main(["bench", "rope", *again[1:3], "--phase", "decode", "--shape", "1 x"]) == 0
 
 
 @pytest.mark.parametrize("format", [None, "int8", "int4"])

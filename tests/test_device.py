@@ -12,7 +12,7 @@ import torch
 import gemma2_ext
 from gemma2_ext import Gemma2
 from gemma2_ext.decode_graph import DecodeGraph, decode
-from gemma2_ext.device import check_device
+from gemma2_ext.device import check_device, has_kernels
 from gemma2_ext.generate import Sampler
 from gemma2_ext.models import shipped_model
 from gemma2_ext.weights import DeviceArena, load_weights
@@ -32,9 +32,14 @@ def pretend(
     torch_cuda: str | None = "13.0",
     ext_cuda: str | None = "13.0",
     capabilities: tuple[tuple[int, int], ...] = ((9, 0),),
+    architectures: str = "80;90a;100;120",
 ) -> None:
     """A machine with these versions and GPUs."""
-    info = {"cuda": ext_cuda is not None, "cuda_version": ext_cuda}
+    info = {
+        "cuda": ext_cuda is not None,
+        "cuda_version": ext_cuda,
+        "cuda_architectures": architectures,
+    }
     monkeypatch.setattr(gemma2_ext._C, "build_info", lambda: info)
     monkeypatch.setattr(torch.version, "cuda", torch_cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
@@ -65,6 +70,12 @@ def test_devices_that_work(monkeypatch: pytest.MonkeyPatch) -> None:
             NotImplementedError,
             "NVIDIA Test, has compute capability 7.5; the kernels need 8.0 or later",
         ),
+        (
+            {"capabilities": ((8, 0),), "architectures": "90a"},
+            "cuda",
+            NotImplementedError,
+            "NVIDIA Test, has compute capability 8.0; this build .* is for 90a: .*_CUDA_ARCHS",
+        ),
         ({}, "mps", NotImplementedError, "only cpu and cuda are supported, got mps"),
         ({}, "gpu", ValueError, "device must be cpu or cuda, got 'gpu'"),
         ({}, 0, TypeError, "device must be a torch.device or str, got 0"),
@@ -80,6 +91,19 @@ def test_devices_that_do_not(
     pretend(monkeypatch, **machine)
     with pytest.raises(error, match=message):
         check_device(device)
+
+
+def test_which_gpus_a_build_is_for() -> None:
+    default = "80;90a;100;120"
+    for capability in [(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 1), (13, 0)]:
+        assert has_kernels(default, capability), capability
+    assert not has_kernels("80;90", (7, 5))
+    assert has_kernels("80;90", (12, 0))  # by PTX
+    assert has_kernels("86", (8, 9))
+    assert not has_kernels("86", (8, 0))
+    assert not has_kernels("80;90a", (10, 0))  # PTX of 90a runs nowhere else
+    assert has_kernels("120;80", (11, 0))
+    assert not has_kernels("80;120", (11, 0))
 
 
 @pytest.mark.skipif(not NO_GPU, reason="there is a GPU")

@@ -14,6 +14,8 @@ from common import ISAS
 
 LEVELS = (
     "scalar",
+    "neon_dot",
+    "neon_bf16",
     "avx2",
     "avx2_vnni",
     "avx512",
@@ -88,17 +90,19 @@ def test_avx512_vnni_has_products_of_floats_from_avx512() -> None:
 @pytest.mark.parametrize("target", ["int8", "int4"])
 @pytest.mark.parametrize("in_features", [1, 16, 33, 1100])
 @pytest.mark.parametrize("out_features", [1, 16, 40, 129])
-def test_packed_products_are_those_of_avx2(
+def test_packed_products_are_those_of_the_lowest_level(
     isa: str, target: str, in_features: int, out_features: int
 ) -> None:
-    # Sums of integers are exact, and those of floats go in the same order. (The scalar level has no
-    # fused multiply-add.) Few rows, more than that, tiles that are full and not.
+    # Sums of integers are exact, and those of floats go in the same order. (x86's scalar level has
+    # no fused multiply-add, so AVX2's is the lowest there.) Few rows, more than that, tiles that
+    # are full and not.
+    lowest = "scalar" if isa.startswith("neon") else "avx2"
     before = gemma2_ext._C.cpu_isa()
     weight = gemma2_ext.ops.quantize(torch.randn(out_features, in_features), target)
     xs = [torch.randn(rows, in_features).bfloat16() for rows in (1, 2, 8, 9, 16, 17, 70, 530)]
     xs[3][2, 0] = torch.nan
     results = []
-    for level in ("avx2", isa):
+    for level in (lowest, isa):
         gemma2_ext._C.set_cpu_isa(level)
         results.append([gemma2_ext.ops.linear(x, weight) for x in xs])
     gemma2_ext._C.set_cpu_isa(before)

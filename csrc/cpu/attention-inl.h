@@ -62,7 +62,7 @@ GEMMA2_INLINE int64_t end_key(const AttentionParams& p, const Sequence& s, int64
 #if defined(GEMMA2_ISA_avx512_amx)
 constexpr int kTileRows = kTileLines;
 #else
-constexpr int kTileRows = kLanes >= 16 ? 12 : 6;
+constexpr int kTileRows = kLanes >= 16 || kRegisters == 32 ? 12 : 6;
 #endif
 constexpr int kTileVecs = 2;
 constexpr int kTileCols = kTileVecs * kLanes;
@@ -79,7 +79,7 @@ template <class T>
 struct Packed {
   using Word = float;
 };
-#if defined(GEMMA2_ISA_avx512_bf16)
+#if defined(GEMMA2_BFLOAT16_PAIRS)
 template <>
 struct Packed<BFloat16> {
   using Word = Pair;
@@ -96,14 +96,11 @@ GEMMA2_INLINE VecF broadcast(Pair x) { return (VecF)(x.bits + VecU{}); }
 
 // sum + a * b, over both halves of pairs.
 GEMMA2_INLINE VecF multiply_add(float, VecF a, VecF b, VecF sum) { return fma(a, b, sum); }
+#if defined(GEMMA2_BFLOAT16_PAIRS)
 GEMMA2_INLINE VecF multiply_add(Pair, VecF a, VecF b, VecF sum) {
-#if defined(__AVX512BF16__)
-  return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-#else
-  sum = fma(even_bfloat16((VecU)a), even_bfloat16((VecU)b), sum);
-  return fma(odd_bfloat16((VecU)a), odd_bfloat16((VecU)b), sum);
-#endif
+  return dot_pairs(sum, (VecU)a, (VecU)b);
 }
+#endif
 
 // kLanes words of a row of `depth` words from word k on; zero past the end.
 template <class T>
@@ -381,8 +378,12 @@ void pack_keys(const KeyRows<T>& k, int64_t n, int64_t words, int64_t depth, flo
 }
 
 // The pairs (a[i], b[i]) of two rows' elements, of the lower and of the upper half.
-#if defined(GEMMA2_ISA_avx512_bf16)
+#if defined(GEMMA2_BFLOAT16_PAIRS)
 GEMMA2_INLINE void pair_rows(VecF a, VecF b, VecF& lower, VecF& upper) {
+#if defined(__aarch64__)
+  lower = (VecF)vzip1q_u16((uint16x8_t)a, (uint16x8_t)b);
+  upper = (VecF)vzip2q_u16((uint16x8_t)a, (uint16x8_t)b);
+#else
   VecPairs low, high;
   for (int i = 0; i < kLanes; ++i) {
     low[2 * i] = uint16_t(i), low[2 * i + 1] = uint16_t(2 * kLanes + i);
@@ -399,6 +400,7 @@ GEMMA2_INLINE void pair_rows(VecF a, VecF b, VecF& lower, VecF& upper) {
   }
   lower = (VecF)first, upper = (VecF)second;
 #endif
+#endif
 }
 #endif
 
@@ -411,7 +413,7 @@ GEMMA2_INLINE void store_value_words(float, const T* row, const T*, int64_t d, i
   for (int64_t i = 0; i < kTileCols; i += kLanes)
     store(to + i, row && d + i < head_dim ? load_words(0.0f, row, d + i, head_dim) : zero());
 }
-#if defined(GEMMA2_ISA_avx512_bf16)
+#if defined(GEMMA2_BFLOAT16_PAIRS)
 GEMMA2_INLINE void store_value_words(Pair, const BFloat16* even, const BFloat16* odd, int64_t d,
                                      int64_t head_dim, float* to) {
   static_assert(kTileCols == 2 * kLanes, "");
@@ -480,22 +482,30 @@ template <int64_t kARow, int64_t kADepth, int64_t kBStride, bool kAdd, class Wor
 __attribute__((noinline)) void multiply_tile(const Word* a, const float* b, int64_t depth, float* c,
                                              int64_t c_stride, Fetcher& fetcher) {
   VecF sum[kTileRows][kTileVecs];
-  GEMMA2_UNROLL
-  for (int r = 0; r < kTileRows; ++r) {
-    GEMMA2_UNROLL
-    for (int v = 0; v < kTileVecs; ++v) sum[r][v] = zero();
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    fetcher.next();
-    VecF column[kTileVecs];
-    GEMMA2_UNROLL
-    for (int v = 0; v < kTileVecs; ++v) column[v] = load(b + k * kBStride + v * kLanes);
+#if defined(GEMMA2_ISA_neon_bf16)
+  if constexpr (kPerWord<Word> == 2 && kADepth == 1) {
+    multiply_pairs_tile([&](int r) { return a + r * kARow; }, b, kBStride, depth, sum,
+                        [&](int64_t) { fetcher.next(); });
+  } else
+#endif
+  {
     GEMMA2_UNROLL
     for (int r = 0; r < kTileRows; ++r) {
-      const VecF row = broadcast(a[r * kARow + k * kADepth]);
       GEMMA2_UNROLL
-      for (int v = 0; v < kTileVecs; ++v)
-        sum[r][v] = multiply_add(Word{}, row, column[v], sum[r][v]);
+      for (int v = 0; v < kTileVecs; ++v) sum[r][v] = zero();
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+      fetcher.next();
+      VecF column[kTileVecs];
+      GEMMA2_UNROLL
+      for (int v = 0; v < kTileVecs; ++v) column[v] = load(b + k * kBStride + v * kLanes);
+      GEMMA2_UNROLL
+      for (int r = 0; r < kTileRows; ++r) {
+        const VecF row = broadcast(a[r * kARow + k * kADepth]);
+        GEMMA2_UNROLL
+        for (int v = 0; v < kTileVecs; ++v)
+          sum[r][v] = multiply_add(Word{}, row, column[v], sum[r][v]);
+      }
     }
   }
   GEMMA2_UNROLL

@@ -123,7 +123,9 @@ struct Stream {
     for (int i = 0; i < kRows; i += kAtOnce)
       add_values<kAtOnce>(w + i, v, first, n, p.head_dim, o + (r + i) * o_stride, o_stride);
   }
+#endif
 
+#if defined(GEMMA2_BFLOAT16_PAIRS)
   // What head h of the unit fetches of a block that begins with key j of `rows`: all heads' rows of
   // some of its keys, so that together they fetch it as it lies.
   LineFetcher fetcher(const KeyRows<K>& rows, int64_t j, int64_t h, int64_t head_stride) const {
@@ -248,7 +250,7 @@ void stream_unit(const AttentionWork& w, const Unit& u, [[maybe_unused]] bool fe
   for (int64_t j = u.key_begin / kKeyBlock * kKeyBlock; j < u.key_end; j += kKeyBlock) {
     const int64_t begin = max64(j, u.key_begin), end = min64(j + kKeyBlock, u.key_end);
     const bool common = common_begin <= begin && end <= common_end;
-#if defined(GEMMA2_ISA_avx512_bf16)
+#if defined(GEMMA2_BFLOAT16_PAIRS)
     if constexpr (kSteps) {
       if (shared && (common || stream.finite_values(begin, end))) {
         if (fetch && begin == u.key_begin) stream.fetch(begin, end);

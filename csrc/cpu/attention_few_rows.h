@@ -293,7 +293,7 @@ GEMMA2_INLINE void add_values(float, const float* first_w, const ListedRows<T>& 
   }
 }
 
-#if defined(GEMMA2_ISA_avx512_bf16)
+#if defined(GEMMA2_BFLOAT16_PAIRS)
 
 using PairsAhead = RowsAhead<KeyRows<BFloat16>, BFloat16>;
 

@@ -52,18 +52,29 @@ void gemm_tile(const Factor* panel, const Factor* rows, int64_t stride, int64_t 
   using M = Math<T>;
   static_assert(!kFetch || kRows * M::kPerFactor * sizeof(T) <= kLineBytes, "a line a step");
   VecF sum[kRows][kVectors] = {};
-  for (int64_t i = 0; i < depth; ++i) {
-    if constexpr (kFetch) prefetch(next + i * kRows * M::kPerFactor);
-    typename M::Vec columns[kVectors];
-    GEMMA2_UNROLL
-    for (int v = 0; v < kVectors; ++v) columns[v] = M::load_factors(panel + v * kLanes);
-    GEMMA2_UNROLL
-    for (int r = 0; r < kRows; ++r) {
+#if defined(GEMMA2_ISA_neon_bf16)
+  if constexpr (M::kPerFactor == 2) {
+    multiply_pairs_tile([&](int r) { return rows + r * stride; }, (const float*)panel,
+                        kVectors * kLanes, depth, sum,
+                        [&](int64_t i) {
+                          if constexpr (kFetch) prefetch(next + i * kRows * M::kPerFactor);
+                        });
+  } else
+#endif
+  {
+    for (int64_t i = 0; i < depth; ++i) {
+      if constexpr (kFetch) prefetch(next + i * kRows * M::kPerFactor);
+      typename M::Vec columns[kVectors];
       GEMMA2_UNROLL
-      for (int v = 0; v < kVectors; ++v)
-        sum[r][v] = M::multiply_add(columns[v], M::broadcast(rows[r * stride + i]), sum[r][v]);
+      for (int v = 0; v < kVectors; ++v) columns[v] = M::load_factors(panel + v * kLanes);
+      GEMMA2_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        GEMMA2_UNROLL
+        for (int v = 0; v < kVectors; ++v)
+          sum[r][v] = M::multiply_add(columns[v], M::broadcast(rows[r * stride + i]), sum[r][v]);
+      }
+      panel += kVectors * kLanes;
     }
-    panel += kVectors * kLanes;
   }
   GEMMA2_UNROLL
   for (int r = 0; r < kRows; ++r) {

@@ -14,7 +14,7 @@ namespace {
 // Calls f(T{}) with the storage type whose Math<T> takes the products.
 template <class F>
 GEMMA2_INLINE void dispatch_product(DType product, F f) {
-#if defined(GEMMA2_ISA_avx512_bf16)
+#if defined(GEMMA2_BFLOAT16_PAIRS)
   if (product == DType::kBFloat16) return f(BFloat16{});
 #endif
   (void)product;

@@ -79,22 +79,80 @@ GEMMA2_INLINE VecI8 with_sign(VecI8 w, VecI8 x) {
 }
 
 // Where a product of bytes sums four of them in 32 bits.
-#if defined(GEMMA2_ISA_avx2_vnni) || defined(GEMMA2_ISA_avx512_vnni) || \
+#if defined(GEMMA2_ISA_neon_dot) || defined(GEMMA2_ISA_neon_bf16)
+#define GEMMA2_DOT_QUADS
+#define GEMMA2_SIGNED_QUADS
+#elif defined(GEMMA2_ISA_avx2_vnni) || defined(GEMMA2_ISA_avx512_vnni) || \
     defined(GEMMA2_ISA_avx512_bf16)
 #define GEMMA2_DOT_QUADS
 #endif
 
 #if defined(GEMMA2_DOT_QUADS)
+// Of such a product the first factor has a sign (NEON) or none: then a number with one is kUnsigned
+// less than the factor that stands for it.
+#if defined(GEMMA2_SIGNED_QUADS)
+typedef VecI8 VecQuads;
+constexpr int32_t kUnsigned = 0;
+#else
+typedef VecU8 VecQuads;
+constexpr int32_t kUnsigned = 128;
+#endif
+GEMMA2_INLINE VecQuads to_quads(VecU bits) {
+  return (VecQuads)(kUnsigned ? bits ^ 0x80808080u : bits);
+}
+
 // sum[i] + a[4i] * b[4i] + ... + a[4i + 3] * b[4i + 3].
-GEMMA2_INLINE VecI dot_quads(VecI sum, VecU8 a, VecI8 b) {
+GEMMA2_INLINE VecI dot_quads(VecI sum, VecQuads a, VecI8 b) {
 #if defined(__AVX512VNNI__)
   return (VecI)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
 #elif defined(__AVXVNNI__)
   return (VecI)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+#elif defined(__ARM_FEATURE_DOTPROD)
+  return (VecI)vdotq_s32((int32x4_t)sum, (int8x16_t)a, (int8x16_t)b);
 #else
   const VecI16 x = (VecI16)a, y = (VecI16)b;
-  return sum + multiply_add_words(x & 0xff, y << 8 >> 8) +
-         multiply_add_words(x >> 8 & 0xff, y >> 8);
+  const VecI16 even = kUnsigned ? x & 0xff : x << 8 >> 8;
+  const VecI16 odd = kUnsigned ? x >> 8 & 0xff : x >> 8;
+  return sum + multiply_add_words(even, y << 8 >> 8) + multiply_add_words(odd, y >> 8);
+#endif
+}
+#endif
+
+#if defined(GEMMA2_SIGNED_QUADS)
+typedef int8_t VecEight __attribute__((vector_size(8)));
+
+// dot_quads with b's first or last four bytes in every lane.
+template <int kLast>
+GEMMA2_INLINE VecI dot_quads_with(VecI sum, VecQuads a, VecEight b) {
+#if defined(__ARM_FEATURE_DOTPROD)
+  return (VecI)vdotq_lane_s32((int32x4_t)sum, (int8x16_t)a, (int8x8_t)b, kLast);
+#else
+  return dot_quads(sum, a, (VecI8)broadcast_bits((const char*)&b + 4 * kLast));
+#endif
+}
+
+GEMMA2_INLINE VecI8 join_eights(VecEight a, VecEight b) {
+#if defined(__aarch64__)
+  return (VecI8)vcombine_s8((int8x8_t)a, (int8x8_t)b);
+#else
+  const VecEight both[] = {a, b};
+  VecI8 joined;
+  memcpy(&joined, both, sizeof joined);
+  return joined;
+#endif
+}
+#endif
+
+#if defined(GEMMA2_ISA_neon_bf16)
+// Of two rows of eight bytes a and two b: sum + (a0 b0, a0 b1, a1 b0, a1 b1).
+GEMMA2_INLINE VecI multiply_eights(VecI sum, VecI8 a, VecI8 b) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+  return (VecI)vmmlaq_s32((int32x4_t)sum, (int8x16_t)a, (int8x16_t)b);
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    for (int k = 0; k < 8; ++k) sum[i] += a[i / 2 * 8 + k] * b[i % 2 * 8 + k];
+  }
+  return sum;
 #endif
 }
 #endif

@@ -9,6 +9,8 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace gemma2 {
@@ -87,6 +89,25 @@ struct Leaf7 {
 }
 #endif
 
+// Products of bytes, and of bfloat16 with those of matrices of bytes.
+#if defined(__aarch64__) && defined(__linux__)
+// Bits of Linux' asm/hwcap.h.
+[[maybe_unused]] bool has_neon_dot() { return getauxval(AT_HWCAP) >> 20 & 1; }
+[[maybe_unused]] bool has_neon_bf16() {
+  constexpr unsigned long kAll = 1ul << 14 | 1ul << 13;  // bfloat16, int8
+  return has_neon_dot() && (getauxval(AT_HWCAP2) & kAll) == kAll;
+}
+#else
+[[maybe_unused]] bool has_neon_dot() {
+#ifdef GEMMA2_EMULATE_ISA
+  return true;
+#else
+  return false;
+#endif
+}
+[[maybe_unused]] bool has_neon_bf16() { return has_neon_dot(); }
+#endif
+
 // Levels that are another one but for some kernels.
 
 // Products of packed weights from another namespace.
@@ -95,6 +116,22 @@ struct Leaf7 {
   kernels.linear_int8_units = isa::linear_int8_units; \
   kernels.linear_int4_pack = isa::linear_int4_pack;   \
   kernels.linear_int4_units = isa::linear_int4_units;
+
+#ifdef GEMMA2_BUILT_neon_dot
+void neon_dot_probe(const ProbeParams& p, int64_t begin, int64_t end) {
+  (p.int8 ? neon_dot::probe_multiply : scalar::probe_multiply)(p, begin, end);
+}
+
+const CpuKernels& neon_dot_kernels() {
+  static const CpuKernels kernels = [] {
+    CpuKernels mixed = scalar::kKernels;
+    GEMMA2_TAKE_PACKED(mixed, neon_dot)
+    mixed.probe_multiply = neon_dot_probe;
+    return mixed;
+  }();
+  return kernels;
+}
+#endif
 
 #ifdef GEMMA2_BUILT_avx2_vnni
 void avx2_vnni_probe(const ProbeParams& p, int64_t begin, int64_t end) {
@@ -188,6 +225,12 @@ const CpuKernels& amx_kernels() {
 
 const Isa kIsas[] = {
     {"scalar", &scalar::kKernels, always},
+#ifdef GEMMA2_BUILT_neon_dot
+    {"neon_dot", &neon_dot_kernels(), has_neon_dot},
+#endif
+#ifdef GEMMA2_BUILT_neon_bf16
+    {"neon_bf16", &neon_bf16::kKernels, has_neon_bf16},
+#endif
 #ifdef GEMMA2_BUILT_avx2
     {"avx2", &avx2::kKernels, has_avx2},
 #endif
@@ -210,7 +253,7 @@ const Isa kIsas[] = {
 
 // Intel's bf16 dot does half the products of its float32 FMA in the same time (a Sapphire Rapids:
 // 160 GFLOP/s beside 285); AMD's does twice as many. So Intel takes the level below.
-bool fast(const Isa& isa) {
+bool fast([[maybe_unused]] const Isa& isa) {
 #if defined(__x86_64__)
   return isa.name != std::string("avx512_bf16") || !__builtin_cpu_is("intel");
 #else

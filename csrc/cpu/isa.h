@@ -8,7 +8,7 @@
 
 namespace gemma2 {
 
-// Names from the lowest up: "scalar", "avx2", "avx512", "avx512_bf16".
+// Names from the lowest up, e.g. "scalar", "avx2", "avx512", or "scalar", "neon_dot".
 std::vector<std::string> supported_cpu_isas();
 std::string cpu_isa();
 // Throws std::invalid_argument where the name is unknown or this processor lacks it.

@@ -60,10 +60,12 @@ struct CpuKernels {
   extern const CpuKernels kKernels;  \
   }
 GEMMA2_DECLARE_ISA(scalar)
+GEMMA2_DECLARE_ISA(neon_bf16)
 GEMMA2_DECLARE_ISA(avx2)
 GEMMA2_DECLARE_ISA(avx512)
 GEMMA2_DECLARE_ISA(avx512_bf16)
 // Some of them, and no table:
+GEMMA2_DECLARE_ISA(neon_dot)
 GEMMA2_DECLARE_ISA(avx2_vnni)
 GEMMA2_DECLARE_ISA(avx512_vnni)
 GEMMA2_DECLARE_ISA(avx512_amx)

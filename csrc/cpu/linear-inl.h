@@ -7,12 +7,6 @@ namespace gemma2 {
 namespace GEMMA2_ISA {
 namespace {
 
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRegisters = 32;
-#else
-constexpr int kRegisters = 16;
-#endif
-
 // Elements of k in one step of linear_few_rows: two vectors of floats, or one of bfloat16 pairs.
 constexpr int kStep = 2 * kLanes;
 
@@ -51,7 +45,7 @@ struct Math {
   static GEMMA2_INLINE Vec load_part(const T* w, int part) { return load(w + part * kLanes); }
 };
 
-#if !defined(GEMMA2_ISA_avx512_bf16)
+#if !defined(GEMMA2_BFLOAT16_PAIRS)
 // The even elements of k are the low halves of 32-bit words, the odd ones the high halves: a shift
 // and a mask unpack them, without a shuffle.
 template <>
@@ -60,16 +54,6 @@ GEMMA2_INLINE VecF Math<BFloat16>::load_part(const BFloat16* w, int part) {
   return part == 0 ? even_bfloat16(bits) : odd_bfloat16(bits);
 }
 #else
-// sum[i] += w[2i + 1] * x[2i + 1], then w[2i] * x[2i].
-GEMMA2_INLINE VecF dot_pairs(VecF sum, VecU w, VecU x) {
-#if defined(__AVX512BF16__)
-  return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
-#else
-  sum = fma(odd_bfloat16(w), odd_bfloat16(x), sum);
-  return fma(even_bfloat16(w), even_bfloat16(x), sum);
-#endif
-}
-
 // Two elements of k, the even one in the low half.
 struct Pair {
   uint32_t bits;

@@ -221,28 +221,106 @@ struct Int4 {
 
 #else
 
+#if GEMMA2_LANES == 4
+
+// kRows rows of x at eight columns, as EightSums takes them.
+constexpr bool kEights =
+#if defined(GEMMA2_ISA_neon_bf16)
+    true;  // an instruction multiplies two rows of eight bytes with two
+#else
+    false;
+#endif
+template <int kRows>
+struct EightFactors {
+  static constexpr bool kPairs = kEights && kRows % 2 == 0;
+  VecEight q[kRows];
+
+  template <class X>
+  GEMMA2_INLINE EightFactors(const X* x, int column) {
+    GEMMA2_UNROLL
+    for (int r = 0; r < kRows; ++r) memcpy(&q[r], x[r].q + column, sizeof q[r]);
+  }
+};
+// Sums of kRows rows of x with four rows of weight.
+template <int kRows>
+struct EightSums {
+  static constexpr bool kPairs = EightFactors<kRows>::kPairs;
+  VecI sums[kRows];  // of a pair's two, those of rows 0, 1 of weight, then those of 2, 3
+
+  // a, b: four columns, and the next four.
+  GEMMA2_INLINE void add(VecQuads a, VecQuads b, const EightFactors<kRows>& x) {
+    if constexpr (kPairs) {
+      const VecI8 first = (VecI8)interleave_in_runs<0>((VecF)a, (VecF)b);
+      const VecI8 second = (VecI8)interleave_in_runs<1>((VecF)a, (VecF)b);
+      GEMMA2_UNROLL
+      for (int r = 0; r < kRows; r += 2) {
+        const VecI8 pair = join_eights(x.q[r], x.q[r + 1]);
+        sums[r] = multiply_eights(sums[r], first, pair);
+        sums[r + 1] = multiply_eights(sums[r + 1], second, pair);
+      }
+    } else {
+      GEMMA2_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        sums[r] = dot_quads_with<0>(sums[r], a, x.q[r]);
+        sums[r] = dot_quads_with<1>(sums[r], b, x.q[r]);
+      }
+    }
+  }
+  GEMMA2_INLINE VecI row(int r) const {
+    if constexpr (!kPairs) return sums[r];
+    const VecF a = (VecF)sums[r - r % 2], b = (VecF)sums[r - r % 2 + 1];
+    return (VecI)(r % 2 == 0 ? even_elements(a, b) : odd_elements(a, b));
+  }
+};
+
+// s|s| of both groups of int4, of kLanes rows of a block.
+struct GroupScales {
+  VecI s[2];
+};
+GEMMA2_INLINE GroupScales load_squares(const int8_t* s) {
+  GroupScales scales;
+  for (int g = 0; g < 2; ++g) {
+    const VecI v = load_bytes(s + g * kQuantRows), sign = v >> 31;
+    scales.s[g] = v * ((v ^ sign) - sign);
+  }
+  return scales;
+}
+GEMMA2_INLINE VecI scale_groups(VecI first, VecI second, const GroupScales& scales) {
+  return first * scales.s[0] + second * scales.s[1];
+}
+
+#else
+
+using GroupScales = VecI16;
+GEMMA2_INLINE GroupScales load_squares(const int8_t* s) { return join_squares(s); }
+// Both sums are below 2^14.
+GEMMA2_INLINE VecI scale_groups(VecI first, VecI second, GroupScales scales) {
+  return multiply_add_words(join_words(first, second), scales);
+}
+
+#endif
+
 struct Int8 {
   static constexpr int64_t kRowBytes = kInt8RowBytes, kScaleBytes = kInt8ScaleBytes;
   static constexpr int64_t kFactorBytes = 0;
   using Scale = BFloat16;
   struct X {
     int8_t q[kQuantDepth];
-    // -128 times the sum: the unsigned factor of a product is the weight + 128.
-    int32_t offset;
+    int32_t offset;  // -kUnsigned times the sum
     float scale;
   };
   struct Scales {
     VecF s[kBlockVectors];
   };
   struct Weights {
-    VecU8 w[8];
+    VecQuads w[8];
     VecF scale;
   };
 
   static GEMMA2_INLINE X pack(const Quantized& from) {
     X x;
     memcpy(x.q, from.q, sizeof x.q);
-    x.offset = -128 * (from.sums[0] + from.sums[1]);
+    x.offset = -kUnsigned * (from.sums[0] + from.sums[1]);
     x.scale = from.scale;
     return x;
   }
@@ -256,7 +334,7 @@ struct Int8 {
     Weights w;
     data += vector * kLanes * 4;
     GEMMA2_UNROLL
-    for (int i = 0; i < 8; ++i) w.w[i] = (VecU8)(load_bits(data + i * kQuadBytes) ^ 0x80808080u);
+    for (int i = 0; i < 8; ++i) w.w[i] = to_quads(load_bits(data + i * kQuadBytes));
     w.scale = scales.s[vector];
     return w;
   }
@@ -267,6 +345,33 @@ struct Int8 {
       total[i % 2] = dot_quads(total[i % 2], w.w[i], (VecI8)broadcast_bits(x.q + 4 * i));
     return fma(to_floats(total[0] + total[1]), w.scale * set(x.scale), sum);
   }
+#if GEMMA2_LANES == 4
+  // As `dot`, of kRows rows of x and kVectors vectors from number `vector` on.
+  static constexpr int kTileRows = kEights ? 8 : 4, kTileVectors = kEights ? 2 : 4;
+  template <int kRows>
+  static GEMMA2_INLINE void dot_tile(const uint8_t* data, const Scales& scales, int vector,
+                                     const X* x, VecF (*sums)[kBlockVectors]) {
+    EightSums<kRows> total[kTileVectors] = {};
+    data += vector * kLanes * 4;
+    GEMMA2_UNROLL
+    for (int i = 0; i < 8; i += 2) {
+      const EightFactors<kRows> q(x, 4 * i);
+      GEMMA2_UNROLL
+      for (int v = 0; v < kTileVectors; ++v) {
+        const uint8_t* quads = data + i * kQuadBytes + v * kLanes * 4;
+        total[v].add(to_quads(load_bits(quads)), to_quads(load_bits(quads + kQuadBytes)), q);
+      }
+    }
+    GEMMA2_UNROLL
+    for (int v = 0; v < kTileVectors; ++v) {
+      GEMMA2_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        VecF& sum = sums[r][vector + v];
+        sum = fma(to_floats(total[v].row(r)), scales.s[vector + v] * set(x[r].scale), sum);
+      }
+    }
+  }
+#endif
   // One row of x against kVectors vectors of rows of weight, whose data begin at data[v].
   template <int kVectors>
   static GEMMA2_INLINE void dot_row(const uint8_t* const (&data)[kVectors],
@@ -280,7 +385,7 @@ struct Int8 {
       const VecI8 q = (VecI8)broadcast_bits(x.q + 4 * i);
       GEMMA2_UNROLL
       for (int v = 0; v < kVectors; ++v) {
-        const VecU8 w = (VecU8)(load_bits(data[v] + i * kQuadBytes) ^ 0x80808080u);
+        const VecQuads w = to_quads(load_bits(data[v] + i * kQuadBytes));
         total[v] = dot_quads(total[v], w, q);
       }
     }
@@ -324,7 +429,7 @@ struct Int8 {
     VecI total[kRows][2];  // of every other four columns, so that no sum waits long
     GEMMA2_UNROLL
     for (int i = 0; i < 8; ++i) {
-      const VecU8 w = (VecU8)(load_bits(data + i * kQuadBytes) ^ 0x80808080u);
+      const VecQuads w = to_quads(load_bits(data + i * kQuadBytes));
       GEMMA2_UNROLL
       for (int r = 0; r < kRows; ++r) {
         VecI& sum = total[r][i % 2];
@@ -350,11 +455,11 @@ struct Int4 {
     float scale;
   };
   struct Scales {
-    VecI16 s[kBlockVectors];  // s|s| of both groups
+    GroupScales s[kBlockVectors];  // s|s|
   };
   struct Weights {
-    VecU8 w[8];
-    VecI16 scale;
+    VecQuads w[8];
+    GroupScales scale;
   };
 
   static GEMMA2_INLINE X pack(const Quantized& from) {
@@ -368,7 +473,7 @@ struct Int4 {
     Scales scales;
     GEMMA2_UNROLL
     for (int v = 0; v < kBlockVectors; ++v)
-      scales.s[v] = join_squares((const int8_t*)from + v * kLanes);
+      scales.s[v] = load_squares((const int8_t*)from + v * kLanes);
     return scales;
   }
   static GEMMA2_INLINE Weights load_piece(const uint8_t* data, const Scales& scales, int vector) {
@@ -377,8 +482,8 @@ struct Int4 {
     GEMMA2_UNROLL
     for (int i = 0; i < 4; ++i) {
       const VecU bits = load_bits(data + i * kQuadBytes);
-      w.w[i] = (VecU8)(bits & 0x0f0f0f0fu);
-      w.w[4 + i] = (VecU8)(bits >> 4 & 0x0f0f0f0fu);
+      w.w[i] = (VecQuads)(bits & 0x0f0f0f0fu);
+      w.w[4 + i] = (VecQuads)(bits >> 4 & 0x0f0f0f0fu);
     }
     w.scale = scales.s[vector];
     return w;
@@ -388,10 +493,38 @@ struct Int4 {
     GEMMA2_UNROLL
     for (int i = 0; i < 8; ++i)
       total[i / 4] = dot_quads(total[i / 4], w.w[i], (VecI8)broadcast_bits(x.q + 4 * i));
-    // Both sums are below 2^14.
-    const VecI product = multiply_add_words(join_words(total[0], total[1]), w.scale);
-    return fma(to_floats(product), set(x.scale), sum);
+    return fma(to_floats(scale_groups(total[0], total[1], w.scale)), set(x.scale), sum);
   }
+#if GEMMA2_LANES == 4
+  static constexpr int kTileRows = 4, kTileVectors = 2;
+  template <int kRows>
+  static GEMMA2_INLINE void dot_tile(const uint8_t* data, const Scales& scales, int vector,
+                                     const X* x, VecF (*sums)[kBlockVectors]) {
+    EightSums<kRows> total[2][kTileVectors] = {};
+    data += vector * kLanes * 4;
+    GEMMA2_UNROLL
+    for (int i = 0; i < 4; i += 2) {
+      const EightFactors<kRows> low(x, 4 * i), high(x, kInt4Group + 4 * i);
+      GEMMA2_UNROLL
+      for (int v = 0; v < kTileVectors; ++v) {
+        const uint8_t* quads = data + i * kQuadBytes + v * kLanes * 4;
+        const VecU a = load_bits(quads), b = load_bits(quads + kQuadBytes);
+        total[0][v].add((VecQuads)(a & 0x0f0f0f0fu), (VecQuads)(b & 0x0f0f0f0fu), low);
+        total[1][v].add((VecQuads)((VecU8)a >> 4), (VecQuads)((VecU8)b >> 4), high);
+      }
+    }
+    GEMMA2_UNROLL
+    for (int v = 0; v < kTileVectors; ++v) {
+      GEMMA2_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const VecI product =
+            scale_groups(total[0][v].row(r) + x[r].offset[0], total[1][v].row(r) + x[r].offset[1],
+                         scales.s[vector + v]);
+        sums[r][vector + v] = fma(to_floats(product), set(x[r].scale), sums[r][vector + v]);
+      }
+    }
+  }
+#endif
   template <int kVectors>
   static GEMMA2_INLINE void dot_row(const uint8_t* const (&data)[kVectors],
                                     const Scales (&scales)[kVectors / kBlockVectors], const X& x,
@@ -409,15 +542,15 @@ struct Int4 {
       GEMMA2_UNROLL
       for (int v = 0; v < kVectors; ++v) {
         const VecU bits = load_bits(data[v] + i * kQuadBytes);
-        total[0][v] = dot_quads(total[0][v], (VecU8)(bits & 0x0f0f0f0fu), low);
-        total[1][v] = dot_quads(total[1][v], (VecU8)(bits >> 4 & 0x0f0f0f0fu), high);
+        total[0][v] = dot_quads(total[0][v], (VecQuads)(bits & 0x0f0f0f0fu), low);
+        total[1][v] = dot_quads(total[1][v], (VecQuads)(bits >> 4 & 0x0f0f0f0fu), high);
       }
     }
     GEMMA2_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      const VecI16 both = join_words(total[0][v], total[1][v]);
-      const VecI16 scale = scales[v / kBlockVectors].s[v % kBlockVectors];
-      sums[v] = fma(to_floats(multiply_add_words(both, scale)), set(x.scale), sums[v]);
+      const GroupScales& scale = scales[v / kBlockVectors].s[v % kBlockVectors];
+      const VecI product = scale_groups(total[0][v], total[1][v], scale);
+      sums[v] = fma(to_floats(product), set(x.scale), sums[v]);
     }
   }
   template <int kRows, int kBlocks>
@@ -441,9 +574,8 @@ struct Int4 {
     for (int r = 0; r < kRows; ++r) {
       GEMMA2_UNROLL
       for (int b = 0; b < kBlocks; ++b) {
-        const VecI16 both = join_words(total[r][b][0], total[r][b][1]);
-        sums[r][b] =
-            fma(to_floats(multiply_add_words(both, w[b].scale)), set(x[r].scale), sums[r][b]);
+        const VecI product = scale_groups(total[r][b][0], total[r][b][1], w[b].scale);
+        sums[r][b] = fma(to_floats(product), set(x[r].scale), sums[r][b]);
       }
     }
   }
@@ -454,7 +586,8 @@ struct Int4 {
     GEMMA2_UNROLL
     for (int i = 0; i < 4; ++i) {
       const VecU bits = load_bits(data + i * kQuadBytes);
-      const VecU8 low = (VecU8)(bits & 0x0f0f0f0fu), high = (VecU8)(bits >> 4 & 0x0f0f0f0fu);
+      const VecQuads low = (VecQuads)(bits & 0x0f0f0f0fu),
+                     high = (VecQuads)(bits >> 4 & 0x0f0f0f0fu);
       GEMMA2_UNROLL
       for (int r = 0; r < kRows; ++r) {
         if (i == 0) {
@@ -468,7 +601,7 @@ struct Int4 {
     }
     GEMMA2_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const VecI product = multiply_add_words(join_words(total[r][0], total[r][1]), scales.s[0]);
+      const VecI product = scale_groups(total[r][0], total[r][1], scales.s[0]);
       sums[r] = fma(to_floats(product), set(x[r].scale), sums[r]);
     }
   }
@@ -500,16 +633,37 @@ void pack_row(const LinearParams& p, int64_t row) {
   });
 }
 
+#if defined(GEMMA2_DOT_QUADS) && GEMMA2_LANES == 4
+// A call of its own, as the compiler does not find room for the registers of several.
+template <class F, int kRows>
+__attribute__((noinline)) void add_tiles(const uint8_t* data, const typename F::Scales& scales,
+                                         const typename F::X* x, VecF (*sums)[kBlockVectors]) {
+  for (int v = 0; v < kBlockVectors; v += F::kTileVectors)
+    F::template dot_tile<kRows>(data, scales, v, x, sums);
+}
+#endif
+
 // sums[r] += the products of one piece with row r of x, for `rows` rows.
 template <class F>
 GEMMA2_INLINE void add_piece(const uint8_t* data, const uint8_t* scales, const typename F::X* x,
                              int64_t rows, VecF (*sums)[kBlockVectors]) {
   const typename F::Scales unpacked = F::load_scales(scales);
+#if defined(GEMMA2_DOT_QUADS) && GEMMA2_LANES == 4
+  int64_t r = 0;
+  const auto walk = [&](auto tile_rows) __attribute__((always_inline)) {
+    constexpr int kRows = decltype(tile_rows)::value;
+    for (; r + kRows <= rows; r += kRows) add_tiles<F, kRows>(data, unpacked, x + r, sums + r);
+  };
+  walk(Count<F::kTileRows>{});
+  walk(Count<2>{});
+  walk(Count<1>{});
+#else
   GEMMA2_UNROLL
   for (int v = 0; v < kBlockVectors; ++v) {
     const typename F::Weights w = F::load_piece(data, unpacked, v);
     for (int64_t r = 0; r < rows; ++r) sums[r][v] = F::dot(w, x[r], sums[r][v]);
   }
+#endif
 }
 
 // The sums of a chunk of rows.

@@ -52,7 +52,7 @@ constexpr bool kSame<A, A> = true;
 
 template <class T>
 constexpr bool kEvenOdd = false;
-#if !defined(__AVX512BF16__)
+#if !defined(__AVX512BF16__) && !defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 template <>
 constexpr bool kEvenOdd<BFloat16> = true;
 #endif

@@ -52,6 +52,23 @@ void memory_run(const ProbeParams& p, int64_t offset) {
 // Sums beside each other: enough to hide an instruction's latency, few enough for the registers.
 constexpr int kSums = kRegisters == 32 ? 24 : 12;
 
+// Products of an instruction.
+#if defined(GEMMA2_ISA_neon_bf16)
+constexpr int kMatrix = 2;  // times those of a dot product, where it multiplies small matrices
+#else
+constexpr int kMatrix = 1;
+#endif
+template <class T>
+constexpr int64_t kProducts =
+    Math<T>::kPerFactor * kLanes * (Math<T>::kPerFactor == 2 ? kMatrix : 1);
+template <class T, class V>
+GEMMA2_INLINE VecF multiply_most(V a, V b, VecF sum) {
+#if defined(GEMMA2_ISA_neon_bf16)
+  if constexpr (Math<T>::kPerFactor == 2) return multiply_pairs(sum, a, b);
+#endif
+  return Math<T>::multiply_add(a, b, sum);
+}
+
 template <class T>
 void multiply_run(const ProbeParams& p) {
   using M = Math<T>;
@@ -65,7 +82,7 @@ void multiply_run(const ProbeParams& p) {
     GEMMA2_UNROLL
     for (int repeat = 0; repeat < 16; ++repeat) {
       GEMMA2_UNROLL
-      for (int s = 0; s < kSums; ++s) sum[s] = M::multiply_add(a, b, sum[s]);
+      for (int s = 0; s < kSums; ++s) sum[s] = multiply_most<T>(a, b, sum[s]);
     }
     asm volatile("" : "+m"(a));  // else the product is the same every time, and is taken once
   }
@@ -103,6 +120,23 @@ int64_t multiply_run_int8() {
   GEMMA2_UNROLL
   for (int s = 0; s < kSums; ++s) asm volatile("" ::"x"(sums[s]));
   return int64_t(2) * sizeof(V) * kSums * kProbeSteps;
+#elif defined(__ARM_FEATURE_DOTPROD)
+  int8x16_t a = vdupq_n_s8(1);
+  int32x4_t sums[kSums] = {};
+  for (int64_t step = 0; step < kProbeSteps; ++step) {
+    GEMMA2_UNROLL
+    for (int s = 0; s < kSums; ++s) {
+      asm volatile("" : "+w"(a));
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+      sums[s] = vmmlaq_s32(sums[s], a, a);
+#else
+      sums[s] = vdotq_s32(sums[s], a, a);
+#endif
+    }
+  }
+  GEMMA2_UNROLL
+  for (int s = 0; s < kSums; ++s) asm volatile("" ::"w"(sums[s]));
+  return int64_t(2) * kMatrix * sizeof a * kSums * kProbeSteps;
 #else
   return 0;
 #endif
@@ -133,10 +167,10 @@ void probe_multiply(const ProbeParams& p, int64_t begin, int64_t end) {
       *p.operations += multiply_run_int8();
     } else if (p.dtype == DType::kBFloat16) {
       multiply_run<BFloat16>(p);
-      *p.operations += int64_t(2) * Math<BFloat16>::kPerFactor * kLanes * kSums * kProbeSteps;
+      *p.operations += 2 * kProducts<BFloat16> * kSums * kProbeSteps;
     } else {
       multiply_run<float>(p);
-      *p.operations += int64_t(2) * kLanes * kSums * kProbeSteps;
+      *p.operations += 2 * kProducts<float> * kSums * kProbeSteps;
     }
   }
 }

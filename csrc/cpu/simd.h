@@ -11,6 +11,8 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "../params.h"
@@ -23,6 +25,15 @@ namespace {
 #define GEMMA2_UNROLL _Pragma("GCC unroll 32")
 
 constexpr int kLanes = GEMMA2_LANES;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+// Where an instruction multiplies pairs of bfloat16 and sums them up in a float.
+#if defined(GEMMA2_ISA_avx512_bf16) || defined(GEMMA2_ISA_neon_bf16)
+#define GEMMA2_BFLOAT16_PAIRS
+#endif
 constexpr int64_t kLineBytes = 64;  // of a cache
 
 // A number known to the compiler, as an argument.
@@ -73,6 +84,10 @@ GEMMA2_INLINE float to_float(BFloat16 x) { return bits_to_float(uint32_t(x.bits)
 GEMMA2_INLINE float to_float(Half x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x.bits);
+#elif defined(__aarch64__)
+  __fp16 half;
+  memcpy(&half, &x, sizeof half);
+  return half;
 #else
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
   // Moved to float's fields the exponent is off by 127 - 15; a multiplication mends it, subnormals
@@ -99,6 +114,11 @@ template <>
 GEMMA2_INLINE Half from_float<Half>(float x) {
 #if defined(__F16C__)
   return {uint16_t(_cvtss_sh(x, 0))};
+#elif defined(__aarch64__)
+  const __fp16 half = x;
+  Half result;
+  memcpy(&result, &half, sizeof result);
+  return result;
 #else
   const uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return {uint16_t(sign | 0x7e00)};
@@ -265,6 +285,10 @@ GEMMA2_INLINE VecI load_bytes(const int8_t* p) {
   for (int i = 0; i < kLanes / 8; ++i)
     ((__m256i*)&v)[i] = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8 * i)));
   return v;
+#elif defined(__aarch64__)
+  int32_t bytes;
+  memcpy(&bytes, p, sizeof bytes);
+  return (VecI)vmovl_s16(vget_low_s16(vmovl_s8((int8x8_t)vdup_n_s32(bytes))));
 #else
   VecI v;
   for (int i = 0; i < kLanes; ++i) v[i] = p[i];
@@ -284,6 +308,8 @@ GEMMA2_INLINE VecU16 to_bfloat16(VecF v) {
   VecU16 h;
   memcpy(&h, &rounded, sizeof h);
   return h;
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  return (VecU16)vcvt_bf16_f32((float32x4_t)v);
 #else
   return narrow(round_bits(v) >> 16);
 #endif
@@ -315,6 +341,9 @@ GEMMA2_INLINE void store(Half* p, VecF v) {
     _mm_storeu_si128((__m128i*)(p + i), _mm256_cvtps_ph(part, 0));
   }
 }
+#elif defined(__aarch64__)
+GEMMA2_INLINE VecF load(const Half* p) { return (VecF)vcvt_f32_f16(vld1_f16((const __fp16*)p)); }
+GEMMA2_INLINE void store(Half* p, VecF v) { vst1_f16((__fp16*)p, vcvt_f16_f32((float32x4_t)v)); }
 #else
 GEMMA2_INLINE VecF load(const Half* p) {
   VecF v;
@@ -419,6 +448,111 @@ GEMMA2_INLINE __m256& part(VecF& v, int i) { return ((__m256*)&v)[i]; }
 
 // Contracted to one instruction where the machine has it (-ffp-contract=fast).
 GEMMA2_INLINE VecF fma(VecF a, VecF b, VecF c) { return a * b + c; }
+
+#if defined(GEMMA2_BFLOAT16_PAIRS)
+// Of pairs of bfloat16: sum[i] + a[2i + 1] * b[2i + 1] + a[2i] * b[2i].
+GEMMA2_INLINE VecF dot_pairs(VecF sum, VecU a, VecU b) {
+#if defined(__AVX512BF16__)
+  return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  return (VecF)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)a, (bfloat16x8_t)b);
+#else
+  sum = fma(odd_bfloat16(a), odd_bfloat16(b), sum);
+  return fma(even_bfloat16(a), even_bfloat16(b), sum);
+#endif
+}
+#endif
+
+#if defined(GEMMA2_ISA_neon_bf16)
+// Of two rows of two pairs in a and two in b: sum + (a0 b0, a0 b1, a1 b0, a1 b1).
+GEMMA2_INLINE VecF multiply_pairs(VecF sum, VecU a, VecU b) {
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  return (VecF)vbfmmlaq_f32((float32x4_t)sum, (bfloat16x8_t)a, (bfloat16x8_t)b);
+#else
+  const VecF a_even = even_bfloat16(a), a_odd = odd_bfloat16(a);
+  const VecF b_even = even_bfloat16(b), b_odd = odd_bfloat16(b);
+  for (int i = 0; i < kLanes; ++i) {
+    for (int k = 0; k < 2; ++k) {
+      const int m = i / 2 * 2 + k, n = i % 2 * 2 + k;
+      sum[i] += a_even[m] * b_even[n] + a_odd[m] * b_odd[n];
+    }
+  }
+  return sum;
+#endif
+}
+
+// The first two pairs of a and of b.
+GEMMA2_INLINE VecU join_pairs(const void* a, const void* b) {
+#if defined(__aarch64__)
+  return (VecU)vcombine_u32(vld1_u32((const uint32_t*)a), vld1_u32((const uint32_t*)b));
+#else
+  VecU joined;
+  memcpy(&joined, a, 8);
+  memcpy((char*)&joined + 8, b, 8);
+  return joined;
+#endif
+}
+
+// Sums of kRows rows and kVectors vectors of columns, of words that are pairs, by two rows and two
+// columns of two words at a time. row_of(r): its words; a step's are `stride` apart in the panel.
+template <int kRows, int kVectors, class RowOf, class Ahead>
+GEMMA2_INLINE void multiply_pairs_tile(const RowOf& row_of, const float* panel, int64_t stride,
+                                       int64_t depth, VecF (&sum)[kRows][kVectors],
+                                       const Ahead& ahead) {
+  static_assert(kRows % 2 == 0, "");
+  VecF squares[kRows / 2][kVectors][2] = {};
+  const auto step = [&](const VecF(&a)[kVectors], const VecF(&b)[kVectors], const auto& rows)
+                        __attribute__((always_inline)) {
+                          VecU columns[kVectors][2];
+                          GEMMA2_UNROLL
+                          for (int v = 0; v < kVectors; ++v) {
+                            columns[v][0] = (VecU)interleave_in_runs<0>(a[v], b[v]);
+                            columns[v][1] = (VecU)interleave_in_runs<1>(a[v], b[v]);
+                          }
+                          GEMMA2_UNROLL
+                          for (int r = 0; r < kRows; r += 2) {
+                            const VecU both = rows(r);
+                            GEMMA2_UNROLL
+                            for (int i = 0; i < 2 * kVectors; ++i) {
+                              VecF& square = squares[r / 2][i / 2][i % 2];
+                              square = multiply_pairs(square, both, columns[i / 2][i % 2]);
+                            }
+                          }
+                        };
+  int64_t k = 0;
+  VecF first[kVectors], second[kVectors];
+  for (; k + 2 <= depth; k += 2, panel += 2 * stride) {
+    ahead(k), ahead(k + 1);
+    GEMMA2_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      first[v] = load(panel + v * kLanes);
+      second[v] = load(panel + stride + v * kLanes);
+    }
+    step(first, second, [&](int r) { return join_pairs(row_of(r) + k, row_of(r + 1) + k); });
+  }
+  if (k < depth) {
+    ahead(k);
+    GEMMA2_UNROLL
+    for (int v = 0; v < kVectors; ++v) first[v] = load(panel + v * kLanes), second[v] = zero();
+    step(first, second, [&](int r) {
+      uint32_t words[4] = {};
+      memcpy(words, row_of(r) + k, 4);
+      memcpy(words + 2, row_of(r + 1) + k, 4);
+      return join_pairs(words, words + 2);
+    });
+  }
+  GEMMA2_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    GEMMA2_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const VecF(&square)[2] = squares[r / 2][v];
+      sum[r][v] = r % 2 == 0 ? join_in_runs<0>(square[0], square[1])
+                             : join_in_runs<1>(square[0], square[1]);
+    }
+  }
+}
+#endif
+
 // The second operand where either is NaN, as x86's own instructions do it; written as a comparison
 // and a selection they are not recognised. (maskz: the plain ones warn in some GCC.)
 GEMMA2_INLINE VecF min(VecF a, VecF b) {

@@ -528,6 +528,20 @@ def run_perplexity(args: argparse.Namespace) -> None:
     )
 
 
+# Options of `bench` that say what is measured, or how.
+_MEASURING = (
+    "size",
+    "dtype",
+    "device",
+    "threads",
+    "rounds",
+    "prompt",
+    "quantize",
+    "layers",
+    "no_peers",
+)
+
+
 def run_bench(args: argparse.Namespace) -> None:
     """`gemma2-ext bench`."""
     from .bench import OPS, Result, Settings, _report, _suite, run_suite
@@ -541,6 +555,14 @@ def run_bench(args: argparse.Namespace) -> None:
     for option in ("prompt", "layers"):
         if getattr(args, option) is not None and "model" not in args.ops:
             raise ValueError(f"bench: --{option} is for `bench model`")
+    if args.load:
+        defaults = vars(build_parser().parse_args(["bench"]))
+        for option in _MEASURING:
+            if getattr(args, option) != defaults[option]:
+                raise ValueError(
+                    f"bench: --{option.replace('_', '-')} is for measuring; --load shows what "
+                    "was measured, and --phase, --shape and OP choose among it"
+                )
     if args.shape and "model" in args.ops and not args.load:
         raise ValueError("bench: --shape chooses among cases of ops; the model is one case")
     earlier = _report.read_json(args.compare)[1] if args.compare else None

@@ -10,6 +10,27 @@ from . import _C
 LEAST_CAPABILITY = (8, 0)
 
 
+def has_kernels(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether a build for these architectures runs on a GPU of this compute capability.
+
+    Args:
+        architectures: as in GEMMA2_EXT_CUDA_ARCHS, e.g. "80;90a;100;120". A number's kernels run on
+            its major from its minor on, with a letter behind it on that very one; numbers from 100
+            on and the last of all also have PTX, which serves later ones.
+    """
+    names = architectures.split(";")
+    wanted = 10 * capability[0] + capability[1]
+    for name in names:
+        if not name.isdigit():
+            if int(name[:-1]) == wanted:
+                return True
+            continue
+        has_ptx = int(name) >= 100 or name == names[-1]
+        if int(name) <= wanted and (has_ptx or int(name) // 10 == capability[0]):
+            return True
+    return False
+
+
 def check_device(device: torch.device | str) -> torch.device:
     """The device, with its index, after checking that the ops can run there.
 
@@ -18,7 +39,7 @@ def check_device(device: torch.device | str) -> torch.device:
 
     Raises:
         NotImplementedError: another kind of device; a build of gemma2_ext or torch without CUDA; a
-            GPU older than LEAST_CAPABILITY.
+            GPU older than LEAST_CAPABILITY, or one that the build has no kernels for.
         RuntimeError: no GPU, no such GPU, or torch and gemma2_ext are of two CUDA majors.
         ValueError, TypeError: no device at all.
     """
@@ -60,5 +81,11 @@ def check_device(device: torch.device | str) -> torch.device:
             f"Gemma2: device cuda:{index}, {torch.cuda.get_device_name(index)}, has compute "
             f"capability {capability[0]}.{capability[1]}; the kernels need "
             f"{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} or later"
+        )
+    if not has_kernels(str(built["cuda_architectures"]), capability):
+        raise NotImplementedError(
+            f"Gemma2: device cuda:{index}, {torch.cuda.get_device_name(index)}, has compute "
+            f"capability {capability[0]}.{capability[1]}; this build of gemma2_ext is for "
+            f"{built['cuda_architectures']}: install it again with GEMMA2_EXT_CUDA_ARCHS"
         )
     return torch.device("cuda", index)
