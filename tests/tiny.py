@@ -164,6 +164,13 @@ def random_ids(config: Gemma2Config, batch: int, seqlen: int, seed: int = 0) -> 
     return torch.randint(0, config.vocab_size, (batch, seqlen), generator=generator)
 
 
+def relative_distance(actual: Tensor, expected: Tensor) -> float:
+    """The norm of the difference, relative to the expected one."""
+    assert actual.shape == expected.shape
+    difference = (actual.double() - expected.double()).norm()
+    return (difference / expected.double().norm()).item()
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest expected value."""
     assert actual.shape == expected.shape
