@@ -5,6 +5,8 @@ GEMMA2_EXT_CUDA_ARCHS, GEMMA2_EXT_CPU_ISAS (e.g. "scalar" or "scalar;avx2"), GEM
 CMAKE (the program), MAX_JOBS.
 """
 
+import contextlib
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -50,12 +52,14 @@ def cmake_program() -> str:
 def ninja_arguments() -> list[str]:
     program = shutil.which("ninja")
     if not program:
-        try:
-            import ninja
-        except ImportError:
-            return []
-        program = os.path.join(ninja.BIN_DIR, "ninja")
-    return ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={program}"]
+        # Of the package, which itself looks in this Python's own folder of programs only: one that
+        # sees another Python's packages finds it by the list of its files.
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            for file in importlib.metadata.files("ninja") or ():
+                path = str(file.locate())
+                if file.name == "ninja" and os.access(path, os.X_OK) and os.path.isfile(path):
+                    program = os.path.abspath(path)
+    return ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={program}"] if program else []
 
 
 class CMakeBuild(build_ext):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -116,6 +117,28 @@ def test_setup_says_when_torch_can_be_had_from_nowhere(tmp_path: Path, bare_pyth
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+def test_ninja_is_found_where_its_package_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As in an environment that sees another one's packages: the program is in the other's folder.
+    program, packages = tmp_path / "bin" / "ninja", tmp_path / "lib" / "site-packages"
+    record = packages / "ninja-1.0.dist-info" / "RECORD"
+    record.parent.mkdir(parents=True)
+    record.write_text("../../bin/ninja,,\nninja/__init__.py,,\nninja/ninja,,\n")
+    record.with_name("METADATA").write_text("Name: ninja\nVersion: 1.0\n")
+    program.parent.mkdir()
+    program.touch(0o755)
+    monkeypatch.setattr("setuptools.setup", lambda **arguments: None)
+    arguments = runpy.run_path(str(ROOT / "setup.py"))["ninja_arguments"]
+    monkeypatch.setattr("sys.path", [str(packages)])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert arguments() == ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={program}"]
+    program.unlink()
+    assert arguments() == []
+    shutil.rmtree(record.parent)
+    assert arguments() == []
+
+
 @pytest.mark.parametrize(
     ("torch_cuda", "message"),
     [
