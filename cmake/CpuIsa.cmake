@@ -31,6 +31,13 @@ set(gemma2_lanes_avx512_vnni 16)
 set(gemma2_lanes_avx512_bf16 16)
 set(gemma2_lanes_avx512_amx 16)
 
+# GCC from 13 on, by the processor it tunes for, leaves sums over a loop without FMA where vectors have 256 bits: it takes a
+# multiplication and an addition in one loop and both at once in another, so that equal sums differ.
+check_cxx_compiler_flag(--param=avoid-fma-max-bits=0 GEMMA2_COMPILER_HAS_FMA_BITS)
+if(GEMMA2_COMPILER_HAS_FMA_BITS)
+  set(gemma2_always_fma --param=avoid-fma-max-bits=0)
+endif()
+
 # Objects of `target` from the sources for one instruction set.
 function(gemma2_add_isa target isa)
   set(flags ${gemma2_flags_${isa}})
@@ -48,7 +55,7 @@ function(gemma2_add_isa target isa)
   # -fno-trapping-math lets a select become a blend; -Wno-psabi: vectors never cross a translation unit; -fno-exceptions:
   # nothing in a kernel throws, and what unwinds would be shared between instruction sets.
   target_compile_options(${library} PRIVATE ${flags} ${optimization} -Wall -Wextra -Wno-psabi -fno-exceptions
-    -ffp-contract=fast -fno-math-errno -fno-trapping-math)
+    -ffp-contract=fast ${gemma2_always_fma} -fno-math-errno -fno-trapping-math)
   target_compile_definitions(${library} PRIVATE GEMMA2_ISA=${isa} GEMMA2_LANES=${gemma2_lanes_${isa}}
     GEMMA2_ISA_${isa})
   target_sources(${target} PRIVATE $<TARGET_OBJECTS:${library}>)

@@ -45,15 +45,7 @@ struct Math {
   static GEMMA2_INLINE Vec load_part(const T* w, int part) { return load(w + part * kLanes); }
 };
 
-#if !defined(GEMMA2_BFLOAT16_PAIRS)
-// The even elements of k are the low halves of 32-bit words, the odd ones the high halves: a shift
-// and a mask unpack them, without a shuffle.
-template <>
-GEMMA2_INLINE VecF Math<BFloat16>::load_part(const BFloat16* w, int part) {
-  const VecU bits = load_bits(w);
-  return part == 0 ? even_bfloat16(bits) : odd_bfloat16(bits);
-}
-#else
+#if defined(GEMMA2_BFLOAT16_PAIRS)
 // Two elements of k, the even one in the low half.
 struct Pair {
   uint32_t bits;
@@ -70,6 +62,14 @@ struct Math<BFloat16> {
   static constexpr int kParts = 1;
   static GEMMA2_INLINE Vec load_part(const BFloat16* w, int) { return load_bits(w); }
 };
+#elif defined(__AVX512F__) || defined(__aarch64__)
+// The even elements of k are the low halves of 32-bit words, the odd ones the high halves: a shift
+// and a mask unpack them, without a shuffle. (Of 16 registers none is left for the mask.)
+template <>
+GEMMA2_INLINE VecF Math<BFloat16>::load_part(const BFloat16* w, int part) {
+  const VecU bits = load_bits(w);
+  return part == 0 ? even_bfloat16(bits) : odd_bfloat16(bits);
+}
 #endif
 
 // Stores n sums to columns [column, column + n) of a row of out, soft-capped where cap > 0.
