@@ -43,10 +43,10 @@ def cmake_program() -> str:
     if program:
         return program
     try:
-        import cmake
+        from cmake import CMAKE_BIN_DIR  # (`import cmake` would find the folder beside this file)
     except ImportError:
         sys.exit("gemma2_ext: cmake was not found; install it (`pip install cmake`).")
-    return os.path.join(cmake.CMAKE_BIN_DIR, "cmake")
+    return os.path.join(CMAKE_BIN_DIR, "cmake")
 
 
 def ninja_arguments() -> list[str]:

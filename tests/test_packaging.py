@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import os
 import re
 import runpy
@@ -116,7 +118,6 @@ def test_setup_says_when_torch_can_be_had_from_nowhere(tmp_path: Path, bare_pyth
     assert not (tmp_path / ".venv").exists()
 
 
-@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
 def test_ninja_is_found_where_its_package_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +140,16 @@ def test_ninja_is_found_where_its_package_is(
     assert arguments() == []
 
 
+def cmake_program() -> str | None:
+    """On PATH, or of the package that a setup without one installs."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for file in importlib.metadata.files("cmake") or ():
+            if file.match("data/bin/cmake"):
+                return str(file.locate())
+    return shutil.which("cmake")
+
+
+@pytest.mark.skipif(cmake_program() is None, reason="needs cmake")
 @pytest.mark.parametrize(
     ("torch_cuda", "message"),
     [
@@ -163,7 +174,7 @@ def test_cuda_that_cannot_be_built_is_an_error(
     }
     result = subprocess.run(
         [
-            "cmake",
+            str(cmake_program()),
             "-S",
             ROOT,
             "-B",
