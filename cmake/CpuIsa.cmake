@@ -31,8 +31,8 @@ set(gemma2_lanes_avx512_vnni 16)
 set(gemma2_lanes_avx512_bf16 16)
 set(gemma2_lanes_avx512_amx 16)
 
-# GCC from 13 on, by the processor it tunes for, leaves sums over a loop without FMA where vectors have 256 bits: it takes a
-# multiplication and an addition in one loop and both at once in another, so that equal sums differ.
+# Newer GCC (16) leaves some sums over a loop without FMA where vectors have 256 bits, as its tuning says, and others not,
+# so that equal sums would differ.
 check_cxx_compiler_flag(--param=avoid-fma-max-bits=0 GEMMA2_COMPILER_HAS_FMA_BITS)
 if(GEMMA2_COMPILER_HAS_FMA_BITS)
   set(gemma2_always_fma --param=avoid-fma-max-bits=0)

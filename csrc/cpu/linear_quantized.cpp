@@ -223,13 +223,14 @@ struct Int4 {
 
 #if GEMMA2_LANES == 4
 
-// kRows rows of x at eight columns, as EightSums takes them.
-constexpr bool kEights =
+// Whether an instruction multiplies two rows of eight bytes with two.
 #if defined(GEMMA2_ISA_neon_bf16)
-    true;  // an instruction multiplies two rows of eight bytes with two
+constexpr bool kEights = true;
 #else
-    false;
+constexpr bool kEights = false;
 #endif
+
+// kRows rows of x at eight columns.
 template <int kRows>
 struct EightFactors {
   static constexpr bool kPairs = kEights && kRows % 2 == 0;
@@ -346,7 +347,7 @@ struct Int8 {
     return fma(to_floats(total[0] + total[1]), w.scale * set(x.scale), sum);
   }
 #if GEMMA2_LANES == 4
-  // As `dot`, of kRows rows of x and kVectors vectors from number `vector` on.
+  // As `dot`, of kRows rows of x and kTileVectors vectors from number `vector` on.
   static constexpr int kTileRows = kEights ? 8 : 4, kTileVectors = kEights ? 2 : 4;
   template <int kRows>
   static GEMMA2_INLINE void dot_tile(const uint8_t* data, const Scales& scales, int vector,
