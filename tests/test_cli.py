@@ -613,11 +613,17 @@ def test_errors_of_a_real_process(tmp_path: Path):
     assert latin.stderr == (
         b"gemma2-ext: error: standard input is not UTF-8: unexpected end of data at byte 3\n"
     )
-    with open("/dev/full", "wb") as full:
-        args = [*COMMAND, "info"]
-        result = subprocess.run(args, stdout=full, stderr=subprocess.PIPE, timeout=120)
-    assert result.returncode == 2
-    assert result.stderr == b"gemma2-ext: error: [Errno 28] No space left on device\n"
+    for unbuffered in ("", "1"):
+        with open("/dev/full", "wb") as full:
+            result = subprocess.run(
+                [*COMMAND, "info"],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+                timeout=120,
+            )
+        assert result.returncode == 2
+        assert result.stderr == b"gemma2-ext: error: [Errno 28] No space left on device\n"
 
     traceback = run("chat", "--model", tmp_path, "--debug")
     assert traceback.returncode == 2

@@ -265,14 +265,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         note()
         return 130
     except BrokenPipeError:
-        # Python flushes standard output once more when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 141
     except Exception as error:
         if args.debug:
             traceback.print_exc()
         note(f"{PROGRAM}: error: {describe(error)}")
+        try:
+            print(end="", flush=True)
+        except OSError:
+            drop_output()
         return 2
+
+
+def drop_output() -> None:
+    """What standard output did not take; else Python would try again, and fail, when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def note(line: str = "") -> None:
