@@ -16,7 +16,9 @@
 // 1 to 4 rows, linear_few_rows_kernel: weights come through a ring of each warp in shared memory, x
 // goes there once. Numbers become floats by an exponent put above their bits, two at a time. A
 // tensor core's product has 8 columns: with 1 or 2 rows of x they stand for 4 groups of weights,
-// with 3 or 4 for 2, so that one scaling serves as many. About 2.7 instructions for 32 weights.
+// with 3 or 4 for 2, so that one scaling serves as many. A few warps, a team, have 16 rows of
+// weight: few, for each time that they add up their sums costs them as much as two steps. About 2.5
+// instructions for 32 weights.
 //
 // 5 to 16 rows, linear_rows_kernel: a block takes a block of weights, its warps every kWarps-th
 // chunk of 32 columns. The word of 4 columns that a lane loads is, widened to 16 bits, its operand
@@ -82,7 +84,9 @@ struct Int8 {
   static constexpr int kGroups = 1;  // in a chunk
   static constexpr int kRowBytes = 0;
   static constexpr int kScaleBytes = sizeof(Scale);
-  static constexpr int kRing = 3;  // steps of linear_few_rows_kernel whose weights are on the way
+  // Steps of linear_few_rows_kernel whose weights are on the way.
+  template <int kRows>
+  static constexpr int kRing = 3;
   template <class T>
   static constexpr float kBias = 0.0f;  // what its numbers have too much
 
@@ -117,7 +121,8 @@ struct Int4 {
   static constexpr int kGroups = 2;
   static constexpr int kRowBytes = 2;  // of scales, before the groups'
   static constexpr int kScaleBytes = sizeof(Scale);
-  static constexpr int kRing = 6;
+  template <int kRows>
+  static constexpr int kRing = kRows == 2 ? 6 : 5;
   template <class T>
   static constexpr float kBias = kInt4Bias<T>;
 
@@ -174,13 +179,11 @@ struct PackedBlock {
   }
 };
 
-// Stores a finished sum: row `x_row` of x with row `row` of block number `index`.
-template <class T, class Format>
-GEMMA2_DEVICE void store_result(const LinearParams& p, const PackedBlock<Format>& block,
-                                int64_t index, int x_row, int row, float sum) {
-  float result = sum * block.row_factor(row);
+// Stores a finished result of row `x_row` of x with row `row` of weight.
+template <class T>
+GEMMA2_DEVICE void store_result(const LinearParams& p, int64_t x_row, int64_t row, float result) {
   if (p.softcap > 0) result = p.softcap * tanhf(result / p.softcap);
-  const int64_t at = x_row * p.out_stride + index * kBlockRows + row;
+  const int64_t at = x_row * p.out_stride + row;
   if (p.out_dtype == DType::kFloat32) {
     static_cast<float*>(p.out)[at] = result;
   } else {
@@ -315,7 +318,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       float result = 0;
 #pragma unroll
       for (int i = 0; i < kWarps; ++i) result += scratch[i * kSums + x_row * kBlockRows + column];
-      store_result<T>(p, block, index, x_row, column, result);
+      store_result<T>(p, x_row, index * kBlockRows + column, result * block.row_factor(column));
     }
     __syncthreads();  // scratch is written again for the next block
   }
@@ -323,13 +326,13 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // ---- 1 to 4 rows
 
-constexpr int kFewestWarps = 6, kMostWarps = 12;
-constexpr int kWantedWarps = 3072;  // of all blocks together: 24 for each of 128 multiprocessors
-constexpr int kStepChunks = 4;      // that a warp takes at once
+constexpr int kMostWarps = 12;            // of a block
+constexpr int kMultiprocessorWarps = 24;  // by registers
+constexpr int kStepChunks = 4;            // that a warp takes at once
 constexpr int kStepColumns = kStepChunks * kChunk;
-constexpr int kStepBytes = kStepColumns * 2;  // of x
-constexpr int kMostXBytes = 48 << 10;         // of x in shared memory at once
-constexpr int kFewRowsRegisters = 80;         // of a thread of linear_few_rows_kernel
+constexpr int kStepRowBytes = kStepColumns * 2 + 32;  // of x; rows start in other banks
+constexpr int64_t kMostXBytes = 48 << 10;             // of x in shared memory at once
+constexpr int kFewRowsRegisters = 80;                 // of a thread of linear_few_rows_kernel
 
 // A step's words [chunk][word][16 rows], then its scales [group][16 rows]: what a warp's ring has
 // kRing times.
@@ -342,23 +345,27 @@ struct PackedStep {
   static constexpr int kBytes = kWordBytes + kScaleBytes;
 };
 
-// How a launch divides its work; the sums' order hangs on it, so it comes from the weights' shape
-// alone, but for phase_steps.
+// How a launch divides its work. A team of warps has 16 rows of weight, a step in turn each; a
+// block has several teams. The sums' order hangs on the team, so that comes from the weights' shape
+// alone.
 struct Plan {
-  int warps;        // of a block; a step in turn each
-  int steps;        // of a warp, for 16 rows of weight
-  int phase_steps;  // of a warp, whose part of x is in shared memory at once
-  int x_row_bytes;
+  int warps;         // of a team
+  int teams;         // of a block
+  int steps;         // of a warp, for 16 rows of weight
+  int turns;         // of a team
+  int phase_steps;   // of a warp, whose part of x is in shared memory at once
+  int x_step_bytes;  // of a step's part of x, with its sums
+  // What a warp's next step is further.
+  int x_advance, word_advance, scale_advance;
   bool x_aligned;  // to 16 bytes
   bool weight_aligned;
 };
 
-// Behind a row of x in shared memory: the sums of its groups, where the format's numbers have a
-// bias.
-template <class T, class Format>
-__host__ __device__ constexpr int x_sum_bytes(int columns) {
-  return Format::template kBias<T> != 0 ? columns / kChunk * Format::kGroups * 4 : 0;
-}
+// Behind a step's rows of x: the sums of its groups [group][kRows], where the format's numbers have
+// a bias.
+template <class T, class Format, int kRows>
+constexpr int kStepSumBytes =
+    Format::template kBias<T> != 0 ? PackedStep<Format>::kGroups * kRows * 4 : 0;
 
 // kRows: the most rows of x, 2 or 4.
 template <class T, class Format, int kRows>
@@ -369,31 +376,36 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
   constexpr int kAtOnce = 8 / kRows;  // groups in the columns of one product
   constexpr int kPasses = Packed::kGroups / kAtOnce;
   constexpr int kGroupColumns = kChunk / kGroups, kGroupBytes = kGroupColumns * 2;  // of x
-  constexpr int kRing = Format::kRing;
+  constexpr int kRing = Format::template kRing<kRows>, kRingBytes = kRing * Packed::kBytes;
   constexpr float kBias = Format::template kBias<T>;
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int g = lane / 4, t = lane % 4, rows = int(p.rows);
+  const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4, rows = int(p.rows);
+  // By a shuffle the compiler knows them as the same in all lanes.
+  const int warp_of_block = shuffle(int(threadIdx.x) / kWarpSize, 0);
+  const int team = warp_of_block / plan.warps, warp = warp_of_block % plan.warps;  // of the team
   const int chunks = int((p.in_features + kChunk - 1) / kChunk);
   const int all_steps = (chunks + kStepChunks - 1) / kStepChunks;
   const int blocks = int((p.out_features + kBlockRows - 1) / kBlockRows);
-  // Each warp's ring, of which no other reads; 256 bytes of zeros; x; the warps' sums.
-  unsigned char* const ring = shared_memory() + warp * (kRing * Packed::kBytes);
-  unsigned char* const ring_end = ring + kRing * Packed::kBytes;
-  unsigned char* const zeros = shared_memory() + plan.warps * (kRing * Packed::kBytes);
-  unsigned char* const x_shared = zeros + kStepBytes;
-  float* const scratch = reinterpret_cast<float*>(x_shared + rows * plan.x_row_bytes);
+  // A team's next rows are gridDim.x * plan.teams blocks further.
+  const int first_block = team * int(gridDim.x) + int(blockIdx.x);
+  // Each warp's ring, of which no other reads; x; the warps' sums.
+  const int all_warps = plan.teams * plan.warps;
+  unsigned char* const ring = shared_memory() + warp_of_block * kRingBytes;
+  unsigned char* const x_shared = shared_memory() + all_warps * kRingBytes;
+  float* const scratch =
+      reinterpret_cast<float*>(x_shared + plan.phase_steps * plan.warps * plan.x_step_bytes);
 
-  // The copies go through steps and blocks as the sums do, kRing steps in front of them.
-  const int end_step = plan.steps * plan.warps;
-  int copied_block = blockIdx.x, copied_step = warp, whole_steps = 0;
-  const char *words, *scales;  // of this lane, in the step copied next
   const auto packed_block = [&](int block) {
     return PackedBlock<Format>(p.weight, p.scales, block, p.out_features, chunks);
   };
+  // The copies go through steps and blocks as the sums do, kRing steps in front of them.
+  const int end_step = plan.steps * plan.warps;
+  int copied_block = first_block, copied_step = warp, whole_steps = 0;
+  const char *words, *scales;  // of this lane, in the step copied next
   const auto begin_block = [&] {
+    copied_step = warp, whole_steps = 0;
+    if (copied_block >= blocks) return;
     const PackedBlock<Format> block = packed_block(copied_block);
-    copied_step = warp;
-    whole_steps = plan.weight_aligned && block.rows == kBlockRows ? chunks / kStepChunks : 0;
+    if (plan.weight_aligned && block.rows == kBlockRows) whole_steps = chunks / kStepChunks;
     words = reinterpret_cast<const char*>(block.words) + warp * Packed::kWordBytes + 16 * lane;
     scales = static_cast<const char*>(block.scales) + warp * Packed::kScaleBytes + 16 * lane;
   };
@@ -417,23 +429,21 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
       scales_to[i * kBlockRows] = static_cast<const Scale*>(block.scales)[group * block.rows + row];
     }
   };
-  const auto start_copy = [&](unsigned char* stage) {
+  const auto start_copy = [&](unsigned char* to) {  // this lane's place of a stage
     if (copied_step < whole_steps) {
 #pragma unroll
       for (int i = 0; i < Packed::kWordBytes; i += 16 * kWarpSize)
-        cp_async<16>(stage + i + 16 * lane, words + i, true);
-      if (16 * lane < Packed::kScaleBytes)
-        cp_async<16>(stage + Packed::kWordBytes + 16 * lane, scales, true);
+        cp_async<16>(to + i, words + i, true);
+      if (16 * lane < Packed::kScaleBytes) cp_async<16>(to + Packed::kWordBytes, scales, true);
+      words += plan.word_advance, scales += plan.scale_advance;
     } else if (copied_step < all_steps && copied_block < blocks) {
-      copy_partial_step(stage);
+      copy_partial_step(to - 16 * lane);
     }
     cp_async_commit();  // of nothing at the end, so that the waits count alike
-    words += plan.warps * Packed::kWordBytes, scales += plan.warps * Packed::kScaleBytes;
     copied_step += plan.warps;
     if (copied_step < end_step) return;
-    copied_block += gridDim.x;
-    whole_steps = 0;
-    if (copied_block < blocks) begin_block();
+    copied_block += int(gridDim.x) * plan.teams;
+    begin_block();
   };
 
   // Columns of x from the phase's first on, zeros behind the last.
@@ -442,7 +452,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
     const int first = phase * columns;
     const int vectors = min(all_steps * kStepColumns - first, columns) / 8;
     // All lanes of a warp go on together: they add up each other's sums.
-    for (int begin = warp * kWarpSize; begin < rows * vectors; begin += blockDim.x) {
+    for (int begin = threadIdx.x - lane; begin < rows * vectors; begin += blockDim.x) {
       const int i = min(begin + lane, rows * vectors - 1), row = i / vectors;
       const int column = i % vectors * 8;
       const T* from = static_cast<const T*>(p.x) + row * p.x_stride + first + column;
@@ -464,57 +474,43 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
         sum += shuffle_xor(sum, 1);
       }
       if (begin + lane > i) continue;
-      unsigned char* to = x_shared + row * plan.x_row_bytes;
-      store_16(to + 2 * column, mixed);
-      if (kBias != 0 && lane % 2 == 0)
-        reinterpret_cast<float*>(to + 2 * columns)[column / kGroupColumns] = -kBias * sum;
+      unsigned char* const step = x_shared + column / kStepColumns * plan.x_step_bytes;
+      const int of_step = column % kStepColumns;
+      store_16(step + row * kStepRowBytes + 2 * of_step, mixed);
+      if (kBias != 0 && lane % 2 == 0) {
+        reinterpret_cast<float*>(
+            step + rows * kStepRowBytes)[of_step / kGroupColumns * kRows + row] = -kBias * sum;
+      }
     }
   };
 
   // Column n of a product stands for row n % kRows of x in group n / kRows of kAtOnce. x is zero
   // there but in the column's own group, so the sums of kAtOnce groups come out side by side, each
-  // to be scaled once.
-  const unsigned char* const x_lane =
-      x_shared + min(g % kRows, rows - 1) * plan.x_row_bytes + g / kRows * kGroupBytes + 8 * t;
-  // Of this lane's two columns of sums, 2t and 2t + 1: the row's part of x, and the group.
-  const auto x_sum = [&](int j) {
-    const int row = min((2 * t + j) % kRows, rows - 1);
-    const unsigned char* at =
-        x_shared + row * plan.x_row_bytes + plan.phase_steps * plan.warps * kStepBytes;
-    return reinterpret_cast<const float*>(at) + (2 * t + j) / kRows;
-  };
-  // Where the next step's part of each is: kept, for the compiler would count it out every time.
-  const unsigned char* x_at[kAtOnce];
-  const float* x_sums[2];
+  // to be scaled once. Where this lane's part of the next step is:
+  const unsigned char* x_at;
+  const unsigned char* x_sums_at;  // columns 2t and 2t + 1
   const auto begin_phase = [&] {
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i)
-      x_at[i] = g / kRows == i ? x_lane + warp * kStepBytes : zeros + 8 * t;
-#pragma unroll
-    for (int j = 0; j < 2; ++j) x_sums[j] = x_sum(j) + warp * Packed::kGroups;
+    x_at = x_shared + warp * plan.x_step_bytes + min(g % kRows, rows - 1) * kStepRowBytes +
+           g / kRows * kGroupBytes + 8 * t;
+    x_sums_at = x_shared + warp * plan.x_step_bytes + rows * kStepRowBytes + 8 * t;
   };
-  const int x_advance = plan.warps * kStepBytes;
-  const auto next_step = [&] {
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) x_at[i] += g / kRows == i ? x_advance : 0;
-#pragma unroll
-    for (int j = 0; j < 2; ++j) x_sums[j] += plan.warps * Packed::kGroups;
-  };
+  // Zero for ever but in the group that is the lane's own.
+  Vector8 x_part[kAtOnce][kWords] = {};
 
   // A lane has rows 2g and 2g + 1 of the weights.
   float sums[kPasses][4] = {};
-  const auto multiply = [&](const unsigned char* stage) {
+  const unsigned char* words_at = ring + 4 * (kBlockRows * t + 2 * g);
+  const unsigned char* scales_at =
+      ring + Packed::kWordBytes + (2 * t / kRows * kBlockRows + 2 * g) * Format::kScaleBytes;
+  const auto multiply = [&] {
     Vector8 step[kStepChunks][kWords];
     uint32_t step_scales[kPasses];
-    const unsigned char* words_at = stage + 4 * (kBlockRows * t + 2 * g);
 #pragma unroll
     for (int c = 0; c < kStepChunks; ++c) {
 #pragma unroll
       for (int w = 0; w < kWords; ++w)
         step[c][w] = load_8(words_at + (c * kWords + w) * 4 * 4 * kBlockRows);
     }
-    const unsigned char* scales_at =
-        stage + Packed::kWordBytes + (2 * t / kRows * kBlockRows + 2 * g) * Format::kScaleBytes;
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       step_scales[i] =
@@ -529,15 +525,16 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
       for (int i = 0; i < kGroups; ++i) {
         const int pass = (c * kGroups + i) / kAtOnce, own = (c * kGroups + i) % kAtOnce;
         if (own == 0) {
+          Vector8 begin{};
+          if constexpr (kBias != 0) begin = load_8(x_sums_at + 32 * pass);
 #pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            products[j] = products[j + 2] = kBias != 0 ? x_sums[j][pass * kAtOnce] : 0.0f;
-          }
+          for (int j = 0; j < 2; ++j) products[j] = products[j + 2] = bits_to_float(begin.words[j]);
         }
 #pragma unroll
         for (int w = 0; w < kWords; ++w) {
-          const Vector8 v = load_8(x_at[own] + pass * kAtOnce * kGroupBytes + 32 * w);
-          mma_m16n8k16<T>(products, a[i][w], v.words[0], v.words[1]);
+          if (g / kRows == own)
+            x_part[own][w] = load_8(x_at + pass * kAtOnce * kGroupBytes + 32 * w);
+          mma_m16n8k16<T>(products, a[i][w], x_part[own][w].words[0], x_part[own][w].words[1]);
         }
         if (own < kAtOnce - 1) continue;
         float scale[2];
@@ -549,9 +546,15 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
   };
 
   // scratch[2][warp][row of x][row of weight]: of two turns, so that one barrier a turn is enough.
+  // A thread's results are all of one row of weight, whose factor is on its way in time.
   constexpr int kSums = kRows * kBlockRows;
-  int turn = 0;
-  const auto finish = [&](int index) {
+  const int team_thread = warp * kWarpSize + lane;
+  const auto load_row_factor = [&](int index) {
+    if (index >= blocks || team_thread >= rows * kBlockRows) return 1.0f;
+    const PackedBlock<Format> block = packed_block(index);
+    return block.row_factor(min(team_thread % kBlockRows, block.rows - 1));
+  };
+  const auto finish = [&](int index, int turn, float row_factor) {
 #pragma unroll
     for (int half = kPasses / 2; half > 0; half /= 2) {
 #pragma unroll
@@ -565,59 +568,65 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
 #pragma unroll
       for (int j = 0; j < 4; ++j) sums[0][j] += shuffle_xor(sums[0][j], half * kRows / 2);
     }
-    float* turn_sums = scratch + turn * plan.warps * kSums;
-    turn ^= 1;
+    float* const team_sums = scratch + (turn % 2 * all_warps + team * plan.warps) * kSums;
     if (2 * t < kRows) {
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        turn_sums[warp * kSums + (2 * t + j % 2) * kBlockRows + 2 * g + j / 2] = sums[0][j];
+        team_sums[warp * kSums + (2 * t + j % 2) * kBlockRows + 2 * g + j / 2] = sums[0][j];
     }
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) sums[i][j] = 0;
     }
-    __syncthreads();
-    const PackedBlock<Format> block = packed_block(index);
-    for (int i = threadIdx.x; i < rows * kBlockRows; i += blockDim.x) {
-      if (i % kBlockRows >= block.rows) continue;
+    named_barrier_sync(1 + team, plan.warps * kWarpSize);
+    const int row = index * kBlockRows + team_thread % kBlockRows;
+    if (row >= p.out_features) return;
+    for (int i = team_thread; i < rows * kBlockRows; i += plan.warps * kWarpSize) {
       float sum = 0;
-      for (int w = 0; w < plan.warps; ++w) sum += turn_sums[w * kSums + i];
-      store_result<T>(p, block, index, i / kBlockRows, i % kBlockRows, sum);
+      for (int w = 0; w < plan.warps; ++w) sum += team_sums[w * kSums + i];
+      store_result<T>(p, i / kBlockRows, row, sum * row_factor);
     }
   };
 
   allow_next_kernel();
   begin_block();
 #pragma unroll 1
-  for (unsigned char* stage = ring; stage != ring_end; stage += Packed::kBytes) start_copy(stage);
-  for (int i = threadIdx.x; i < kStepBytes / 16; i += blockDim.x)
-    store_16(zeros + 16 * i, Vector16{});
+  for (int i = 0; i < kRingBytes; i += Packed::kBytes) start_copy(ring + 16 * lane + i);
+  float row_factor = load_row_factor(first_block);
   wait_for_previous_kernels();
-  unsigned char* stage = ring;
-  for (int block = blockIdx.x; block < blocks; block += gridDim.x) {
+  unsigned char* copy_at = ring + 16 * lane;
+  int stage = 0, block = first_block;
+  for (int turn = 0; turn < plan.turns; ++turn) {
     int number = warp;  // of the step
 #pragma unroll 1
     for (int first = 0; first < plan.steps; first += plan.phase_steps) {
       // x stays where one phase has it all.
-      if (block == int(blockIdx.x) || plan.phase_steps < plan.steps) {
+      if (turn == 0 || plan.phase_steps < plan.steps) {
         __syncthreads();  // the part before has been used
         copy_x(first / plan.phase_steps);
         __syncthreads();
       }
+      if (block >= blocks) continue;
       begin_phase();
 #pragma unroll 1
       for (int left = min(plan.phase_steps, plan.steps - first); left > 0; --left) {
         cp_async_wait<kRing - 1>();
         __syncwarp();
-        if (number < all_steps) multiply(stage);
-        next_step();
+        if (number < all_steps) multiply();
+        x_at += plan.x_advance, x_sums_at += plan.x_advance;
         number += plan.warps;
-        start_copy(stage);  // all lanes have read the stage: they met in the products
-        stage = stage + Packed::kBytes == ring_end ? ring : stage + Packed::kBytes;
+        start_copy(copy_at);  // all lanes have read the stage: they met in the products
+        // These go along, for the compiler would count them out of the lane every time.
+        stage = stage == kRing - 1 ? 0 : stage + 1;
+        const int further = stage == 0 ? Packed::kBytes - kRingBytes : Packed::kBytes;
+        words_at += further, scales_at += further, copy_at += further;
       }
     }
-    finish(block);
+    if (block >= blocks) continue;
+    finish(block, turn, row_factor);
+    block += int(gridDim.x) * plan.teams;
+    row_factor = load_row_factor(block);
   }
 }
 
@@ -655,38 +664,63 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const DequantizePa
   }
 }
 
+// Warps of a team. What all steps take together is the same for any number; beside that each turn
+// has the time from its first copy to its last sum, counted in 150 cycles: 3 a step, 4 at the end.
+int team_warps(int64_t blocks, int64_t steps) {
+  constexpr int64_t kMultiprocessors = 128;  // about, of any device: the sums' order hangs on it
+  int best = 1;
+  int64_t least = INT64_MAX;
+  for (int warps = 1; warps <= kMostWarps && warps <= steps; ++warps) {
+    const int64_t of_warp = divide_up(steps, warps);
+    const int64_t turns = divide_up(blocks, kMultiprocessors * (kMultiprocessorWarps / warps));
+    if (turns * (3 * of_warp + 4) >= least) continue;
+    least = turns * (3 * of_warp + 4), best = warps;
+  }
+  return best;
+}
+
 template <class T, class Format, int kRows>
 void launch_few_rows(const char* op, const LinearParams& p, cudaStream_t stream) {
+  using Packed = PackedStep<Format>;
+  // Of its ring and its sums.
+  constexpr int kWarpBytes =
+      Format::template kRing<kRows> * Packed::kBytes + 2 * kRows * kBlockRows * int(sizeof(float));
+  constexpr int kLeastXBytes = kRows * kStepRowBytes + kStepSumBytes<T, Format, kRows>;
+  static_assert(kMostWarps * (kWarpBytes + kLeastXBytes) <= 99 << 10, "");
   const int64_t blocks = divide_up(p.out_features, kBlockRows);
-  const int steps = int(divide_up(p.in_features, kStepColumns));
-  const auto x_row_bytes = [&](const Plan& plan) {
-    constexpr int kPad = kRows == 2 ? 64 : 32;  // rows start that many bytes of banks apart
-    const int columns = plan.phase_steps * plan.warps * kStepColumns;
-    return columns * int(sizeof(T)) + x_sum_bytes<T, Format>(columns) + kPad;
-  };
-  Plan plan;
-  plan.warps = int(divide_up(kWantedWarps, blocks));
-  plan.warps = min(steps, max(kFewestWarps, min(plan.warps, kMostWarps)));
-  plan.steps = plan.phase_steps = int(divide_up(steps, plan.warps));
-  plan.warps = int(divide_up(steps, plan.steps));  // as few as do it in as many turns
+  const int64_t steps = divide_up(p.in_features, kStepColumns);
   const DeviceProperties& device = device_properties();
-  const int64_t own_bytes =
-      kStepBytes + plan.warps * (Format::kRing * PackedStep<Format>::kBytes +
-                                 2 * kRows * kBlockRows * int64_t(sizeof(float)));
-  const int64_t left = device.shared_bytes - own_bytes;
-  const int64_t most_x_bytes = left < kMostXBytes ? left : kMostXBytes;
-  while (p.rows * x_row_bytes(plan) > most_x_bytes && plan.phase_steps > 1)
-    plan.phase_steps = int(divide_up(plan.phase_steps, 2));
-  plan.x_row_bytes = x_row_bytes(plan);
+  Plan plan{};
+  plan.warps = team_warps(blocks, steps);
+  plan.steps = int(divide_up(steps, plan.warps));
+  plan.x_step_bytes = int(p.rows) * kStepRowBytes + kStepSumBytes<T, Format, kRows>;
+  plan.x_advance = plan.warps * plan.x_step_bytes;
+  plan.word_advance = plan.warps * Packed::kWordBytes;
+  plan.scale_advance = plan.warps * Packed::kScaleBytes;
   plan.x_aligned = is_aligned(p.x, p.x_stride * sizeof(T));
   plan.weight_aligned = is_aligned(p.weight, 0) && is_aligned(p.scales, 0);
-  const int64_t bytes = own_bytes + p.rows * plan.x_row_bytes;
-  const int64_t resident =
-      resident_blocks(bytes, plan.warps * kWarpSize, kFewRowsRegisters, device);
-  const int64_t most = resident * device.multiprocessors;
-  launch_early(op, linear_few_rows_kernel<T, Format, kRows>,
-               row_grid(blocks < most ? blocks : most), plan.warps * kWarpSize, bytes, stream, p,
-               plan);
+  // As many teams a block as keep most warps busy; of those the most, for they share x.
+  int64_t bytes = 0, most = 0;
+  for (int teams = 1; teams * plan.warps <= kMostWarps; ++teams) {
+    const int warps = teams * plan.warps;
+    const int64_t own_bytes = warps * int64_t(kWarpBytes);
+    const int64_t left = device.shared_bytes - own_bytes;
+    int phase_steps = plan.steps;
+    while (phase_steps > 1 && phase_steps * int64_t(plan.x_advance) > min(left, kMostXBytes))
+      phase_steps = int(divide_up(phase_steps, 2));
+    const int64_t all_bytes = own_bytes + phase_steps * int64_t(plan.x_advance);
+    if (teams > 1 && all_bytes > device.shared_bytes) break;
+    const int64_t resident =
+        resident_blocks(all_bytes, warps * kWarpSize, kFewRowsRegisters, device);
+    if (resident * warps < most * plan.teams * plan.warps) continue;
+    plan.teams = teams, plan.phase_steps = phase_steps;
+    bytes = all_bytes, most = resident;
+  }
+  most *= device.multiprocessors;
+  const dim3 grid = row_grid(blocks < most ? blocks : most);
+  plan.turns = int(divide_up(blocks, int64_t(grid.x) * plan.teams));
+  launch_early(op, linear_few_rows_kernel<T, Format, kRows>, grid,
+               plan.teams * plan.warps * kWarpSize, bytes, stream, p, plan);
 }
 
 template <class T, class Format>

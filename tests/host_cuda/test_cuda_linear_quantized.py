@@ -117,6 +117,32 @@ def test_x_that_shared_memory_cannot_hold_and_few_blocks(format: str) -> None:
     assert_accurate(out, product, x, packed[2])
 
 
+# Of so many blocks of weights three warps make a team; with so little shared memory two teams share
+# half of x at a time.
+MANY_BLOCKS, LITTLE_MEMORY = (8201, 768), {"int8": 42 << 10, "int4": 44 << 10}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_teams_of_warps(format: str, rows: int) -> None:
+    packed, x = random_weight(format, *MANY_BLOCKS), torch.randn(rows, 768).bfloat16()
+    (out,) = check_schedules(lambda **options: linear(format, x, packed, **options))
+    assert_accurate(out, product, x, packed[2])
+    devices: list[dict[str, int]] = [
+        {"shared_bytes": LITTLE_MEMORY[format]},
+        {"shared_bytes": 227 << 10, "multiprocessors": 132},
+    ]
+    for device in devices:
+        assert torch.equal(linear(format, x, packed, **device)[0], out)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_teams_of_most_warps_fit_every_device(format: str, rows: int) -> None:
+    packed, x = random_weight(format, 16, 9216), torch.randn(rows, 9216).bfloat16()
+    assert_accurate(linear(format, x, packed)[0], product, x, packed[2])
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_weights_at_an_odd_place(format: str) -> None:
     data, scales, exact = random_weight(format, 32, 264)
@@ -172,5 +198,15 @@ def test_every_barrier_is_needed(format: str, rows: int, columns: int, barriers:
     packed, x = random_weight(format, 48, columns), torch.randn(rows, columns).bfloat16()
     run = lambda **options: linear(format, x, packed, max_blocks=1, **options)  # noqa: E731
     assert len(places(run)) == barriers
+    for place in places(run):
+        assert_needed(run, place)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_barrier_of_teams_is_needed(format: str) -> None:
+    packed, x = random_weight(format, *MANY_BLOCKS), torch.randn(2, 768).bfloat16()
+    memory = LITTLE_MEMORY[format]
+    run = lambda **options: linear(format, x, packed, shared_bytes=memory, **options)  # noqa: E731
+    assert len(places(run)) == 5
     for place in places(run):
         assert_needed(run, place)
