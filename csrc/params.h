@@ -149,8 +149,10 @@ struct RopeParams {
   const int64_t* positions;  // (batch, seqlen), seqlen contiguous. With a cache, below 0: padding,
                              // which is neither rotated nor written to the cache
   int64_t positions_batch_stride;  // 0: the same positions for every row of the batch
-  const float* inv_freq;           // (head_dim / 2,)
-  bool inverse;                    // by the negative angle: the backward
+  // CUDA, where positions is null: (batch,), a row's positions are the last seqlen below it.
+  const int64_t* key_lengths;
+  const float* inv_freq;  // (head_dim / 2,)
+  bool inverse;           // by the negative angle: the backward
   int64_t batch, seqlen, num_heads, num_kv_heads, head_dim;
   DType dtype;
 };
@@ -183,6 +185,11 @@ struct AttentionParams {
   int64_t block_table_stride;
   int32_t page_shift;
   float* partial;  // CUDA: attention_partial_size(p) floats, results of parts of the keys
+  // CUDA, see attention_appends: k and v of each row's last token, (batch, 1, num_kv_heads,
+  // head_dim), which the kernel puts into the cache, k and q rotated by position * inv_freq,
+  // (head_dim / 2,). Null otherwise.
+  HeadsView new_k, new_v;
+  const float* inv_freq;
   double scale;
   double softcap;  // 0: none
   int64_t window;  // 0: none

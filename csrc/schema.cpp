@@ -35,6 +35,16 @@ STABLE_TORCH_LIBRARY(gemma2_ext, m) {
       "Tensor? k_scales, Tensor? v_scales, *, float scale, float? softcap, int? window, Tensor(a!) "
       "out) -> ()");
   m.def(
+      "attention_append_cache(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, "
+      "Tensor(b!) v_cache, Tensor key_lengths, Tensor(c!)? k_scales=None, "
+      "Tensor(d!)? v_scales=None, *, float theta=10000.0, float scale, float? softcap=None, "
+      "int? window=None) -> Tensor");
+  m.def(
+      "attention_append_cache_out(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, "
+      "Tensor(b!) v_cache, Tensor key_lengths, Tensor(c!)? k_scales, Tensor(d!)? v_scales, *, "
+      "float theta, float scale, float? softcap, int? window, Tensor(e!) rotated, "
+      "Tensor(f!) out) -> ()");
+  m.def(
       "attention_paged(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, "
       "Tensor key_lengths, *, float scale, float? softcap=None, int? window=None) -> Tensor");
   m.def(

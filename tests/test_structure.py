@@ -23,7 +23,7 @@ OPS = sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if not p.stem.starts
 # and rope and attention over tensors in place of caches.
 WITHOUT_REFERENCE = {
     *("logits", "logits_int8", "logits_int4", "rope_append_cache", "attention_cache"),
-    "attention_paged",
+    *("attention_paged", "attention_append_cache"),
 }
 # Public functions of ops without a dispatcher's name.
 NO_OPS = {"quantize"}

@@ -66,6 +66,10 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[int], tuple[Tensor, ...]]]]
         lambda q, k, v, lengths: ops.attention_cache(q, k, v, lengths, **OPTIONS),
         lambda n: (qkv(n)[0], cache(), cache(), torch.tensor([40])),
     ),
+    "attention_append_cache": (
+        lambda *t: ops.attention_append_cache(*t, **OPTIONS),
+        lambda n: (*qkv(n), cache(), cache(), torch.tensor([40])),
+    ),
     "attention_paged": (
         lambda q, k, v, table, lengths: ops.attention_paged(q, k, v, table, lengths, **OPTIONS),
         lambda n: (

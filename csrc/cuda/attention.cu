@@ -5,7 +5,7 @@
 // Many rows: bound by the tensor cores and by reading shared memory. Up to 16: by memory. Float32:
 // a warp a row. The splits of a row are added up in their order, so that results repeat exactly.
 // attention_tile_kernel: at most 255 registers, 161 KiB of shared memory (99 on most devices).
-// attention_decode_kernel: at most 255 registers, 97 KiB of shared memory.
+// attention_decode_kernel: at most 255 registers, 99 KiB of shared memory.
 // attention_combine_kernel: at most 128 registers, 17 KiB of shared memory.
 // attention_plain_kernel: at most 128 registers, no shared memory.
 #include "attention_decode.cuh"
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   float* sum = largest + kRows;
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m) {
-    spill_output<kHeadDim>(rows + 16 * m * kOutputStride<kHeadDim>, o[m]);
+    spill_output<kHeadDim>(rows + 16 * m * kOutputStride<kHeadDim>, o[m], lane);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float row_sum = quad_sum(softmax[m].sum[i]);
@@ -168,7 +168,21 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
 
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   unsigned char* const ring = shared_memory() + warp * kRingBytes;
+  Unit<T, Keys>* const unit =
+      reinterpret_cast<Unit<T, Keys>*>(shared_memory() + kWarps * kRingBytes);
   const int first_key = warp * kKeys;
+  // The row's last token, which is not in the cache yet: the unit's last key, of one of its warps.
+  using Token = NewToken<T, kHeadDim>;
+  Token* const token =
+      reinterpret_cast<Token*>(shared_memory() + kWarps * kRingBytes + kAttentionUnitBytes);
+  const auto appends = [&] { return Tiles::kAppends && p.inv_freq; };
+  const auto has_token = [&](const Unit<T, Keys>& u) {
+    return u.stored < u.keys && u.stored / kKeys % kWarps == warp;
+  };
+  if (appends() && busy) {
+    token->make_angles(p, u.length - 1);
+    if (u.keys > 0 && u.key_begin + u.keys == u.length) u.stored = u.keys - 1;
+  }
   const int tiles = busy && u.keys > first_key
                         ? (u.keys - first_key + kWarps * kKeys - 1) / (kWarps * kKeys) * 2
                         : 0;
@@ -186,7 +200,8 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
   // seqlen_q keys of a cache are new.
   constexpr int kLastOfFirst = (kStages - 2) / 2 * (kWarps * kKeys) + kKeys - 1;
   const int last_key = min(first_key + kLastOfFirst, busy ? u.keys - 1 : 0);
-  const bool early = busy && p.key_lengths && u.key_begin + last_key < u.length - u.seqlen_q;
+  const bool early =
+      appends() || (busy && p.key_lengths && u.key_begin + last_key < u.length - u.seqlen_q);
   if (!early) wait_for_previous_kernels();
 #pragma unroll 1
   for (int tile = 0; tile < kStages - 1; ++tile) start_copy(tile, tile);
@@ -194,6 +209,7 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
   clear_rows_of_no_sequence<T>(p);
   if (!busy) return;
 
+  if (threadIdx.x == 0) *unit = u;  // where it leaves the registers to the loop
   // Q as mma's operand a, for the whole head; zero in rows and columns that do not exist.
   uint32_t q[kHeadDim / 16][4] = {};
 #pragma unroll
@@ -201,19 +217,27 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
     const int r = lane / 4 + 8 * i;
     if (r < u.rows) Tiles::load_query(q, i, query_row(p, u, r), int(p.head_dim), lane);
   }
+  if constexpr (Tiles::kAppends) {
+    if (appends()) {
+      __syncthreads();  // the angles and the unit are there
+      token->rotate(q, lane);
+      if (has_token(u)) token->append(p, plan, u, lane);
+    }
+  }
   int stage = 0;
   const auto next_tile = [&](int t) {
     cp_async_wait<kStages - 2>();
     __syncwarp();
     start_copy(t + kStages - 1, stage == 0 ? kStages - 1 : stage - 1);
-    const unsigned char* tile = ring + stage * Tiles::kStageBytes;
+    unsigned char* tile = ring + stage * Tiles::kStageBytes;
     stage = stage == kStages - 1 ? 0 : stage + 1;
-    return tile;
+    if constexpr (Tiles::kAppends) {
+      if (t >= tiles - 2 && appends() && has_token(*unit))
+        token->put(tile, t % 2, unit->stored % kKeys, lane);
+    }
+    return static_cast<const unsigned char*>(tile);
   };
 
-  Unit<T, Keys>* const unit =
-      reinterpret_cast<Unit<T, Keys>*>(shared_memory() + kWarps * kRingBytes);
-  if (threadIdx.x == 0) *unit = u;  // where it leaves the registers to the loop
   RowKeys seen[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) seen[i] = u.row_keys(p, min(lane / 4 + 8 * i, u.rows - 1));
@@ -239,13 +263,14 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
   float* const outputs = reinterpret_cast<float*>(shared_memory());
   float* const all_largest = outputs + kWarps * kWarpOutput;  // (warps, 16)
   float* const all_sums = all_largest + kWarps * 16;
-  Tiles::spill(outputs + warp * kWarpOutput, o, unit->rows, lane);
+  const int own_lane = read_lane();
+  Tiles::spill(outputs + warp * kWarpOutput, o, unit->rows, own_lane);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float row_sum = quad_sum(softmax.sum[i]);
-    if (lane % 4 == 0) {
-      all_largest[warp * 16 + 8 * i + lane / 4] = softmax.largest[i] * scale.outer;
-      all_sums[warp * 16 + 8 * i + lane / 4] = row_sum;
+    if (own_lane % 4 == 0) {
+      all_largest[warp * 16 + 8 * i + own_lane / 4] = softmax.largest[i] * scale.outer;
+      all_sums[warp * 16 + 8 * i + own_lane / 4] = row_sum;
     }
   }
   __syncthreads();
@@ -255,10 +280,11 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
     for (int w = 0; w < kWarps; ++w) {
       const float* output = outputs + w * kWarpOutput + r * kOutputStride<kHeadDim>;
       add_result(result, all_largest[w * 16 + r], all_sums[w * 16 + r], [&](int j) {
-        return j < kHeadDim / kWarpSize ? output[lane + j * kWarpSize] : 0.0f;
+        return j < kHeadDim / kWarpSize ? output[own_lane + j * kWarpSize] : 0.0f;
       });
     }
-    finish_row(p, plan, *unit, r, result);
+    finish_row<Tiles::kAppends ? kHeadDim : 0>(p, plan, *unit, r, result,
+                                               appends() ? token->angles : nullptr);
   }
 }
 
@@ -416,6 +442,7 @@ AttentionPlan plan_attention(const AttentionParams& p, const DeviceProperties& d
     plan.threads = kAttentionDecodeWarps * kWarpSize;
     plan.shared_bytes =
         p.k_scales.data ? attention_int8_bytes(head_dim) : attention_decode_bytes(head_dim);
+    if (p.inv_freq) plan.shared_bytes += attention_append_bytes(head_dim);
     plan.block_rows = kAttentionDecodeRows;
     plan.split_step = kAttentionDecodeStep;
     resident = resident_blocks(plan.shared_bytes, plan.threads, kRegisters, device);
@@ -496,6 +523,12 @@ void launch_16_bit(const AttentionParams& p, const AttentionPlan& plan, dim3 gri
 }  // namespace
 }  // namespace cuda
 
+bool attention_appends(const AttentionParams& p) {
+  return p.dtype != DType::kFloat32 && !p.k_scales.data && !p.block_table && p.seqlen_q == 1 &&
+         cuda::group_rows(p) <= cuda::kAttentionDecodeRows &&
+         p.head_dim == cuda::padded_head_dim(p.head_dim);
+}
+
 bool attention_reads_int8(const AttentionParams& p) {
   bool reads = p.dtype != DType::kFloat32 && cuda::group_rows(p) <= cuda::kAttentionDecodeRows &&
                p.head_dim % 16 == 0;
@@ -516,6 +549,8 @@ void launch_attention(const AttentionParams& p, cudaStream_t stream) {
   const char* op = "attention";
   if (p.k_scales.data && !attention_reads_int8(p))
     throw std::invalid_argument("gemma2_ext::attention: this cache of int8 has to be widened");
+  if (p.inv_freq && !attention_appends(p))
+    throw std::invalid_argument("gemma2_ext::attention: this token has to be appended first");
   const AttentionPlan plan = plan_attention(p, device_properties());
   const int64_t units = plan.row_blocks * p.batch * p.num_kv_heads;
   if (units == 0) return;

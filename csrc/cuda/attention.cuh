@@ -9,6 +9,7 @@
 #include <math.h>
 
 #include "attention.h"
+#include "rope.cuh"
 #include "vector.cuh"
 
 namespace gemma2 {
@@ -18,6 +19,11 @@ constexpr float kLog2E = 0x1.715476p+0f;
 constexpr float kLn2 = 0x1.62e43p-1f;
 constexpr int kMaxHeadDim = 256;
 constexpr int kLaneDims = kMaxHeadDim / kWarpSize;  // a lane's dimensions are lane + 32 i
+
+// Of a position and dimension d, by which d and head_dim / 2 + d are rotated.
+struct Angle {
+  float cosine, sine;
+};
 
 GEMMA2_DEVICE int64_t clamp(int64_t x, int64_t low, int64_t high) {
   return x < low ? low : x > high ? high : x;
@@ -39,6 +45,7 @@ struct Unit {
   int64_t k_offset;                           // of the sequence in k's rows
   int64_t key_begin;                          // that some row sees, of this split
   int keys;
+  int stored;         // of these, that are in the cache: all but one that is to be appended
   const Keys *k, *v;  // of the sequence and head, paged: of the head
   int slot;           // of the first key, from k and v on
 
@@ -139,7 +146,7 @@ GEMMA2_DEVICE bool make_unit(const AttentionParams& p, const AttentionPlan& plan
     u.key_begin += begin;
     keys = clamp(keys - begin, 0, step);
   }
-  u.keys = int(keys);
+  u.keys = u.stored = int(keys);
   u.k = static_cast<const Keys*>(p.k.data) + u.kv_head * p.k.head_stride;
   u.v = static_cast<const Keys*>(p.v.data) + u.kv_head * p.v.head_stride;
   u.slot = int(p.capacity ? u.key_begin % p.capacity : u.key_begin);
@@ -348,10 +355,11 @@ GEMMA2_DEVICE float warp_max(float x) {
 }
 
 // 32 keys at a time: lane j keeps the score of the j-th. Reads only keys that the row sees. Rows of
-// int8 are multiplied with their factors.
-template <class T, class Keys>
+// int8 are multiplied with their factors. kRotated: head_dim, where q is rotated here, by `angles`.
+template <int kRotated = 0, class T, class Keys>
 GEMMA2_DEVICE void plain_row(const AttentionParams& p, const AttentionPlan& plan,
-                             const Unit<T, Keys>& u, int r, RowResult& result) {
+                             const Unit<T, Keys>& u, int r, RowResult& result,
+                             const Angle* angles = nullptr) {
   constexpr bool kScaled = sizeof(Keys) == 1;
   const int lane = threadIdx.x % kWarpSize;
   const T* q_row = query_row(p, u, r);
@@ -361,6 +369,16 @@ GEMMA2_DEVICE void plain_row(const AttentionParams& p, const AttentionPlan& plan
     const int d = lane + j * kWarpSize;
     q[j] = d < p.head_dim ? to_float(q_row[d]) : 0.0f;
     result.o[j] = 0.0f;
+  }
+  if constexpr (kRotated > 0) {
+    constexpr int kHalf = kRotated / 2 / kWarpSize;  // of a lane's dimensions
+#pragma unroll
+    for (int j = 0; angles && j < kHalf; ++j) {
+      const Angle a = angles[lane + j * kWarpSize];
+      float y1, y2;
+      rotate_by(a.cosine, a.sine, q[j], q[j + kHalf], y1, y2);
+      q[j] = to_float(from_float<T>(y1)), q[j + kHalf] = to_float(from_float<T>(y2));
+    }
   }
   result.largest = -INFINITY, result.sum = 0.0f;
   const auto k_row = [&](int key) {
@@ -412,13 +430,14 @@ GEMMA2_DEVICE void plain_row(const AttentionParams& p, const AttentionPlan& plan
 
 // Stores row r. In a tile, weight 0 of a key that the row does not see meets that key's value:
 // where this is NaN or infinite, the row is computed anew from the keys that it does see.
-template <class T, class Keys>
+template <int kRotated = 0, class T, class Keys>
 GEMMA2_DEVICE void finish_row(const AttentionParams& p, const AttentionPlan& plan,
-                              const Unit<T, Keys>& u, int r, RowResult& result) {
+                              const Unit<T, Keys>& u, int r, RowResult& result,
+                              const Angle* angles = nullptr) {
   float check = 0.0f;  // 0 * o is NaN where o is no finite number
 #pragma unroll
   for (int j = 0; j < kLaneDims; ++j) check += 0.0f * result.o[j];
-  if (ballot(check != 0.0f)) plain_row(p, plan, u, r, result);
+  if (ballot(check != 0.0f)) plain_row<kRotated>(p, plan, u, r, result, angles);
   store_row(p, plan, u, r, result);
 }
 
@@ -482,7 +501,7 @@ GEMMA2_DEVICE void copy_run(Keys* tile, const AttentionParams& p, const Attentio
   const int stride = of_v ? plan.v_stride : plan.k_stride;
   const int chunk = lane % kChunks, first = lane / kChunks;
   // This lane's rows that exist.
-  const int end = chunk * kElements < int(p.head_dim) ? u.keys - key - first : 0;
+  const int end = chunk * kElements < int(p.head_dim) ? u.stored - key - first : 0;
   const int slot = key_slot(plan, u, key);
   const bool paged = sizeof(Keys) != 1 && p.block_table;  // a cache of int8 never is
   if (!paged && slot + kKeys <= plan.capacity) {
@@ -597,8 +616,8 @@ template <int kHeadDim>
 constexpr int kOutputStride = kHeadDim + 8;
 
 template <int kHeadDim>
-GEMMA2_DEVICE void spill_output(float* to, const float (&o)[kHeadDim / 8][4], int rows = 16) {
-  const int lane = threadIdx.x % kWarpSize;
+GEMMA2_DEVICE void spill_output(float* to, const float (&o)[kHeadDim / 8][4], int lane,
+                                int rows = 16) {
   to += lane / 4 * kOutputStride<kHeadDim> + lane % 4 * 2;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {

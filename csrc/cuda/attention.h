@@ -51,6 +51,11 @@ constexpr int64_t attention_decode_tile_bytes(int head_dim) {
 constexpr int64_t attention_decode_bytes(int head_dim) {
   return attention_decode_tile_bytes(head_dim) + attention_state_bytes(0);
 }
+// Where it appends a token: cosines and sines, and the token's rows of k and v.
+constexpr int64_t attention_append_bytes(int head_dim) {
+  return head_dim / 2 * 8 + 2 * head_dim * 2;
+}
+static_assert(attention_decode_bytes(256) + attention_append_bytes(256) <= 99 << 10, "");
 // Of a cache of int8, each stage with the factors of its rows.
 constexpr int kAttentionInt8Stages = 5;
 constexpr int attention_int8_stage_bytes(int head_dim) { return 16 * (head_dim + 4); }

@@ -9,6 +9,69 @@ namespace cuda {
 
 constexpr int kDecodeKeys = 16;  // of a tile
 
+// The token that a block appends, in shared memory.
+template <class T, int kHeadDim>
+struct NewToken {
+  Angle angles[kHeadDim / 2];
+  T rows[2][kHeadDim];  // of k, rotated, and of v
+
+  // By all threads of a block, whose next barrier has them ready.
+  GEMMA2_DEVICE void make_angles(const AttentionParams& p, int64_t position) {
+    for (int d = threadIdx.x; d < kHeadDim / 2; d += blockDim.x)
+      sincosf(float(position) * p.inv_freq[d], &angles[d].sine, &angles[d].cosine);
+  }
+  // Query rows as mma's operand a (DecodeTiles::load_query), rotated: both halves of a pair are the
+  // same lane's.
+  GEMMA2_DEVICE void rotate(uint32_t (&q)[kHeadDim / 16][4], int lane) const {
+    constexpr int kHalf = kHeadDim / 32;  // steps
+#pragma unroll
+    for (int step = 0; step < kHalf; ++step) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Angle* of = angles + 16 * step + i / 2 * 8 + lane % 4 * 2;
+        float x1[2], x2[2], y1[2], y2[2];
+        unpack(q[step][i], x1[0], x1[1], T{});
+        unpack(q[step + kHalf][i], x2[0], x2[1], T{});
+#pragma unroll
+        for (int j = 0; j < 2; ++j) rotate_by(of[j].cosine, of[j].sine, x1[j], x2[j], y1[j], y2[j]);
+        q[step][i] = pack<T>(y1[0], y1[1]);
+        q[step + kHalf][i] = pack<T>(y2[0], y2[1]);
+      }
+    }
+  }
+  // By the warp that has the unit's last key: into `rows` and into the cache.
+  GEMMA2_DEVICE void append(const AttentionParams& p, const AttentionPlan& plan, const Unit<T>& u,
+                            int lane) {
+    const auto of = [&](const HeadsView& view) {
+      return static_cast<T*>(view.data) + u.batch * view.batch_stride +
+             u.kv_head * view.head_stride;
+    };
+    const int64_t slot = key_slot(plan, u, u.keys - 1);
+    const T *const k = of(p.new_k), *const v = of(p.new_v);
+    T* const k_cache = of(p.k) + slot * plan.k_stride;
+    T* const v_cache = of(p.v) + slot * plan.v_stride;
+#pragma unroll
+    for (int d = lane; d < kHeadDim / 2; d += kWarpSize) {
+      const int behind = d + kHeadDim / 2;
+      float y1, y2;
+      rotate_by(angles[d].cosine, angles[d].sine, to_float(k[d]), to_float(k[behind]), y1, y2);
+      k_cache[d] = rows[0][d] = from_float<T>(y1);
+      k_cache[behind] = rows[0][behind] = from_float<T>(y2);
+      v_cache[d] = rows[1][d] = v[d];
+      v_cache[behind] = rows[1][behind] = v[behind];
+    }
+    __syncwarp();
+  }
+  // By a whole warp: the row of k or v into row `row` of a tile that has landed.
+  GEMMA2_DEVICE void put(unsigned char* tile, bool of_v, int row, int lane) const {
+    if (lane < kHeadDim / 8) {
+      store_16(reinterpret_cast<T*>(tile) + RowLayout<kHeadDim>::offset(row, lane),
+               load_16(rows[of_v] + 8 * lane));
+    }
+    __syncwarp();
+  }
+};
+
 // Keys and values of type T.
 template <class T, int kHeadDim_>
 struct DecodeTiles {
@@ -17,6 +80,7 @@ struct DecodeTiles {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kStages = attention_decode_stages(kHeadDim);
   static constexpr int kStageBytes = attention_decode_stage_bytes(kHeadDim);
+  static constexpr bool kAppends = true;  // can take a token that is not in the cache yet
 
   GEMMA2_DEVICE static void start_copy(unsigned char* stage, const AttentionParams& p,
                                        const AttentionPlan& plan, const Unit<T>& u, bool of_v,
@@ -58,8 +122,9 @@ struct DecodeTiles {
     pack_weights<T>(weights[0], s[0]);
     cuda::multiply_values<T, kHeadDim>(o, weights, reinterpret_cast<const T*>(next()));
   }
-  GEMMA2_DEVICE static void spill(float* to, const float (&o)[1][kHeadDim / 8][4], int rows, int) {
-    spill_output<kHeadDim>(to, o[0], rows);
+  GEMMA2_DEVICE static void spill(float* to, const float (&o)[1][kHeadDim / 8][4], int rows,
+                                  int lane) {
+    spill_output<kHeadDim>(to, o[0], lane, rows);
   }
 };
 
@@ -103,6 +168,7 @@ struct Int8DecodeTiles {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kStages = kAttentionInt8Stages;
   static constexpr int kStageBytes = attention_int8_stage_bytes(kHeadDim);
+  static constexpr bool kAppends = false;
   static constexpr int kRowBytes = kDecodeKeys * kHeadDim;
   using Layout = Int8Layout<kHeadDim>;
 

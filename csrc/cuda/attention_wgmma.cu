@@ -336,7 +336,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   float* const rows = outputs + warp_row * kOutputStride<kHeadDim>;
   float* const largest = outputs + kRows * kOutputStride<kHeadDim> + warp_row;
   float* const sum = largest + kRows;
-  spill_output<kHeadDim>(rows, o);
+  spill_output<kHeadDim>(rows, o, lane);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float row_sum = quad_sum(softmax.sum[i]);

@@ -42,6 +42,10 @@ inline thread_local bool early_launches = false;
 // alone, so it is the same for every call in a captured graph.
 int64_t attention_partial_size(const AttentionParams& p);
 
+// Whether launch_attention can take p.new_k and p.new_v: one query a row, up to 16 query heads for
+// a key head, 16 bits, head_dim 64, 128 or 256.
+bool attention_appends(const AttentionParams& p);
+
 // Whether launch_attention takes p's cache of int8 as it is: up to 16 rows, whole vectors. Else it
 // is to be widened first.
 bool attention_reads_int8(const AttentionParams& p);

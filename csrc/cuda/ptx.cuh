@@ -135,6 +135,12 @@ GEMMA2_DEVICE void wait_for_previous_kernels() {
 // ---- lanes of a warp
 
 // The value that lane `lane ^ mask` gives.
+// This thread's place in its warp, read anew: no register holds it through the loop in front.
+GEMMA2_DEVICE int read_lane() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
 template <class T>
 GEMMA2_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(kFullMask, value, mask);

@@ -16,6 +16,7 @@
 // rope_many_kernel: at most 128 registers, no shared memory.
 // rope_int8_kernel: at most 64 registers, no shared memory.
 #include "kernels.h"
+#include "rope.cuh"
 #include "vector.cuh"
 
 namespace gemma2 {
@@ -47,13 +48,8 @@ struct Token {
 };
 
 GEMMA2_DEVICE int64_t position_of(const RopeParams& p, int64_t unit) {
+  if (!p.positions) return p.key_lengths[unit / p.seqlen] - p.seqlen + unit % p.seqlen;
   return p.positions[unit / p.seqlen * p.positions_batch_stride + unit % p.seqlen];
-}
-
-// With the same roundings in every kernel.
-GEMMA2_DEVICE void rotate_by(float c, float s, float x1, float x2, float& y1, float& y2) {
-  y1 = fmaf(x1, c, -(x2 * s));
-  y2 = fmaf(x2, c, x1 * s);
 }
 
 // Vectors of both halves of one head, `n` columns of which exist.

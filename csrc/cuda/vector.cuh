@@ -34,12 +34,14 @@ GEMMA2_DEVICE void unpack(const Vector16& v, float (&x)[4], float) {
   for (int i = 0; i < 4; ++i) x[i] = bits_to_float(v.words[i]);
 }
 template <class T>
+GEMMA2_DEVICE void unpack(uint32_t word, float& low, float& high, T) {
+  low = to_float(T{uint16_t(word & 0xffff)});
+  high = to_float(T{uint16_t(word >> 16)});
+}
+template <class T>
 GEMMA2_DEVICE void unpack(const Vector16& v, float (&x)[8], T) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x[2 * i] = to_float(T{uint16_t(v.words[i] & 0xffff)});
-    x[2 * i + 1] = to_float(T{uint16_t(v.words[i] >> 16)});
-  }
+  for (int i = 0; i < 4; ++i) unpack(v.words[i], x[2 * i], x[2 * i + 1], T{});
 }
 
 GEMMA2_DEVICE Vector16 pack_vector(const float (&x)[4], float) {

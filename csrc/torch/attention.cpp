@@ -1,5 +1,5 @@
-// Bindings of attention, attention_varlen, their backwards, attention_cache and attention_paged:
-// checks, and how the work is divided.
+// Bindings of attention, attention_varlen, their backwards, attention_cache, attention_append_cache
+// and attention_paged: checks, and how the work is divided.
 //
 // Lengths, starts and cu_seqlens stay where they are: on a GPU their values are not checked, which
 // would make every call wait for it; the kernels clamp them to what exists.
@@ -13,6 +13,7 @@
 #include "../cpu/float64.h"
 #include "../cpu/isa.h"
 #include "cuda.h"
+#include "rope.h"
 
 namespace gemma2 {
 namespace {
@@ -636,14 +637,23 @@ void attention_varlen_backward_out(const Tensor& grad_out, const Tensor& grad_ls
   run_backward(op, problem, {grad_out, grad_lse, out, lse, grad_q, grad_k, grad_v});
 }
 
-void attention_cache_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                         const Tensor& key_lengths, std::optional<Tensor> k_scales,
-                         std::optional<Tensor> v_scales, double scale,
-                         std::optional<double> softcap, std::optional<int64_t> window, Tensor out) {
-  note(attention_cache_out, q, k_cache, v_cache, key_lengths, k_scales, v_scales, scale, softcap,
-       window, out);
-  const char* op = "attention_cache";
+// Of attention over a cache, checked; p points into the others and the tensors.
+struct CacheProblem {
   AttentionParams p{};
+  std::vector<int64_t> lengths;
+  std::optional<Tensor> device_lengths;  // the same on a GPU
+  Tensor q, k, v;                        // as kernels can read them
+};
+
+// All but the views of tensors.
+CacheProblem check_cache(const char* op, const Tensor& q, const Tensor& k_cache,
+                         const Tensor& v_cache, const Tensor& key_lengths,
+                         const std::optional<Tensor>& k_scales,
+                         const std::optional<Tensor>& v_scales, double scale,
+                         std::optional<double> softcap, std::optional<int64_t> window,
+                         const Tensor& out) {
+  CacheProblem problem;
+  AttentionParams& p = problem.p;
   p.dtype = dtype_of(op, "q", q);
   check_batched(op, "k_cache", "capacity", q, k_cache);
   if (check_scales(op, k_cache, v_cache, k_scales, v_scales)) {
@@ -656,34 +666,50 @@ void attention_cache_out(const Tensor& q, const Tensor& k_cache, const Tensor& v
   p.capacity = k_cache.size(1), p.num_kv_heads = k_cache.size(2);
   check_common(op, p, scale, softcap, window, true);
   check_integers(op, "key_lengths", key_lengths, p.batch, "batch", q);
-  std::vector<int64_t> lengths;
-  std::optional<Tensor> device_lengths;
-  if (q.is_cpu()) {
-    lengths = to_vector(key_lengths), p.key_lengths = lengths.data();
+  if (!q.is_cpu()) {
+    p.key_lengths = on_device<int64_t>(key_lengths, problem.device_lengths);
+    p.seqlen_k = p.capacity;
   } else {
-    p.key_lengths = on_device<int64_t>(key_lengths, device_lengths), p.seqlen_k = p.capacity;
+    problem.lengths = to_vector(key_lengths), p.key_lengths = problem.lengths.data();
   }
-  for (int64_t b = 0; q.is_cpu() && b < p.batch; ++b) {
-    if (lengths[b] < 0) {
-      fail(op, row_of("key_lengths", b) + " must be at least 0, got " + std::to_string(lengths[b]));
+  for (size_t b = 0; b < problem.lengths.size(); ++b) {
+    const int64_t length = problem.lengths[b];
+    if (length < 0) {
+      fail(op, row_of("key_lengths", b) + " must be at least 0, got " + std::to_string(length));
     }
-    if (lengths[b] > p.capacity && (!window || *window > p.capacity - p.seqlen_q + 1)) {
+    if (length > p.capacity && (!window || *window > p.capacity - p.seqlen_q + 1)) {
       fail(op, row_of("key_lengths", b) +
                    " must be at most capacity = " + std::to_string(p.capacity) + " where " +
                    (window ? "window + seqlen_q - 1 = " + std::to_string(*window) + " + " +
                                  std::to_string(p.seqlen_q) + " - 1 exceeds it"
                            : std::string("there is no window")) +
-                   " (older keys are overwritten), got " + std::to_string(lengths[b]));
+                   " (older keys are overwritten), got " + std::to_string(length));
     }
-    if (lengths[b] > p.seqlen_k) p.seqlen_k = lengths[b];
+    if (length > p.seqlen_k) p.seqlen_k = length;
   }
   check_out(op, "out", out, "q", q);
-  if (out.numel() == 0) return;
-
-  const Tensor q_rows = readable(q), k_rows = readable(k_cache), v_rows = readable(v_cache);
-  p.q = heads_view(q_rows), p.k = heads_view(k_rows), p.v = heads_view(v_rows);
   p.out = heads_view(out);
-  run(p, q);
+  return problem;
+}
+
+void set_inputs(CacheProblem& problem, const Tensor& q, const Tensor& k_cache,
+                const Tensor& v_cache) {
+  problem.q = readable(q), problem.k = readable(k_cache), problem.v = readable(v_cache);
+  AttentionParams& p = problem.p;
+  p.q = heads_view(problem.q), p.k = heads_view(problem.k), p.v = heads_view(problem.v);
+}
+
+void attention_cache_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                         const Tensor& key_lengths, std::optional<Tensor> k_scales,
+                         std::optional<Tensor> v_scales, double scale,
+                         std::optional<double> softcap, std::optional<int64_t> window, Tensor out) {
+  note(attention_cache_out, q, k_cache, v_cache, key_lengths, k_scales, v_scales, scale, softcap,
+       window, out);
+  CacheProblem problem = check_cache("attention_cache", q, k_cache, v_cache, key_lengths, k_scales,
+                                     v_scales, scale, softcap, window, out);
+  if (out.numel() == 0) return;
+  set_inputs(problem, q, k_cache, v_cache);
+  run(problem.p, q);
 }
 
 Tensor attention_cache(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
@@ -693,6 +719,52 @@ Tensor attention_cache(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
   Tensor out = torch::stable::new_empty(q, q.sizes());
   attention_cache_out(q, k_cache, v_cache, key_lengths, k_scales, v_scales, scale, softcap, window,
                       out);
+  return out;
+}
+
+void attention_append_cache_out(const Tensor& q, const Tensor& k, const Tensor& v, Tensor k_cache,
+                                Tensor v_cache, const Tensor& key_lengths,
+                                std::optional<Tensor> k_scales, std::optional<Tensor> v_scales,
+                                double theta, double scale, std::optional<double> softcap,
+                                std::optional<int64_t> window, Tensor rotated, Tensor out) {
+  const char* op = "attention_append_cache";
+  const Append tokens{q, k, v, k_cache, v_cache, theta, k_scales, v_scales};
+  check_append(op, tokens);
+  CacheProblem problem = check_cache(op, q, k_cache, v_cache, key_lengths, k_scales, v_scales,
+                                     scale, softcap, window, out);
+  AttentionParams& p = problem.p;
+  check_out(op, "rotated", rotated, "q", q);
+  if (p.seqlen_q > p.capacity) {
+    fail(op, "seqlen must be at most capacity = " + std::to_string(p.capacity) + ", got " +
+                 std::to_string(p.seqlen_q));
+  }
+  if (out.numel() == 0) return;
+#ifdef GEMMA2_WITH_CUDA
+  if (!q.is_cpu() && attention_appends(p)) {
+    set_inputs(problem, q, k_cache, v_cache);
+    // Where a kernel cannot read a cache as it is, this is a copy, which nothing may go into.
+    if (problem.k.data_ptr() == k_cache.data_ptr() && problem.v.data_ptr() == v_cache.data_ptr()) {
+      const Tensor k_rows = last_dim_contiguous(k), v_rows = last_dim_contiguous(v);
+      p.new_k = heads_view(k_rows), p.new_v = heads_view(v_rows);
+      p.inv_freq = inv_freq(p.head_dim, theta, q);
+      return run(p, q);
+    }
+  }
+#endif
+  append_tokens(op, tokens, p.key_lengths, rotated);
+  set_inputs(problem, rotated, k_cache, v_cache);
+  run(p, q);
+}
+
+Tensor attention_append_cache(const Tensor& q, const Tensor& k, const Tensor& v, Tensor k_cache,
+                              Tensor v_cache, const Tensor& key_lengths,
+                              std::optional<Tensor> k_scales, std::optional<Tensor> v_scales,
+                              double theta, double scale, std::optional<double> softcap,
+                              std::optional<int64_t> window) {
+  const Tensor rotated = torch::stable::new_empty(q, q.sizes());
+  Tensor out = torch::stable::new_empty(q, q.sizes());
+  attention_append_cache_out(q, k, v, k_cache, v_cache, key_lengths, k_scales, v_scales, theta,
+                             scale, softcap, window, rotated, out);
   return out;
 }
 
@@ -785,6 +857,8 @@ void implement(Library& m) {
   m.impl("attention_varlen_out", TORCH_BOX(&attention_varlen_out));
   m.impl("attention_cache", TORCH_BOX(&attention_cache));
   m.impl("attention_cache_out", TORCH_BOX(&attention_cache_out));
+  m.impl("attention_append_cache", TORCH_BOX(&attention_append_cache));
+  m.impl("attention_append_cache_out", TORCH_BOX(&attention_append_cache_out));
   m.impl("attention_paged", TORCH_BOX(&attention_paged));
   m.impl("attention_paged_out", TORCH_BOX(&attention_paged_out));
 }

@@ -1,4 +1,6 @@
 // Bindings of rope, its backward and rope_append_cache.
+#include "rope.h"
+
 #include <array>
 #include <map>
 #include <mutex>
@@ -32,7 +34,8 @@ Tensor compute_inv_freq(int64_t head_dim, double theta) {
   return table;
 }
 
-// On like's device. The table lives as long as the process.
+}  // namespace
+
 const float* inv_freq(int64_t head_dim, double theta, const Tensor& like) {
   static std::mutex mutex;
   static auto* tables = new std::map<std::tuple<int64_t, double, std::string>, Tensor>;
@@ -46,18 +49,18 @@ const float* inv_freq(int64_t head_dim, double theta, const Tensor& like) {
   return found->second.const_data_ptr<float>();
 }
 
+namespace {
+
 std::string shape(std::initializer_list<int64_t> sizes) {
   std::string s = "(";
   for (int64_t size : sizes) s += (s.size() > 1 ? ", " : "") + std::to_string(size);
   return s + ")";
 }
 
-// What all of them check: q, k, positions, theta. Returns int64 positions, contiguous along seqlen.
-Tensor check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& positions,
-                    double theta, Dtypes dtypes) {
+// What all of them check.
+void check_rotation(const char* op, const Tensor& q, const Tensor& k, double theta, Dtypes dtypes) {
   dtype_of(op, "q", q, dtypes);
   check_device(op, "k", k, "q", q);
-  check_device(op, "positions", positions, "q", q);
   check_same_dtype(op, "k", k, "q", q);
   if (q.dim() != 4) {
     fail(op, "q must have shape (batch, seqlen, num_heads, head_dim), got " + to_string(q));
@@ -69,6 +72,15 @@ Tensor check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tens
                  std::to_string(head_dim) + "), got " + to_string(k));
   }
   if (head_dim % 2) fail(op, "head_dim must be even, got " + std::to_string(head_dim));
+  if (!(theta > 0) || theta > 1e38) {
+    fail(op, "theta must be positive and finite, got " + std::to_string(theta));
+  }
+}
+
+// Of q checked before. Returns them as int64, contiguous along seqlen.
+Tensor check_positions(const char* op, const Tensor& positions, const Tensor& q) {
+  const int64_t batch = q.size(0), seqlen = q.size(1);
+  check_device(op, "positions", positions, "q", q);
   if (positions.scalar_type() != ScalarType::Long && positions.scalar_type() != ScalarType::Int) {
     fail(op, std::string("positions must be int64 or int32, got ") +
                  torch::headeronly::toString(positions.scalar_type()));
@@ -80,24 +92,24 @@ Tensor check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tens
                  ",) or (batch, seqlen) = " + shape({batch, seqlen}) + ", got " +
                  to_string(positions));
   }
-  if (!(theta > 0) || theta > 1e38) {
-    fail(op, "theta must be positive and finite, got " + std::to_string(theta));
-  }
   const Tensor wide = positions.scalar_type() == ScalarType::Long
                           ? positions
                           : torch::stable::to(positions, ScalarType::Long);
   return last_dim_contiguous(wide);
 }
 
-// The part of the parameters that all share.
-RopeParams make_params(const Tensor& q, const Tensor& k, const Tensor& positions, double theta,
-                       const Tensor& q_out) {
+Tensor check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& positions,
+                    double theta, Dtypes dtypes) {
+  check_rotation(op, q, k, theta, dtypes);
+  return check_positions(op, positions, q);
+}
+
+// The part of the parameters that all share; positions come beside it.
+RopeParams make_params(const Tensor& q, const Tensor& k, double theta, const Tensor& q_out) {
   RopeParams p{};
   p.q = heads_view(q);
   p.k = heads_view(k);
   p.q_out = heads_view(q_out);
-  p.positions = positions.const_data_ptr<int64_t>();
-  p.positions_batch_stride = positions.dim() == 2 ? positions.stride(0) : 0;
   p.inv_freq = inv_freq(q.size(3), theta, q);
   p.batch = q.size(0);
   p.seqlen = q.size(1);
@@ -106,6 +118,11 @@ RopeParams make_params(const Tensor& q, const Tensor& k, const Tensor& positions
   p.head_dim = q.size(3);
   p.dtype = dtype_of("rope", "q", q, Dtypes::kOrFloat64);
   return p;
+}
+
+void set_positions(RopeParams& p, const Tensor& positions) {
+  p.positions = positions.const_data_ptr<int64_t>();
+  p.positions_batch_stride = positions.dim() == 2 ? positions.stride(0) : 0;
 }
 
 void run(const RopeParams& p, [[maybe_unused]] const Tensor& like) {
@@ -124,7 +141,8 @@ void rotate(const Tensor& q, const Tensor& k, const Tensor& wide_positions, doub
   if (q.numel() + k.numel() == 0) return;
 
   const Tensor q_rows = last_dim_contiguous(q), k_rows = last_dim_contiguous(k);
-  RopeParams p = make_params(q_rows, k_rows, wide_positions, theta, q_out);
+  RopeParams p = make_params(q_rows, k_rows, theta, q_out);
+  set_positions(p, wide_positions);
   p.k_out = heads_view(k_out);
   p.inverse = inverse;
   run(p, q);
@@ -194,6 +212,20 @@ void check_slots(const char* op, const RopeParams& p) {
   }
 }
 
+// Tokens of which positions, or key_lengths, are still to be set. The tensors are held by the
+// caller.
+RopeParams append_params(const Append& tokens, const Tensor (&rows)[3], const Tensor& q_out) {
+  RopeParams p = make_params(rows[0], rows[1], tokens.theta, q_out);
+  p.v = heads_view(rows[2]);
+  p.k_cache = heads_view(tokens.k_cache);
+  p.v_cache = heads_view(tokens.v_cache);
+  p.capacity = tokens.k_cache.size(1);
+  if (tokens.k_scales) {
+    p.k_scales = heads_view(*tokens.k_scales), p.v_scales = heads_view(*tokens.v_scales);
+  }
+  return p;
+}
+
 void rope_append_cache_out(const Tensor& q, const Tensor& k, const Tensor& v,
                            const Tensor& positions, Tensor k_cache, Tensor v_cache, double theta,
                            std::optional<Tensor> k_scales, std::optional<Tensor> v_scales,
@@ -201,32 +233,15 @@ void rope_append_cache_out(const Tensor& q, const Tensor& k, const Tensor& v,
   note(rope_append_cache_out, q, k, v, positions, k_cache, v_cache, theta, k_scales, v_scales,
        q_out);
   const char* op = "rope_append_cache";
-  const Tensor wide_positions = check_inputs(op, q, k, positions, theta, Dtypes::kCommon);
-  check_device(op, "v", v, "k", k);
-  check_same_dtype(op, "v", v, "k", k);
-  check_same_shape(op, "v", v, "k", k);
-  check_cache(op, "k_cache", k_cache, k);
-  check_cache(op, "v_cache", v_cache, k);
-  const bool scaled = check_scales(op, k_cache, v_cache, k_scales, v_scales);
-  check_same_shape(op, "v_cache", v_cache, "k_cache", k_cache);
+  const Append tokens{q, k, v, k_cache, v_cache, theta, k_scales, v_scales};
+  check_append(op, tokens);
+  const Tensor wide_positions = check_positions(op, positions, q);
   check_out(op, "q_out", q_out, "q", q);
   if (q.numel() + k.numel() == 0) return;
 
-  const Tensor q_rows = last_dim_contiguous(q), k_rows = last_dim_contiguous(k);
-  const Tensor v_rows = last_dim_contiguous(v);
-  RopeParams p = make_params(q_rows, k_rows, wide_positions, theta, q_out);
-  p.v = heads_view(v_rows);
-  p.k_cache = heads_view(k_cache);
-  p.v_cache = heads_view(v_cache);
-  p.capacity = k_cache.size(1);
-  if (scaled) {
-    if (p.head_dim > 256) {
-      fail(op,
-           "head_dim must be at most 256 with an int8 cache, got " + std::to_string(p.head_dim));
-    }
-    p.k_scales = heads_view(*k_scales), p.v_scales = heads_view(*v_scales);
-  }
-  if (p.capacity == 0) fail(op, "k_cache must have at least one slot, got " + to_string(k_cache));
+  const Tensor rows[] = {last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)};
+  RopeParams p = append_params(tokens, rows, q_out);
+  set_positions(p, wide_positions);
   if (positions.is_cpu()) check_slots(op, p);
   run(p, q);
 }
@@ -249,6 +264,41 @@ void implement(Library& m) {
 }
 
 }  // namespace
+
+void check_append(const char* op, const Append& t) {
+  check_rotation(op, t.q, t.k, t.theta, Dtypes::kCommon);
+  check_device(op, "v", t.v, "k", t.k);
+  check_same_dtype(op, "v", t.v, "k", t.k);
+  check_same_shape(op, "v", t.v, "k", t.k);
+  check_cache(op, "k_cache", t.k_cache, t.k);
+  check_cache(op, "v_cache", t.v_cache, t.k);
+  const bool scaled = check_scales(op, t.k_cache, t.v_cache, t.k_scales, t.v_scales);
+  check_same_shape(op, "v_cache", t.v_cache, "k_cache", t.k_cache);
+  if (scaled && t.q.size(3) > 256) {
+    fail(op, "head_dim must be at most 256 with an int8 cache, got " + std::to_string(t.q.size(3)));
+  }
+  if (t.q.numel() + t.k.numel() > 0 && t.k_cache.size(1) == 0) {
+    fail(op, "k_cache must have at least one slot, got " + to_string(t.k_cache));
+  }
+}
+
+void append_tokens(const char* op, const Append& tokens, const int64_t* key_lengths,
+                   Tensor& q_out) {
+  check_out(op, "q_out", q_out, "q", tokens.q);
+  const Tensor rows[] = {last_dim_contiguous(tokens.q), last_dim_contiguous(tokens.k),
+                         last_dim_contiguous(tokens.v)};
+  RopeParams p = append_params(tokens, rows, q_out);
+  if (!tokens.q.is_cpu()) {
+    p.key_lengths = key_lengths;
+    return run(p, tokens.q);
+  }
+  std::vector<int64_t> positions(p.batch * p.seqlen);
+  for (int64_t i = 0; i < p.batch * p.seqlen; ++i)
+    positions[i] = key_lengths[i / p.seqlen] - p.seqlen + i % p.seqlen;
+  p.positions = positions.data(), p.positions_batch_stride = p.seqlen;
+  run(p, tokens.q);
+}
+
 }  // namespace gemma2
 
 GEMMA2_REGISTER(gemma2::implement)

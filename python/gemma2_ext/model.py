@@ -355,24 +355,28 @@ class Gemma2(nn.Module):
         return hidden
 
     def _decode(
-        self, input_ids: Tensor, positions: Tensor, key_lengths: Tensor, cache: KVCache
+        self, input_ids: Tensor, positions: Tensor | None, key_lengths: Tensor, cache: KVCache
     ) -> Tensor:
-        """The layers over tokens at these places of the cache; touches nothing on the host."""
-        config = self.config
+        """The layers over tokens at these places of the cache; touches nothing on the host.
+
+        Without positions they are the last of each row's key_lengths.
+        """
+        config, theta = self.config, self.config.rope_theta
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values, scales = cache.keys[layer], cache.values[layer], cache.scales(layer)
-            q = ops.rope_append_cache(q, k, v, positions, keys, values, config.rope_theta, **scales)
-            return ops.attention_cache(
-                q,
-                keys,
-                values,
-                key_lengths,
-                scale=config.softmax_scale,
-                softcap=config.attn_logit_softcapping,
-                window=config.sliding_window if config.is_local(layer) else None,
+            options: dict[str, Any] = {
+                "scale": config.softmax_scale,
+                "softcap": config.attn_logit_softcapping,
+                "window": config.sliding_window if config.is_local(layer) else None,
                 **scales,
-            )
+            }
+            if positions is None:
+                return ops.attention_append_cache(
+                    q, k, v, keys, values, key_lengths, theta, **options
+                )
+            q = ops.rope_append_cache(q, k, v, positions, keys, values, theta, **scales)
+            return ops.attention_cache(q, keys, values, key_lengths, **options)
 
         return self._layers(input_ids, attend)
 

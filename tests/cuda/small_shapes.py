@@ -41,6 +41,8 @@ def main() -> None:
             try:
                 ops.attention(q, k, k, window=3, scale=0.1, softcap=50.0)
                 ops.attention_cache(q[:, :1], cache, cache, lengths, scale=0.1, softcap=50.0)
+                token = [t[:, :1] for t in (q, k, k)]
+                ops.attention_append_cache(*token, cache, cache.clone(), lengths, scale=0.1)
             except NotImplementedError as error:
                 print(error)
         hidden, weight = torch.randn(5, 41).to(dtype), torch.randn(1003, 41).to(dtype)

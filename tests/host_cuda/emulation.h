@@ -165,6 +165,7 @@ inline void wait_for_previous_kernels() {}
 
 // ---- lanes of a warp
 
+inline int read_lane() { return emulation::lane(); }
 template <class T>
 T shuffle(T value, int source) {
   struct Lane {

@@ -8,6 +8,7 @@ from ..quantize import quantize
 from ._common import refuse_cuda_without_kernels
 from .add_rms_norm import add_rms_norm
 from .attention import attention
+from .attention_append_cache import attention_append_cache
 from .attention_cache import attention_cache
 from .attention_paged import attention_paged
 from .attention_varlen import attention_varlen
@@ -31,6 +32,7 @@ refuse_cuda_without_kernels()
 __all__ = [
     "add_rms_norm",
     "attention",
+    "attention_append_cache",
     "attention_cache",
     "attention_paged",
     "attention_varlen",

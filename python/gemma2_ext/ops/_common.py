@@ -207,13 +207,13 @@ def refuse_gradient(op: str, message: str | None = None) -> None:
     """
     overload = getattr(torch.ops.gemma2_ext, op).default
 
-    def autograd(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+    def autograd(keyset: torch._C.DispatchKeySet, *args: Any, **options: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             raise NotImplementedError(
                 message or f"gemma2_ext::{op} has no backward; run it under torch.no_grad()"
             )
         with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
 
     _library.impl(op, autograd, "Autograd", with_keyset=True)
 
