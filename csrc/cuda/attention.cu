@@ -3,7 +3,9 @@
 // Units of work: see attention.cuh. Source: FlashAttention-2 (arXiv 2307.08691), Flash-Decoding.
 //
 // Many rows: bound by the tensor cores and by reading shared memory. Up to 16: by memory. Float32:
-// a warp a row. The splits of a row are added up in their order, so that results repeat exactly.
+// a warp a row. The splits of a row are added up in their order, so that results repeat exactly: by
+// a launch of its own, or up to 8 by a cluster of blocks, each of which reads what the others have
+// in shared memory.
 // attention_tile_kernel: at most 255 registers, 161 KiB of shared memory (99 on most devices).
 // attention_decode_kernel: at most 255 registers, 99 KiB of shared memory.
 // attention_combine_kernel: at most 128 registers, 17 KiB of shared memory.
@@ -151,9 +153,44 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
 
 // ---- few rows
 
+// Row r of all splits, each of which a block of the cluster has in its shared memory: all of it on
+// the way at once. Added up in their order, and stored.
+template <int kHeadDim, class T, class Keys>
+GEMMA2_DEVICE void add_cluster(const AttentionParams& p, const AttentionPlan& plan,
+                               const Unit<T, Keys>& u, int r, const float* outputs,
+                               const float* all_largest, const float* all_sums) {
+  constexpr int kParts = kHeadDim / kWarpSize;
+  const int lane = read_lane();
+  float values[kAttentionCluster][kParts] = {};
+  const float* const row = outputs + r * kOutputStride<kHeadDim> + lane;
+#pragma unroll
+  for (int s = 0; s < kAttentionCluster; ++s) {
+    if (s < plan.cluster) load_of_block(values[s], row, s);
+  }
+  float largest[1] = {}, sum[1] = {};  // of the lane's split; 0: no key
+  if (lane < plan.cluster) {
+    load_of_block(largest, all_largest + r, lane);
+    load_of_block(sum, all_sums + r, lane);
+  }
+  RowResult result{{}, warp_max(sum[0] == 0 ? -INFINITY : largest[0]), 0.0f};
+  const float base = result.largest == -INFINITY ? 0.0f : result.largest;
+  const float weight = sum[0] == 0 ? 0.0f : exp2f(largest[0] - base);
+#pragma unroll
+  for (int s = 0; s < kAttentionCluster; ++s) {
+    const float of_split = shuffle(weight, s);
+    result.sum += shuffle(weight * sum[0], s);
+#pragma unroll
+    for (int j = 0; j < kParts; ++j) {
+      const float more = fmaf(of_split, values[s][j], result.o[j]);  // so every value has come
+      if (of_split != 0) result.o[j] = more;
+    }
+  }
+  store_out(p, u, r, result);
+}
+
 // Up to 16 rows. Of each run of kAttentionDecodeStep keys warp w has 16 to itself, with a ring of
-// K and V tiles that no other warp reads: no barrier of the block is met before the end, where the
-// warps' results are added up.
+// K and V tiles that no other warp reads: but for a token to append no barrier of the block is met
+// before the end, where the warps' results are added up; then those of the splits by their cluster.
 template <class Tiles>
 __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
     attention_decode_kernel(const AttentionParams p, const AttentionPlan plan) {
@@ -179,10 +216,7 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
   const auto has_token = [&](const Unit<T, Keys>& u) {
     return u.stored < u.keys && u.stored / kKeys % kWarps == warp;
   };
-  if (appends() && busy) {
-    token->make_angles(p, u.length - 1);
-    if (u.keys > 0 && u.key_begin + u.keys == u.length) u.stored = u.keys - 1;
-  }
+  if (appends() && busy && u.keys > 0 && u.key_begin + u.keys == u.length) u.stored = u.keys - 1;
   const int tiles = busy && u.keys > first_key
                         ? (u.keys - first_key + kWarps * kKeys - 1) / (kWarps * kKeys) * 2
                         : 0;
@@ -205,6 +239,8 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
   if (!early) wait_for_previous_kernels();
 #pragma unroll 1
   for (int tile = 0; tile < kStages - 1; ++tile) start_copy(tile, tile);
+  Angle angle{};
+  if (appends() && busy) angle = token->make_angle(p, u.length - 1);
   wait_for_previous_kernels();
   clear_rows_of_no_sequence<T>(p);
   if (!busy) return;
@@ -212,17 +248,22 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
   if (threadIdx.x == 0) *unit = u;  // where it leaves the registers to the loop
   // Q as mma's operand a, for the whole head; zero in rows and columns that do not exist.
   uint32_t q[kHeadDim / 16][4] = {};
+  if (!appends()) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int r = lane / 4 + 8 * i;
-    if (r < u.rows) Tiles::load_query(q, i, query_row(p, u, r), int(p.head_dim), lane);
-  }
-  if constexpr (Tiles::kAppends) {
-    if (appends()) {
-      __syncthreads();  // the angles and the unit are there
-      token->rotate(q, lane);
-      if (has_token(u)) token->append(p, plan, u, lane);
+    for (int i = 0; i < 2; ++i) {
+      const int r = lane / 4 + 8 * i;
+      if (r < u.rows) Tiles::load_query(q, i, query_row(p, u, r), int(p.head_dim), lane);
     }
+  } else if constexpr (Tiles::kAppends) {
+    // Through the stage of the first warp's ring that no copy is on its way to yet.
+    T* const q_tile = reinterpret_cast<T*>(shared_memory() + (kStages - 1) * Tiles::kStageBytes);
+    token->rotate(p, plan, u, angle, q_tile);
+    __syncthreads();
+#pragma unroll
+    for (int step = 0; step < kHeadDim / 16; ++step) {
+      ldmatrix_x4(q[step], q_tile + RowLayout<kHeadDim>::offset(lane % 16, 2 * step + lane / 16));
+    }
+    __syncthreads();  // the stage takes its copy
   }
   int stage = 0;
   const auto next_tile = [&](int t) {
@@ -283,9 +324,23 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
         return j < kHeadDim / kWarpSize ? output[own_lane + j * kWarpSize] : 0.0f;
       });
     }
-    finish_row<Tiles::kAppends ? kHeadDim : 0>(p, plan, *unit, r, result,
-                                               appends() ? token->angles : nullptr);
+    mend_row<Tiles::kAppends ? kHeadDim : 0>(p, plan, *unit, r, result,
+                                             appends() ? token->angles : nullptr);
+    if (plan.cluster == 1) {
+      store_row(p, plan, *unit, r, result);
+      continue;
+    }
+    // Where the first warp's were, which this warp alone reads; mend_row's ballot came behind that.
+#pragma unroll
+    for (int j = 0; j < kHeadDim / kWarpSize; ++j)
+      outputs[r * kOutputStride<kHeadDim> + own_lane + j * kWarpSize] = result.o[j];
+    if (own_lane == 0) all_largest[r] = result.largest, all_sums[r] = result.sum;
   }
+  if (plan.cluster == 1) return;
+  cluster_barrier();
+  for (int r = int(unit->split) * kWarps + warp; r < unit->rows; r += plan.cluster * kWarps)
+    add_cluster<kHeadDim>(p, plan, *unit, r, outputs, all_largest, all_sums);
+  cluster_barrier_after_reads();  // no block ends before the others have read what it has
 }
 
 // A block a row: sum over the splits of 2^(largest - largest of all) times their results. A warp
@@ -472,7 +527,15 @@ AttentionPlan plan_attention(const AttentionParams& p, const DeviceProperties& d
   const int64_t blocks = plan.row_blocks * p.batch * p.num_kv_heads;
   const int64_t fill = device.multiprocessors * resident / max64(1, blocks);
   plan.splits = max64(1, min64(fill, divide_up(keys, steps_per_split * plan.split_step)));
-  if (plan.splits > 1) {
+  // A cluster adds up its blocks' splits itself, in place of a second launch. Of few keys that is
+  // worth blocks that are left idle.
+  constexpr int64_t kFewKeys = 1024;
+  plan.cluster = 1;
+  if (plan.kernel == AttentionKernel::kDecode && device.clusters) {
+    if (keys <= kFewKeys) plan.splits = min64(plan.splits, kAttentionCluster);
+    if (plan.splits <= kAttentionCluster) plan.cluster = int(plan.splits);
+  }
+  if (plan.splits > plan.cluster) {
     plan.partial_size = blocks * plan.splits * plan.block_rows * (p.head_dim + 2);
   }
   return plan;
@@ -490,6 +553,10 @@ void launch_tile(const AttentionParams& p, const AttentionPlan& plan, dim3 grid,
 template <class Tiles>
 void launch_decode(const AttentionParams& p, const AttentionPlan& plan, dim3 grid,
                    cudaStream_t stream) {
+  if (plan.cluster > 1) {
+    return launch_clusters("attention", attention_decode_kernel<Tiles>, plan.cluster, grid,
+                           plan.threads, plan.shared_bytes, stream, p, plan);
+  }
   launch_early("attention", attention_decode_kernel<Tiles>, grid, plan.threads, plan.shared_bytes,
                stream, p, plan);
 }
@@ -572,7 +639,7 @@ void launch_attention(const AttentionParams& p, cudaStream_t stream) {
     case DType::kFloat64:
       throw std::invalid_argument("gemma2_ext::attention: no float64 on CUDA");
   }
-  if (plan.splits == 1) return;
+  if (plan.splits == plan.cluster) return;
   const int64_t combined = min64(group_rows(p), plan.block_rows);
   dispatch_dtype(op, p.dtype, [&](auto t) {
     launch_early(op, attention_combine_kernel<decltype(t)>,

@@ -428,16 +428,21 @@ GEMMA2_DEVICE void plain_row(const AttentionParams& p, const AttentionPlan& plan
   }
 }
 
-// Stores row r. In a tile, weight 0 of a key that the row does not see meets that key's value:
-// where this is NaN or infinite, the row is computed anew from the keys that it does see.
+// In a tile, weight 0 of a key that row r does not see meets that key's value: where this is NaN or
+// infinite, the row is computed anew from the keys that it does see.
 template <int kRotated = 0, class T, class Keys>
-GEMMA2_DEVICE void finish_row(const AttentionParams& p, const AttentionPlan& plan,
-                              const Unit<T, Keys>& u, int r, RowResult& result,
-                              const Angle* angles = nullptr) {
+GEMMA2_DEVICE void mend_row(const AttentionParams& p, const AttentionPlan& plan,
+                            const Unit<T, Keys>& u, int r, RowResult& result,
+                            const Angle* angles = nullptr) {
   float check = 0.0f;  // 0 * o is NaN where o is no finite number
 #pragma unroll
   for (int j = 0; j < kLaneDims; ++j) check += 0.0f * result.o[j];
   if (ballot(check != 0.0f)) plain_row<kRotated>(p, plan, u, r, result, angles);
+}
+template <class T, class Keys>
+GEMMA2_DEVICE void finish_row(const AttentionParams& p, const AttentionPlan& plan,
+                              const Unit<T, Keys>& u, int r, RowResult& result) {
+  mend_row(p, plan, u, r, result);
   store_row(p, plan, u, r, result);
 }
 

@@ -11,6 +11,7 @@ namespace cuda {
 constexpr int kAttentionPlainRows = 4;    // rows a block, a warp each
 constexpr int kAttentionDecodeRows = 16;  // of mma's operand
 constexpr int kAttentionDecodeWarps = 4;
+constexpr int kAttentionCluster = 8;                              // blocks at most
 constexpr int kAttentionDecodeStep = 16 * kAttentionDecodeWarps;  // keys of all warps at once
 constexpr int kAttentionCombineThreads = 512;                     // at least head_dim
 
@@ -121,6 +122,7 @@ struct AttentionPlan {
   int64_t block_rows;
   int64_t row_blocks;    // for each key head (of the longest sequence)
   int64_t splits;        // of a row block's keys
+  int cluster;           // splits, where their blocks are a cluster that adds them up; else 1
   int64_t split_step;    // keys that a split is a multiple of
   int64_t partial_size;  // floats at AttentionParams.partial, 0 where splits is 1: (row_blocks,
                          // batch, num_kv_heads, splits, block_rows, head_dim + 2), output before

@@ -15,52 +15,67 @@ struct NewToken {
   Angle angles[kHeadDim / 2];
   T rows[2][kHeadDim];  // of k, rotated, and of v
 
-  // By all threads of a block, whose next barrier has them ready.
-  GEMMA2_DEVICE void make_angles(const AttentionParams& p, int64_t position) {
-    for (int d = threadIdx.x; d < kHeadDim / 2; d += blockDim.x)
-      sincosf(float(position) * p.inv_freq[d], &angles[d].sine, &angles[d].cosine);
+  // This thread's: it has dimensions d and kHalf + d of every kStep-th row.
+  static constexpr int kHalf = kHeadDim / 2;
+  static constexpr int kStep = kAttentionDecodeWarps * kWarpSize / kHalf;
+
+  GEMMA2_DEVICE Angle make_angle(const AttentionParams& p, int64_t position) {
+    const int d = threadIdx.x % kHalf;
+    Angle a;
+    sincosf(float(position) * p.inv_freq[d], &a.sine, &a.cosine);
+    if (int(threadIdx.x) < kHalf) angles[d] = a;
+    return a;
   }
-  // Query rows as mma's operand a (DecodeTiles::load_query), rotated: both halves of a pair are the
-  // same lane's.
-  GEMMA2_DEVICE void rotate(uint32_t (&q)[kHeadDim / 16][4], int lane) const {
-    constexpr int kHalf = kHeadDim / 32;  // steps
-#pragma unroll
-    for (int step = 0; step < kHalf; ++step) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const Angle* of = angles + 16 * step + i / 2 * 8 + lane % 4 * 2;
-        float x1[2], x2[2], y1[2], y2[2];
-        unpack(q[step][i], x1[0], x1[1], T{});
-        unpack(q[step + kHalf][i], x2[0], x2[1], T{});
-#pragma unroll
-        for (int j = 0; j < 2; ++j) rotate_by(of[j].cosine, of[j].sine, x1[j], x2[j], y1[j], y2[j]);
-        q[step][i] = pack<T>(y1[0], y1[1]);
-        q[step + kHalf][i] = pack<T>(y2[0], y2[1]);
-      }
-    }
-  }
-  // By the warp that has the unit's last key: into `rows` and into the cache.
-  GEMMA2_DEVICE void append(const AttentionParams& p, const AttentionPlan& plan, const Unit<T>& u,
-                            int lane) {
+  // By all threads of a block, before a barrier: query rows, rotated, and zeros behind them into a
+  // tile of 16; where the unit has the token, its rows of k and v into `rows` and the cache.
+  GEMMA2_DEVICE void rotate(const AttentionParams& p, const AttentionPlan& plan, const Unit<T>& u,
+                            const Angle& angle, T* q_tile) {
+    using Layout = RowLayout<kHeadDim>;
+    constexpr int kAtOnce = 4, kChunks = kHeadDim / 8;
+    const int d = threadIdx.x % kHalf, behind = d + kHalf, first = int(threadIdx.x) / kHalf;
     const auto of = [&](const HeadsView& view) {
       return static_cast<T*>(view.data) + u.batch * view.batch_stride +
              u.kv_head * view.head_stride;
     };
+    const bool has_token = u.stored < u.keys && first == 0;
+    T k[2] = {}, v[2] = {};
+    if (has_token) {
+      const T *const k_row = of(p.new_k), *const v_row = of(p.new_v);
+      k[0] = k_row[d], k[1] = k_row[behind];
+      v[0] = v_row[d], v[1] = v_row[behind];
+    }
+#pragma unroll 1
+    for (int begin = first; begin < u.rows; begin += kAtOnce * kStep) {
+      T x[kAtOnce][2] = {};
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int r = begin + i * kStep;
+        if (r >= u.rows) break;
+        const T* row = query_row(p, u, r);
+        x[i][0] = row[d], x[i][1] = row[behind];
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int r = begin + i * kStep;
+        if (r >= u.rows) break;
+        float y1, y2;
+        rotate_by(angle.cosine, angle.sine, to_float(x[i][0]), to_float(x[i][1]), y1, y2);
+        q_tile[Layout::offset(r, d / 8) + d % 8] = from_float<T>(y1);
+        q_tile[Layout::offset(r, behind / 8) + d % 8] = from_float<T>(y2);
+      }
+    }
+    for (int i = threadIdx.x; i < kAttentionDecodeRows * kChunks; i += blockDim.x) {
+      if (i / kChunks >= u.rows) store_16(q_tile + 8 * i, Vector16{});
+    }
+    if (!has_token) return;
+    float y1, y2;
+    rotate_by(angle.cosine, angle.sine, to_float(k[0]), to_float(k[1]), y1, y2);
+    k[0] = from_float<T>(y1), k[1] = from_float<T>(y2);
     const int64_t slot = key_slot(plan, u, u.keys - 1);
-    const T *const k = of(p.new_k), *const v = of(p.new_v);
     T* const k_cache = of(p.k) + slot * plan.k_stride;
     T* const v_cache = of(p.v) + slot * plan.v_stride;
-#pragma unroll
-    for (int d = lane; d < kHeadDim / 2; d += kWarpSize) {
-      const int behind = d + kHeadDim / 2;
-      float y1, y2;
-      rotate_by(angles[d].cosine, angles[d].sine, to_float(k[d]), to_float(k[behind]), y1, y2);
-      k_cache[d] = rows[0][d] = from_float<T>(y1);
-      k_cache[behind] = rows[0][behind] = from_float<T>(y2);
-      v_cache[d] = rows[1][d] = v[d];
-      v_cache[behind] = rows[1][behind] = v[behind];
-    }
-    __syncwarp();
+    k_cache[d] = rows[0][d] = k[0], k_cache[behind] = rows[0][behind] = k[1];
+    v_cache[d] = rows[1][d] = v[0], v_cache[behind] = rows[1][behind] = v[1];
   }
   // By a whole warp: the row of k or v into row `row` of a tile that has landed.
   GEMMA2_DEVICE void put(unsigned char* tile, bool of_v, int row, int lane) const {

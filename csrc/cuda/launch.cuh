@@ -15,6 +15,7 @@ struct DeviceProperties {
   int shared_bytes;  // that a block can ask for: 99 KiB on sm_86, 89 and 120, 163 on 80, 227 on 90
   int compute_capability;  // 10 * major + minor
   int max_blocks;          // of a grid's x
+  bool clusters;           // of blocks
 };
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -55,6 +56,9 @@ inline const DeviceProperties& device_properties() {
     check("device", cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
     check("device", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     check("device", cudaDeviceGetAttribute(&p.max_blocks, cudaDevAttrMaxGridDimX, device));
+    int clusters = 0;
+    check("device", cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device));
+    p.clusters = clusters && major >= 9;
     p.compute_capability = 10 * major + minor;
   }
   return p;
@@ -82,22 +86,36 @@ inline bool starts_early();
 // wait_for_previous_kernels before it touches anything but what kernels.h says is read early: where
 // early_launches says so, it starts when every block of the kernel in front has called the former.
 // Its launch, and its first weights' way, are then hidden behind that one.
+// In clusters of so many blocks along x where that is not 1: from sm_90 on, up to 8.
 template <class... Params, class... Args>
-void launch_early(const char* op, void (*kernel)(Params...), dim3 grid, int threads,
-                  int64_t shared_bytes, cudaStream_t stream, const Args&... args) {
-  if (!starts_early()) return launch(op, kernel, grid, threads, shared_bytes, stream, args...);
+void launch_clusters(const char* op, void (*kernel)(Params...), int blocks_of_cluster, dim3 grid,
+                     int threads, int64_t shared_bytes, cudaStream_t stream, const Args&... args) {
   allow_shared_memory(op, kernel, shared_bytes);
-  cudaLaunchAttribute early;
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  if (starts_early()) {
+    cudaLaunchAttribute& early = attributes[config.numAttrs++];
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (blocks_of_cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = unsigned(blocks_of_cluster);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  }
   check(op, cudaLaunchKernelEx(&config, kernel, args...));
+}
+template <class... Params, class... Args>
+void launch_early(const char* op, void (*kernel)(Params...), dim3 grid, int threads,
+                  int64_t shared_bytes, cudaStream_t stream, const Args&... args) {
+  if (!starts_early()) return launch(op, kernel, grid, threads, shared_bytes, stream, args...);
+  launch_clusters(op, kernel, 1, grid, threads, shared_bytes, stream, args...);
 }
 
 #else
@@ -108,19 +126,24 @@ inline const DeviceProperties& device_properties() {
   properties.shared_bytes = emulation::settings().shared_bytes;
   properties.compute_capability = emulation::settings().compute_capability;
   properties.max_blocks = emulation::settings().max_blocks;
+  properties.clusters = emulation::settings().compute_capability >= 90;
   return properties;
 }
 
 template <class... Params, class... Args>
 void launch(const char* op, void (*kernel)(Params...), dim3 grid, int threads, int64_t shared_bytes,
             cudaStream_t, const Args&... args) {
-  emulation::launch(op, grid, threads, shared_bytes, [&] { kernel(args...); });
+  emulation::launch(op, 1, grid, threads, shared_bytes, [&] { kernel(args...); });
 }
-
+template <class... Params, class... Args>
+void launch_clusters(const char* op, void (*kernel)(Params...), int blocks_of_cluster, dim3 grid,
+                     int threads, int64_t shared_bytes, cudaStream_t, const Args&... args) {
+  emulation::launch(op, blocks_of_cluster, grid, threads, shared_bytes, [&] { kernel(args...); });
+}
 template <class... Params, class... Args>
 void launch_early(const char* op, void (*kernel)(Params...), dim3 grid, int threads,
                   int64_t shared_bytes, cudaStream_t, const Args&... args) {
-  emulation::launch(op, grid, threads, shared_bytes, [&] { kernel(args...); });
+  emulation::launch(op, 1, grid, threads, shared_bytes, [&] { kernel(args...); });
 }
 
 #endif

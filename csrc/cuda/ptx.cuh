@@ -132,15 +132,48 @@ GEMMA2_DEVICE void wait_for_previous_kernels() {
 #endif
 }
 
+// ---- a cluster of blocks: from sm_90 on
+
+// Of all threads of the cluster; what they wrote to shared memory before, others read behind it.
+GEMMA2_DEVICE void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+// The same where nothing was written: what a thread has read before, it has.
+GEMMA2_DEVICE void cluster_barrier_after_reads() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
+#endif
+}
+// What block `rank` of the cluster has at this place of its shared memory, and at every 32nd float
+// behind it.
+template <int kCount>
+GEMMA2_DEVICE void load_of_block(float (&x)[kCount], const float* shared, int rank) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(there)
+               : "r"(shared_address(shared)), "r"(rank));
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    asm volatile("ld.shared::cluster.f32 %0, [%1];"
+                 : "=f"(x[i])
+                 : "r"(there + 4 * kWarpSize * i)
+                 : "memory");
+  }
+#endif
+}
+
 // ---- lanes of a warp
 
-// The value that lane `lane ^ mask` gives.
 // This thread's place in its warp, read anew: no register holds it through the loop in front.
 GEMMA2_DEVICE int read_lane() {
   int lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
   return lane;
 }
+// The value that lane `lane ^ mask` gives.
 template <class T>
 GEMMA2_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(kFullMask, value, mask);

@@ -50,13 +50,16 @@ def forward_fields(
     }
 
 
-def partial_size(fields: dict[str, Any], multiprocessors: int, shared_bytes: int) -> int:
+def partial_size(
+    fields: dict[str, Any], multiprocessors: int, shared_bytes: int, compute_capability: int
+) -> int:
     """attention_partial_size on such a device."""
     struct = emulator.structs()["AttentionParams"]
     kinds = dict(struct._fields_)
     params = struct(**{n: emulator._convert(kinds[n], value) for n, value in fields.items()})
     library = emulator.library()
-    library.emulation_configure(0, shared_bytes, multiprocessors, 2**31 - 1, b"")
+    device = (shared_bytes, multiprocessors, compute_capability, 2**31 - 1)
+    library.emulation_configure(0, *device, b"")
     library.emulated_attention_partial_size.restype = ctypes.c_int64
     return int(library.emulated_attention_partial_size(ctypes.byref(params)))
 
@@ -68,6 +71,7 @@ def run(
     *,
     multiprocessors: int = 4,
     shared_bytes: int = emulator.LEAST_SHARED_BYTES,
+    compute_capability: int = 90,
     schedule: int = 0,
     left_out: str = "",
     **options: Any,
@@ -76,7 +80,7 @@ def run(
     out = guarded(options.pop("out_shape", q.shape), q.dtype)
     lse = guarded((out.shape[0], q.shape[2], out.shape[1]), torch.float32)
     fields = forward_fields(q, k, v, out, lse, **options)
-    size = partial_size(fields, multiprocessors, shared_bytes)
+    size = partial_size(fields, multiprocessors, shared_bytes, compute_capability)
     partial = guarded((size,), torch.float32)
     launch(
         "attention",
@@ -84,6 +88,7 @@ def run(
         partial=partial,
         multiprocessors=multiprocessors,
         shared_bytes=shared_bytes,
+        compute_capability=compute_capability,
         schedule=schedule,
         left_out=left_out,
     )

@@ -71,7 +71,8 @@ namespace cuda {
 namespace emulation {
 namespace {
 
-constexpr int kMaxThreads = 1024;
+constexpr int kMaxThreads = 1024, kMaxCluster = 8;
+constexpr const char* kAtCluster = "a cluster's barrier";
 constexpr size_t kStackBytes = 128 << 10;
 constexpr int64_t kGuardBytes = 4096;
 
@@ -112,6 +113,7 @@ struct Barrier {
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
+  uint3 index{};
   const char* place = nullptr;  // of the __syncthreads that threads wait at
   int at_place = 0;
   int alive = 0;
@@ -122,7 +124,9 @@ struct Block {
   std::string error;
 };
 
-Block block;
+std::vector<Block> cluster;  // blocks that run side by side; mostly one
+Block* block = nullptr;      // of them, whose thread runs
+Barrier cluster_barrier;
 Context scheduler;
 int current = 0;
 const std::function<void()>* body;
@@ -130,14 +134,14 @@ std::mt19937 random_bits;
 std::map<std::pair<const char*, int>, std::string> places;
 std::vector<std::pair<uintptr_t, uintptr_t>> allowed;
 
-char* stack_of(int thread) {
-  static char* stacks =
-      static_cast<char*>(mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
-                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+char* stack_of(int64_t thread) {  // of a cluster
+  static char* stacks = static_cast<char*>(
+      mmap(nullptr, kMaxCluster * kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
+           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   return stacks + thread * kStackBytes;
 }
 
-Fiber& self() { return block.fibers[current]; }
+Fiber& self() { return block->fibers[current]; }
 
 void pause(const char* what) {
   self().waits = what;
@@ -145,35 +149,64 @@ void pause(const char* what) {
 }
 
 void release_block() {
-  if (block.at_place == 0 || block.at_place < block.alive) return;
-  for (Fiber& fiber : block.fibers) {
-    if (fiber.waits == block.place) fiber.waits = nullptr;
+  if (block->at_place == 0 || block->at_place < block->alive) return;
+  for (Fiber& fiber : block->fibers) {
+    if (fiber.waits == block->place) fiber.waits = nullptr;
   }
-  block.at_place = 0;
+  block->at_place = 0;
+}
+
+void release_cluster() {
+  int alive = 0;
+  for (const Block& b : cluster) alive += b.alive;
+  if (cluster_barrier.arrived == 0 || cluster_barrier.arrived < alive) return;
+  for (Block& b : cluster) {
+    for (Fiber& fiber : b.fibers) {
+      if (fiber.waits == kAtCluster) fiber.waits = nullptr;
+    }
+  }
+  cluster_barrier = Barrier{};
+}
+
+void check_guards() {
+  const unsigned char* memory = block->shared - kGuardBytes;
+  const int64_t bytes = block->shared_bytes + 2 * kGuardBytes;
+  for (int64_t i = 0; i < bytes && block->error.empty(); ++i) {
+    if ((i < kGuardBytes || i >= bytes - kGuardBytes) && memory[i] != 0xff) {
+      block->error = "shared memory was written at byte " + std::to_string(i - kGuardBytes) +
+                     " of " + std::to_string(block->shared_bytes);
+    }
+  }
 }
 
 void run_thread() {
   try {
     (*body)();
   } catch (const std::exception& error) {
-    block.error = error.what();
+    block->error = error.what();
   }
   self().done = true;
-  --block.alive;
+  --block->alive;
   release_block();
+  release_cluster();
+  // Who reads it from now on finds NaN.
+  if (block->alive == 0 && cluster.size() > 1 && block->error.empty()) {
+    check_guards();
+    memset(block->shared, 0xff, block->shared_bytes);
+  }
   switch_context(self().context, scheduler);
 }
 
 void step(int thread) {
-  Fiber& fiber = block.fibers[thread];
-  if (fiber.done || fiber.waits || !block.error.empty()) return;
+  Fiber& fiber = block->fibers[thread];
+  if (fiber.done || fiber.waits || !block->error.empty()) return;
   current = thread;
   threadIdx = {unsigned(thread), 0, 0};
   switch_context(scheduler, fiber.context);
 }
 
 bool can_run(int begin, int end) {
-  return std::any_of(block.fibers.begin() + begin, block.fibers.begin() + end,
+  return std::any_of(block->fibers.begin() + begin, block->fibers.begin() + end,
                      [](const Fiber& f) { return !f.done && !f.waits; });
 }
 
@@ -187,9 +220,9 @@ bool lands_at_once() {
 }
 
 void run_block() {
-  const int threads = int(block.fibers.size()), warps = threads / kWarpSize;
+  const int threads = int(block->fibers.size()), warps = threads / kWarpSize;
   const int schedule = settings().schedule;
-  while (block.error.empty() && can_run(0, threads)) {
+  while (block->error.empty() && can_run(0, threads)) {
     if (schedule < 2) {
       for (int i = 0; i < threads; ++i) step(schedule ? threads - 1 - i : i);
       continue;
@@ -205,23 +238,40 @@ void run_block() {
       const int first = warp * kWarpSize;
       do {
         for (int lane : lanes) step(first + lane);
-      } while (schedule < 6 && block.error.empty() && can_run(first, first + kWarpSize));
+      } while (schedule < 6 && block->error.empty() && can_run(first, first + kWarpSize));
     }
   }
-  if (!block.error.empty()) throw std::runtime_error(block.error);
-  for (int i = 0; i < threads; ++i) {
-    if (block.fibers[i].done) continue;
-    throw std::runtime_error("deadlock: thread " + std::to_string(i) + " waits at " +
-                             block.fibers[i].waits + ", which others will not reach");
-  }
-  const unsigned char* memory = block.shared - kGuardBytes;
-  const int64_t bytes = block.shared_bytes + 2 * kGuardBytes;
-  for (int64_t i = 0; i < bytes; ++i) {
-    if ((i < kGuardBytes || i >= bytes - kGuardBytes) && memory[i] != 0xff) {
-      throw std::runtime_error("shared memory was written at byte " +
-                               std::to_string(i - kGuardBytes) + " of " +
-                               std::to_string(block.shared_bytes));
+}
+
+void run_cluster() {
+  std::vector<int> order(cluster.size());
+  for (size_t i = 0; i < order.size(); ++i) order[i] = int(i);
+  if (settings().schedule % 2) std::reverse(order.begin(), order.end());
+  const auto enter = [](int i) {
+    block = &cluster[i];
+    blockIdx = block->index;
+  };
+  const auto can_go_on = [](const Block& b) {
+    return std::any_of(b.fibers.begin(), b.fibers.end(),
+                       [](const Fiber& f) { return !f.done && !f.waits; });
+  };
+  while (std::any_of(cluster.begin(), cluster.end(), can_go_on)) {
+    if (settings().schedule >= 6) std::shuffle(order.begin(), order.end(), random_bits);
+    for (int i : order) {
+      enter(i);
+      run_block();
+      if (!block->error.empty()) throw std::runtime_error(block->error);
     }
+  }
+  for (int i : order) {
+    enter(i);
+    for (size_t thread = 0; thread < block->fibers.size(); ++thread) {
+      if (block->fibers[thread].done) continue;
+      throw std::runtime_error("deadlock: thread " + std::to_string(thread) + " waits at " +
+                               block->fibers[thread].waits + ", which others will not reach");
+    }
+    if (cluster.size() == 1) check_guards();
+    if (!block->error.empty()) throw std::runtime_error(block->error);
   }
 }
 
@@ -238,7 +288,7 @@ void fail(const std::string& message) {
                            ", thread " + std::to_string(threadIdx.x) + ")");
 }
 
-void launch(const char* op, dim3 grid, int threads, int64_t shared_bytes,
+void launch(const char* op, int blocks_of_cluster, dim3 grid, int threads, int64_t shared_bytes,
             const std::function<void()>& kernel) {
   const auto refuse = [&](const std::string& message) {
     throw std::runtime_error(std::string(op) + ": " + message);
@@ -256,30 +306,47 @@ void launch(const char* op, dim3 grid, int threads, int64_t shared_bytes,
   body = &kernel;
   blockDim = dim3(threads);
   gridDim = grid;
-  const int64_t blocks = int64_t(grid.x) * grid.y * grid.z;
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t at = settings().schedule % 2 ? blocks - 1 - b : b;
-    blockIdx = {unsigned(at % grid.x), unsigned(at / grid.x % grid.y),
-                unsigned(at / grid.x / grid.y)};
-    block = Block{};
-    block.fibers.resize(threads);
-    block.warps.resize(threads / kWarpSize);
-    block.alive = threads;
-    block.shared_bytes = shared_bytes;
-    block.memory.assign(shared_bytes + 2 * kGuardBytes + 1024, 0xff);
-    const uintptr_t start = reinterpret_cast<uintptr_t>(block.memory.data()) + kGuardBytes;
-    block.shared = reinterpret_cast<unsigned char*>((start + 1023) / 1024 * 1024);
-    for (int i = 0; i < threads; ++i)
-      make_context(block.fibers[i].context, stack_of(i), kStackBytes, run_thread);
+  if (blocks_of_cluster < 1 || blocks_of_cluster > kMaxCluster || grid.x % blocks_of_cluster)
+    refuse("clusters of " + std::to_string(blocks_of_cluster) + " blocks");
+  const int64_t blocks = int64_t(grid.x) * grid.y * grid.z, clusters = blocks / blocks_of_cluster;
+  for (int64_t c = 0; c < clusters; ++c) {
+    const int64_t at = settings().schedule % 2 ? clusters - 1 - c : c;
+    cluster.clear();
+    cluster.resize(blocks_of_cluster);
+    cluster_barrier = Barrier{};
+    for (int i = 0; i < blocks_of_cluster; ++i) {
+      const int64_t index = at * blocks_of_cluster + i;
+      block = &cluster[i];
+      block->index = {unsigned(index % grid.x), unsigned(index / grid.x % grid.y),
+                      unsigned(index / grid.x / grid.y)};
+      block->fibers.resize(threads);
+      block->warps.resize(threads / kWarpSize);
+      block->alive = threads;
+      block->shared_bytes = shared_bytes;
+      block->memory.assign(shared_bytes + 2 * kGuardBytes + 1024, 0xff);
+      const uintptr_t start = reinterpret_cast<uintptr_t>(block->memory.data()) + kGuardBytes;
+      block->shared = reinterpret_cast<unsigned char*>((start + 1023) / 1024 * 1024);
+      for (int thread = 0; thread < threads; ++thread) {
+        make_context(block->fibers[thread].context, stack_of(int64_t(i) * threads + thread),
+                     kStackBytes, run_thread);
+      }
+    }
     try {
-      run_block();
+      run_cluster();
     } catch (const std::exception& error) {
       refuse(error.what());
     }
   }
 }
 
-unsigned char* shared_memory() { return block.shared; }
+unsigned char* shared_memory() { return block->shared; }
+const void* shared_of_block(const void* shared, int rank) {
+  const unsigned char* p = static_cast<const unsigned char*>(shared);
+  if (rank < 0 || rank >= int(cluster.size())) fail("no block " + std::to_string(rank));
+  if (p < block->shared || p >= block->shared + block->shared_bytes)
+    fail("an address of another block's that is not in shared memory");
+  return cluster[rank].shared + (p - block->shared);
+}
 int lane() { return current % kWarpSize; }
 
 // "file:line", the same pointer for the same place.
@@ -297,18 +364,26 @@ bool reach(const char* file, int line) { return place_of(file, line) != settings
 void sync_threads(const char* file, int line) {
   if (!reach(file, line)) return;
   const char* place = place_of(file, line).c_str();
-  if (block.at_place && block.place != place)
-    fail(std::string("threads of a block are at two barriers: ") + block.place + " and " + place);
-  block.place = place;
-  if (++block.at_place == block.alive) {
+  if (block->at_place && block->place != place)
+    fail(std::string("threads of a block are at two barriers: ") + block->place + " and " + place);
+  block->place = place;
+  if (++block->at_place == block->alive) {
     release_block();
   } else {
     pause(place);
   }
 }
 
+void sync_cluster(const char* file, int line) {
+  if (!reach(file, line)) return;
+  ++cluster_barrier.arrived;
+  self().waits = kAtCluster;
+  release_cluster();
+  if (self().waits) pause(kAtCluster);
+}
+
 void named_barrier(int id, int threads, bool wait) {
-  Barrier& barrier = block.named[id];
+  Barrier& barrier = block->named[id];
   if (id < 1 || id > 15 || threads % kWarpSize) fail("named barrier " + std::to_string(id));
   if (barrier.arrived && barrier.expected != threads)
     fail("named barrier " + std::to_string(id) + " of two sizes");
@@ -319,12 +394,12 @@ void named_barrier(int id, int threads, bool wait) {
     barrier.waiting.push_back(current);
     return pause("a named barrier");
   }
-  for (int thread : barrier.waiting) block.fibers[thread].waits = nullptr;
+  for (int thread : barrier.waiting) block->fibers[thread].waits = nullptr;
   barrier = Barrier{};
 }
 
 void collective(const char* name, void (*compute)(void* const*), void* mine) {
-  Warp& warp = block.warps[current / kWarpSize];
+  Warp& warp = block->warps[current / kWarpSize];
   if (warp.arrived && strcmp(warp.function, name) != 0)
     fail(std::string("lanes of a warp are at two functions: ") + warp.function + " and " + name);
   warp.function = name;
@@ -333,7 +408,7 @@ void collective(const char* name, void (*compute)(void* const*), void* mine) {
   compute(warp.lanes);
   warp.arrived = 0;
   const int first = current / kWarpSize * kWarpSize;
-  for (int l = 0; l < kWarpSize; ++l) block.fibers[first + l].waits = nullptr;
+  for (int l = 0; l < kWarpSize; ++l) block->fibers[first + l].waits = nullptr;
 }
 
 void start_copy(void* shared, const void* global, int bytes, bool valid) {
@@ -341,7 +416,7 @@ void start_copy(void* shared, const void* global, int bytes, bool valid) {
   if (!aligned(shared) || (valid && !aligned(global)))
     fail("cp.async of " + std::to_string(bytes) + " bytes is not aligned");
   const unsigned char* to = static_cast<unsigned char*>(shared);
-  if (to < block.shared || to + bytes > block.shared + block.shared_bytes)
+  if (to < block->shared || to + bytes > block->shared + block->shared_bytes)
     fail("cp.async writes outside of shared memory");
   if (valid) check_access(global, bytes);
   const Copy copy{shared, global, bytes, valid};
@@ -369,8 +444,8 @@ void check_access(const void* p, int bytes) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(p), end = begin + bytes;
   if (begin % bytes) fail("an access of " + std::to_string(bytes) + " bytes is not aligned");
   if (allowed.empty()) return;
-  const uintptr_t shared = reinterpret_cast<uintptr_t>(block.shared);
-  if (begin >= shared && end <= shared + block.shared_bytes) return;
+  const uintptr_t shared = reinterpret_cast<uintptr_t>(block->shared);
+  if (begin >= shared && end <= shared + block->shared_bytes) return;
   for (const auto& range : allowed) {
     if (begin >= range.first && end <= range.second) return;
   }
@@ -386,10 +461,11 @@ void check_access(const void* p, int bytes) {
 using gemma2::cuda::emulation::settings;
 
 extern "C" void emulation_configure(int schedule, int shared_bytes, int multiprocessors,
-                                    int max_blocks, const char* left_out) {
+                                    int compute_capability, int max_blocks, const char* left_out) {
   settings().schedule = schedule;
   settings().shared_bytes = shared_bytes;
   settings().multiprocessors = multiprocessors;
+  settings().compute_capability = compute_capability;
   settings().max_blocks = max_blocks;
   settings().left_out = left_out;
   gemma2::cuda::emulation::places.clear();

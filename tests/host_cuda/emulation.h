@@ -1,6 +1,7 @@
 // CUDA on a CPU, for tests: what csrc/cuda/ptx.cuh declares, and the language that kernels use.
 //
-// Every thread of a block is a fiber; blocks run one after another. A fiber runs until it meets a
+// Every thread of a block is a fiber; blocks run one after another, those of a cluster side by
+// side. A fiber runs until it meets a
 // barrier or a warp function that others have not reached, and a schedule (see Settings) says who
 // goes on: a missing barrier shows as a result that depends on the schedule. Shared memory is NaN
 // when a block begins and has guard zones around it. cp.async lands at its wait, at once, or at
@@ -71,15 +72,19 @@ Settings& settings();
 
 [[noreturn]] void fail(const std::string& message);
 
-void launch(const char* op, dim3 grid, int threads, int64_t shared_bytes,
+// blocks_of_cluster: along x, that run side by side.
+void launch(const char* op, int blocks_of_cluster, dim3 grid, int threads, int64_t shared_bytes,
             const std::function<void()>& body);
 
 unsigned char* shared_memory();
+// The same place of shared memory in block `rank` of the cluster.
+const void* shared_of_block(const void* shared, int rank);
 int lane();
 
 // False where the barrier or wait at this place is to be left out.
 bool reach(const char* file, int line);
 void sync_threads(const char* file, int line);
+void sync_cluster(const char* file, int line);
 void named_barrier(int id, int threads, bool wait);
 // Called by all lanes; the last to come computes for all.
 void collective(const char* name, void (*compute)(void* const* lanes), void* mine);
@@ -199,6 +204,23 @@ inline uint32_t ballot(bool predicate) {
       },
       &mine);
   return mine.result;
+}
+
+// ---- a cluster of blocks
+
+inline void cluster_barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emulation::sync_cluster(file, line);
+}
+inline void cluster_barrier_after_reads(const char* file = __builtin_FILE(),
+                                        int line = __builtin_LINE()) {
+  emulation::sync_cluster(file, line);
+}
+template <int kCount>
+void load_of_block(float (&x)[kCount], const float* shared, int rank) {
+  for (int i = 0; i < kCount; ++i) {
+    const void* there = emulation::shared_of_block(shared + kWarpSize * i, rank);
+    x[i] = *static_cast<const float*>(there);
+  }
 }
 
 // ---- a part of a block

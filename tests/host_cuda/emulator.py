@@ -84,7 +84,7 @@ def build(folder: Path) -> Path:
 def library() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(build(ROOT / "build" / "host_cuda")))
     lib.emulation_places.restype = ctypes.c_char_p
-    lib.emulation_configure.argtypes = [*[ctypes.c_int] * 4, ctypes.c_char_p]
+    lib.emulation_configure.argtypes = [*[ctypes.c_int] * 5, ctypes.c_char_p]
     lib.emulation_allow.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     return lib
 
@@ -159,6 +159,7 @@ def launch(
     schedule: int = 0,
     shared_bytes: int = LEAST_SHARED_BYTES,
     multiprocessors: int = 4,
+    compute_capability: int = 90,
     max_blocks: int = 2**31 - 1,
     left_out: str = "",
     early: bool = False,
@@ -171,6 +172,7 @@ def launch(
         schedule: one of SCHEDULES.
         shared_bytes: shared memory that a block can have.
         multiprocessors: of the emulated device.
+        compute_capability: of it, 10 * major + minor.
         max_blocks: that the x dimension of its grids may have.
         left_out: a place whose barrier or wait has no effect.
         early: as if launches may start before those in front have ended; here they do not.
@@ -183,7 +185,8 @@ def launch(
     kinds = dict(struct._fields_)
     params = struct(**{name: _convert(kinds[name], value) for name, value in fields.items()})
     lib = library()
-    lib.emulation_configure(schedule, shared_bytes, multiprocessors, max_blocks, left_out.encode())
+    device = (shared_bytes, multiprocessors, compute_capability, max_blocks)
+    lib.emulation_configure(schedule, *device, left_out.encode())
     inner = [v for f in fields.values() if isinstance(f, dict) for v in f.values()]
     for value in (*fields.values(), *inner):
         if isinstance(value, Tensor):

@@ -50,6 +50,21 @@ __global__ void mistake_kernel(int mistake, const float* in, float* out) {
   out[thread] = shared[other];
 }
 
+// Blocks of two warps in clusters. out[block][i] = what the next block of the cluster wrote, with a
+// mistake by number.
+__global__ void cluster_kernel(int mistake, int blocks, float* out) {
+  float* shared = reinterpret_cast<float*>(shared_memory());
+  const int thread = threadIdx.x, rank = int(blockIdx.x) % blocks;
+  shared[thread] = 100 * float(blockIdx.x) + thread;
+  if (mistake == 1 && rank == 0) return;
+  cluster_barrier();
+  const float* there = mistake == 3 ? out : shared + 63 - thread;
+  float x[1];
+  load_of_block(x, there, mistake == 2 ? blocks : (rank + 1) % blocks);
+  if (mistake != 4) cluster_barrier();
+  out[64 * blockIdx.x + thread] = x[0];
+}
+
 template <class F>
 const char* caught(const F& f) {
   static std::string error;
@@ -81,6 +96,13 @@ extern "C" const char* probe_mistake(int mistake, const float* in, float* out) {
   return caught([&] {
     const int64_t bytes = mistake == 8 ? 100 << 10 : 256;
     launch("probe", mistake_kernel, 1, mistake == 9 ? 48 : 64, bytes, nullptr, mistake, in, out);
+  });
+}
+
+extern "C" const char* probe_cluster(int mistake, int blocks, int grid, float* out) {
+  return caught([&] {
+    launch_clusters("probe", cluster_kernel, blocks, dim3(unsigned(grid)), 64, 256, nullptr,
+                    mistake, blocks, out);
   });
 }
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from itertools import accumulate
@@ -291,7 +292,8 @@ def test_lengths_out_of_range_are_clamped(seqlen_q: int) -> None:
 
 # seqlen_q, head_dim and device: each of the kernels, with and without splits.
 KERNELS = {
-    "decode 64": (1, 64, {}),
+    "decode 64": (1, 64, {"compute_capability": 80}),
+    "decode 64 clusters": (1, 64, {}),
     "decode 256": (3, 256, {"multiprocessors": 1}),
     "tile 64": (70, 64, {}),
     "tile 128": (70, 128, {"multiprocessors": 1}),
@@ -331,7 +333,7 @@ def test_every_barrier_is_needed(kernel: str) -> None:
     places = emulator.library().emulation_places().decode().split()
     count = {"decode": 4, "tile": 5, "plain": 0}[kernel.split()[0]]
     split = kernel in ("tile 64", "plain", "decode 64")  # whose keys are divided
-    assert len(places) == count + split, places
+    assert len(places) == count + split + 2 * kernel.endswith("clusters"), places
     source = (emulator.ROOT / "csrc" / "cuda" / "attention.cu").read_text().splitlines()
     for place in places:
         # In the emulation ldmatrix, which comes next, brings the lanes of a warp together as well.
@@ -355,8 +357,8 @@ def test_splits(dtype: torch.dtype, seqlens: tuple[int, int]) -> None:
     if dtype == torch.float32:
         seqlens = (min(seqlens[0], 4), 300)
     q, k, v = random_qkv(2, *seqlens, (2, 1), 64, dtype)
-    for multiprocessors in (1, 7, 132):
-        device = {"multiprocessors": multiprocessors}
+    for multiprocessors, compute_capability in itertools.product((1, 7, 132), (80, 90)):
+        device = {"multiprocessors": multiprocessors, "compute_capability": compute_capability}
         check(q, k, v, device, scale=0.1, key_lengths=torch.tensor([seqlens[1], 21]))
 
 

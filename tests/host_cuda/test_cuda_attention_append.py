@@ -16,6 +16,15 @@ NAN = float("nan")
 # Around a warp's 16 keys, a run of 64 and the ring; 0: a row without a token.
 LENGTHS = [0, 1, 2, 16, 17, 64, 65, 96, 97, 130]
 CAPACITY, WINDOW = 97, 60
+DEVICES = pytest.mark.parametrize(
+    "device",
+    [
+        {"multiprocessors": 4},
+        {"multiprocessors": 132, "compute_capability": 80},
+        {"multiprocessors": 132, "compute_capability": 90},
+    ],
+    ids=["one split", "splits", "clusters"],
+)
 
 
 def problem(
@@ -106,12 +115,12 @@ def assert_same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("multiprocessors", [4, 132], ids=["one split", "splits"])
-def test_equal_to_the_bit(dtype: torch.dtype, head_dim: int, multiprocessors: int) -> None:
+@DEVICES
+def test_equal_to_the_bit(dtype: torch.dtype, head_dim: int, device: dict[str, int]) -> None:
     for ring in (True, False):
         given = problem(dtype, head_dim, ring=ring)
-        out, *rest = together(**given, multiprocessors=multiprocessors)
-        assert_same((out, *rest), one_after_the_other(**given, multiprocessors=multiprocessors))
+        out, *rest = together(**given, **device)
+        assert_same((out, *rest), one_after_the_other(**given, **device))
         assert torch.isfinite(out).all()
         assert not out[0].any()
 
@@ -123,30 +132,31 @@ def test_groups(group: int, kv_heads: int) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("multiprocessors", [4, 132], ids=["one split", "splits"])
+@DEVICES
 def test_values_that_are_not_finite_stay_with_those_who_see_them(
-    head_dim: int, multiprocessors: int
+    head_dim: int, device: dict[str, int]
 ) -> None:
     """A row whose weight 0 would meet them is computed anew, with its query rotated once more."""
     given = problem(torch.bfloat16, head_dim, ring=False)
     given["window"] = 20
     for b in range(len(LENGTHS)):
         given["caches"][1][b, : max(0, LENGTHS[b] - 20)] = NAN  # of keys before the window
-    out, *_ = together(**given, multiprocessors=multiprocessors)
+    out, *_ = together(**given, **device)
     assert torch.isfinite(out).all()
     given["new"][2][3] = NAN  # a token's own value
-    out, *_ = together(**given, multiprocessors=multiprocessors)
+    out, *_ = together(**given, **device)
     assert out[3].isnan().all()
     assert torch.isfinite(out[4:]).all()
 
 
-def test_every_schedule_gives_the_same() -> None:
+@DEVICES
+def test_every_schedule_gives_the_same(device: dict[str, int]) -> None:
     given = problem(torch.bfloat16, 256)
-    check_schedules(lambda **options: together(**given, **options)[:1])
+    check_schedules(lambda **options: together(**given, **device, **options)[:1])
 
 
 def test_every_barrier_is_needed() -> None:
-    given = problem(torch.bfloat16, 256)
+    given = problem(torch.bfloat16, 256, ring=False)
     run = lambda **options: together(**given, **options)[:1]  # noqa: E731
     found = places(run)
     assert len(found) == 7

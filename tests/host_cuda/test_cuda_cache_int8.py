@@ -155,9 +155,11 @@ def test_splits(multiprocessors: int) -> None:
     q = torch.randn(2, 1, 2, 64).bfloat16()
     k, v = (int8_rows(lengths, 700, 1, 64) for _ in range(2))
     options = {"key_lengths": torch.tensor(lengths)}
-    actual = attend(q, k, v, multiprocessors=multiprocessors, **options)
     wide = [in_order(rows, lengths, q.dtype) for rows in (k, v)]
-    assert_accurate(actual, reference_of(scale=0.1, **options), q, *wide, roundings=3)
+    for compute_capability in (80, 90):
+        device = {"multiprocessors": multiprocessors, "compute_capability": compute_capability}
+        actual = attend(q, k, v, **device, **options)
+        assert_accurate(actual, reference_of(scale=0.1, **options), q, *wide, roundings=3)
 
 
 # ---- what writes it

@@ -20,8 +20,9 @@ from host_cuda.emulator import (
 
 def configure(schedule: int, left_out: str = "") -> ctypes.CDLL:
     lib = library()
-    lib.emulation_configure(schedule, LEAST_SHARED_BYTES, 4, 2**31 - 1, left_out.encode())
-    lib.probe_product.restype = lib.probe_mistake.restype = ctypes.c_char_p
+    lib.emulation_configure(schedule, LEAST_SHARED_BYTES, 4, 90, 2**31 - 1, left_out.encode())
+    for probe in (lib.probe_product, lib.probe_mistake, lib.probe_cluster):
+        probe.restype = ctypes.c_char_p
     return lib
 
 
@@ -88,6 +89,47 @@ def test_a_barrier_or_wait_left_out_shows(what: str) -> None:
     results = [mistake(0, schedule, place) for schedule in SCHEDULES]
     right = torch.arange(64.0).flip(0)
     assert any(error or not torch.equal(out, right) for error, out in results)
+
+
+def cluster(
+    blocks: int, grid: int, mistake: int = 0, schedule: int = 0, left_out: str = ""
+) -> tuple[str, torch.Tensor]:
+    out = torch.full((grid, 64), float("nan"))
+    error = configure(schedule, left_out).probe_cluster(mistake, blocks, grid, address(out))
+    return (error or b"").decode(), out
+
+
+def of_next_block(blocks: int, grid: int) -> torch.Tensor:
+    first = torch.arange(grid) // blocks * blocks
+    following = first + (torch.arange(grid) + 1) % blocks
+    return 100.0 * following[:, None] + torch.arange(64.0).flip(0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_clusters(schedule: int) -> None:
+    for blocks, grid in ((1, 3), (2, 6), (8, 16)):
+        error, out = cluster(blocks, grid, schedule=schedule)
+        assert error == ""
+        assert torch.equal(out, of_next_block(blocks, grid))
+    for mistake, message in {2: "no block 2", 3: "that is not in shared memory"}.items():
+        assert message in cluster(2, 4, mistake, schedule)[0]
+    assert "clusters of 9 blocks" in cluster(9, 18, 0, schedule)[0]
+    assert "clusters of 2 blocks" in cluster(2, 3, 0, schedule)[0]
+
+
+@pytest.mark.parametrize("mistake", [1, 4])
+def test_a_block_that_has_ended_has_nothing_to_read(mistake: int) -> None:
+    results = [cluster(4, 4, mistake, schedule)[1] for schedule in SCHEDULES]
+    assert any(out.isnan().any() for out in results)
+
+
+def test_a_barrier_of_a_cluster_left_out_shows() -> None:
+    cluster(4, 4)
+    places = library().emulation_places().decode().split()
+    assert len(places) == 2
+    for place in places:
+        results = [cluster(4, 4, 0, schedule, place)[1] for schedule in SCHEDULES]
+        assert not all(torch.equal(out, of_next_block(4, 4)) for out in results)
 
 
 def test_structs_are_those_of_the_compiler() -> None:
