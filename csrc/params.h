@@ -406,6 +406,7 @@ struct EmbeddingParams {
   const void* scales;
   void* out;                          // (ids, in_features) contiguous
   int64_t out_features, in_features;  // of the weight
+  int64_t count;                      // CUDA: of ids; one that is out of range gives NaN
   float scale;
   DType dtype;  // of out
 };
@@ -417,6 +418,18 @@ struct ArgmaxParams {
   int64_t x_stride;
   float* maxima;  // (rows, runs of a row)
   int64_t rows, columns;
+  int64_t* out;  // CUDA: (rows,), where the largest is
+};
+
+// CUDA: the end of a decoding step, in place. A row that runs gets what was drawn, any other `pad`;
+// it runs on unless that is a stop; and it has a key more.
+struct AdvanceParams {
+  const int64_t* drawn;  // (rows,)
+  const int64_t* stops;  // (stop_count,)
+  int64_t* tokens;       // (rows,)
+  bool* running;         // (rows,)
+  int64_t* key_lengths;  // (rows,)
+  int64_t rows, stop_count, pad;
 };
 
 // What the machine itself can do, for benchmarks.

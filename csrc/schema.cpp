@@ -58,6 +58,9 @@ STABLE_TORCH_LIBRARY(gemma2_ext, m) {
       "linear_backward_out(Tensor grad_out, Tensor x, Tensor weight, Tensor(a!)? grad_x, "
       "Tensor(b!)? grad_weight) -> ()");
   m.def("argmax_out(Tensor x, Tensor(a!) out) -> ()");
+  m.def(
+      "advance_out(Tensor drawn, Tensor stops, int pad, Tensor(a!) tokens, Tensor(b!) running, "
+      "Tensor(c!) key_lengths) -> ()");
   m.def("linear_geglu(Tensor x, Tensor weight) -> Tensor");
   m.def("linear_geglu_out(Tensor x, Tensor weight, Tensor(a!) out) -> ()");
   m.def("logits(Tensor hidden, Tensor weight, float? softcap=None) -> Tensor");

@@ -6,12 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from common import ISAS
-
-pytestmark = [
-    pytest.mark.usefixtures("isa"),
-    pytest.mark.parametrize("isa", ISAS, indirect=True),  # the op is the CPU's
-]
+pytestmark = pytest.mark.usefixtures("isa")
 
 
 def argmax(x: Tensor) -> Tensor:
@@ -61,3 +56,19 @@ def test_bad_input() -> None:
     for wrong in (out[:1], out.int(), torch.empty(4, dtype=torch.int64)[::2]):
         with pytest.raises(ValueError, match=r"out must be contiguous int64 of shape \(rows,\)"):
             op(x, wrong)
+
+
+def test_advance() -> None:
+    drawn, stops = torch.tensor([5, 3, 8, 7, 3]), torch.tensor([3, 8])
+    running = torch.tensor([True, True, True, False, False])
+    tokens, lengths = torch.full((5,), -1), torch.tensor([4, 5, 6, 7, 8])
+    torch.ops.gemma2_ext.advance_out(drawn, stops, 0, tokens, running, lengths)
+    assert tokens.tolist() == [5, 3, 8, 0, 0]
+    assert running.tolist() == [True, False, False, False, False]
+    assert lengths.tolist() == [5, 6, 7, 8, 9]
+    torch.ops.gemma2_ext.advance_out(drawn, stops[:0], 9, tokens, running, lengths)
+    assert tokens.tolist() == [5, 9, 9, 9, 9]
+    for name, wrong in (("running", running.long()), ("tokens", tokens[:4])):
+        given = {"tokens": tokens, "running": running, "key_lengths": lengths, name: wrong}
+        with pytest.raises(ValueError, match=f"advance: {name} must"):
+            torch.ops.gemma2_ext.advance_out(drawn, stops, 0, **given)

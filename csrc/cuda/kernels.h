@@ -20,6 +20,10 @@ namespace gemma2 {
   X(linear_int4, LinearParams)                \
   X(dequantize_int8, DequantizeParams)        \
   X(dequantize_int4, DequantizeParams)        \
+  X(embedding_int8, EmbeddingParams)          \
+  X(embedding_int4, EmbeddingParams)          \
+  X(argmax, ArgmaxParams)                     \
+  X(advance, AdvanceParams)                   \
   X(linear_loss_sums, LossSumsParams)         \
   X(linear_loss_result, LossResultParams)     \
   X(linear_loss_gradient, LossGradientParams) \

@@ -1,5 +1,5 @@
-// out = x weight^T for 1 to 16 rows over packed 8 or 4 bit weights, and packed weights back to
-// 16 bits for more rows.
+// out = x weight^T for 1 to 16 rows over packed 8 or 4 bit weights, packed weights back to 16 bits
+// for more rows, and single rows of them as an embedding.
 //
 //   int8: w = scale * q            groups of 32 columns; scale bfloat16
 //   int4: w = row * s|s| * (q - 8) groups of 16 columns; s int8, row bfloat16
@@ -29,6 +29,7 @@
 // linear_few_rows_kernel: at most 80 registers, 136 KiB of shared memory (99 on most devices).
 // linear_rows_kernel: at most 128 registers, 8192 bytes of shared memory.
 // dequantize_kernel: at most 48 registers, 0 bytes of shared memory.
+// embedding_kernel: at most 48 registers, 0 bytes of shared memory.
 #include "int8.cuh"
 #include "kernels.h"
 #include "vector.cuh"
@@ -630,6 +631,27 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
   }
 }
 
+// f(column, numbers) for 4 columns at a time of one row of a block, of those of a chunk whose words
+// are t and t + 4; `factor` goes into all.
+template <class Format, class F>
+GEMMA2_DEVICE void for_numbers(const PackedBlock<Format>& block, int row, int64_t chunk, int t,
+                               float factor, const F& f) {
+  uint32_t words[Format::kWords];
+#pragma unroll
+  for (int w = 0; w < Format::kWords; ++w)
+    words[w] = block.words[(chunk * Format::kWordsOfRow + t + 4 * w) * block.rows + row];
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+    const int64_t group = chunk * Format::kGroups + (Format::kGroups == 1 ? 0 : s);
+    const float scale = factor * Format::scale(block.scales, group * block.rows + row);
+    float q[4];
+    numbers(words, s, q);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) q[i] *= scale;
+    f(chunk * kChunk + 16 * s + 4 * t, q);
+  }
+}
+
 // A thread unpacks the words of one row in one chunk.
 template <class T, class Format>
 __global__ void __launch_bounds__(kThreads) dequantize_kernel(const DequantizeParams p) {
@@ -644,22 +666,40 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const DequantizePa
        chunk < chunks; chunk += gridDim.y * (kThreads / kBlockRows)) {
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
-      uint32_t words[Format::kWords];
-#pragma unroll
-      for (int w = 0; w < Format::kWords; ++w)
-        words[w] = block.words[(chunk * Format::kWordsOfRow + t + 4 * w) * block.rows + row];
-#pragma unroll
-      for (int s = 0; s < 2; ++s) {
-        const int64_t group = chunk * Format::kGroups + (Format::kGroups == 1 ? 0 : s);
-        const float scale = factor * Format::scale(block.scales, group * block.rows + row);
-        float q[4];
-        numbers(words, s, q);
-        const int64_t k = chunk * kChunk + 16 * s + 4 * t;
+      for_numbers(block, row, chunk, t, factor, [&](int64_t column, const float (&q)[4]) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          if (k + i < p.in_features) out[k + i] = from_float<T>(q[i] * scale);
+          if (column + i < p.in_features) out[column + i] = from_float<T>(q[i]);
         }
-      }
+      });
+    }
+  }
+}
+
+// A block a row, rounded to T, then times p.scale.
+template <class T, class Format>
+__global__ void __launch_bounds__(kThreads) embedding_kernel(const EmbeddingParams p) {
+  allow_next_kernel();
+  wait_for_previous_kernels();
+  const int64_t chunks = (p.in_features + kChunk - 1) / kChunk;
+  for (int64_t index = blockIdx.x; index < p.count; index += gridDim.x) {
+    const int64_t id = p.ids[index];
+    T* out = static_cast<T*>(p.out) + index * p.in_features;
+    if (id < 0 || id >= p.out_features) {
+      for (int64_t i = threadIdx.x; i < p.in_features; i += kThreads) out[i] = from_float<T>(NAN);
+      continue;
+    }
+    const PackedBlock<Format> block(p.data, p.scales, id / kBlockRows, p.out_features, chunks);
+    const int row = int(id % kBlockRows);
+    const float factor = block.row_factor(row);
+    for (int64_t i = threadIdx.x; i < 4 * chunks; i += kThreads) {
+      for_numbers(block, row, i / 4, int(i % 4), factor, [&](int64_t column, const float (&q)[4]) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (column + j >= p.in_features) continue;
+          out[column + j] = from_float<T>(to_float(from_float<T>(q[j])) * p.scale);
+        }
+      });
     }
   }
 }
@@ -753,6 +793,15 @@ void launch_dequantize(const char* op, const DequantizeParams& p, cudaStream_t s
   });
 }
 
+template <class Format>
+void launch_embedding(const char* op, const EmbeddingParams& p, cudaStream_t stream) {
+  if (p.count == 0 || p.in_features == 0) return;
+  dispatch_dtype(op, p.dtype, [&](auto t) {
+    launch_early(op, embedding_kernel<decltype(t), Format>, row_grid(p.count), kThreads, 0, stream,
+                 p);
+  });
+}
+
 }  // namespace
 }  // namespace cuda
 
@@ -767,6 +816,12 @@ void launch_dequantize_int8(const DequantizeParams& p, cudaStream_t stream) {
 }
 void launch_dequantize_int4(const DequantizeParams& p, cudaStream_t stream) {
   cuda::launch_dequantize<cuda::Int4>("linear_int4", p, stream);
+}
+void launch_embedding_int8(const EmbeddingParams& p, cudaStream_t stream) {
+  cuda::launch_embedding<cuda::Int8>("embedding_int8", p, stream);
+}
+void launch_embedding_int4(const EmbeddingParams& p, cudaStream_t stream) {
+  cuda::launch_embedding<cuda::Int4>("embedding_int4", p, stream);
 }
 
 }  // namespace gemma2

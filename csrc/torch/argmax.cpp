@@ -1,8 +1,10 @@
-// Binding of argmax, of logits on the CPU.
+// Bindings of argmax, of logits, and of what ends a decoding step.
+#include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "../cpu/isa.h"
-#include "common.h"
+#include "cuda.h"
 
 namespace gemma2 {
 namespace {
@@ -10,7 +12,6 @@ namespace {
 // Of equals the first; NaN is the largest.
 void argmax_out(const Tensor& x, Tensor out) {
   const char* op = "argmax";
-  check_cpu(op, "x", x);
   if (dtype_of(op, "x", x) != DType::kFloat32 || x.dim() != 2 || x.size(1) == 0)
     fail(op, "x must be float32 of shape (rows, columns >= 1), got " + to_string(x));
   check_device(op, "out", out, "x", x);
@@ -19,9 +20,17 @@ void argmax_out(const Tensor& x, Tensor out) {
     fail(op, "out must be contiguous int64 of shape (rows,), got " + to_string(out));
   const Rows rows = as_rows(x);
   const int64_t columns = x.size(1), runs = (columns + kArgmaxRun - 1) / kArgmaxRun;
-  std::vector<float> maxima(x.size(0) * runs);
-  const ArgmaxParams p{static_cast<const float*>(rows.tensor.data_ptr()), rows.stride,
-                       maxima.data(), x.size(0), columns};
+  ArgmaxParams p{};
+  p.x = static_cast<const float*>(rows.tensor.data_ptr()), p.x_stride = rows.stride;
+  p.rows = x.size(0), p.columns = columns;
+#ifdef GEMMA2_WITH_CUDA
+  if (!x.is_cpu()) {
+    p.out = static_cast<int64_t*>(out.data_ptr());
+    return run_on_cuda(x, launch_argmax, p);
+  }
+#endif
+  std::vector<float> maxima(p.rows * runs);
+  p.maxima = maxima.data();
   const CpuKernels& kernels = cpu_kernels();
   parallel_units(x.size(0) * runs, kArgmaxRun * sizeof(float),
                  [&](int64_t begin, int64_t end) { kernels.argmax_runs(p, begin, end); });
@@ -40,9 +49,54 @@ void argmax_out(const Tensor& x, Tensor out) {
   }
 }
 
+void check_vector(const char* op, const char* name, const Tensor& t, ScalarType type,
+                  const Tensor& drawn) {
+  check_device(op, name, t, "drawn", drawn);
+  if (t.scalar_type() != type || t.dim() != 1 || !t.is_contiguous()) {
+    fail(op, std::string(name) + " must be contiguous " + torch::headeronly::toString(type) +
+                 " of one dimension, got " + torch::headeronly::toString(t.scalar_type()) + " " +
+                 to_string(t));
+  }
+}
+
+// A row that runs gets what was drawn, any other `pad`; it runs on unless that is a stop, and it
+// has a key more.
+void advance_out(const Tensor& drawn, const Tensor& stops, int64_t pad, Tensor tokens,
+                 Tensor running, Tensor key_lengths) {
+  const char* op = "advance";
+  check_vector(op, "drawn", drawn, ScalarType::Long, drawn);
+  check_vector(op, "stops", stops, ScalarType::Long, drawn);
+  check_vector(op, "tokens", tokens, ScalarType::Long, drawn);
+  check_vector(op, "running", running, ScalarType::Bool, drawn);
+  check_vector(op, "key_lengths", key_lengths, ScalarType::Long, drawn);
+  check_same_shape(op, "tokens", tokens, "drawn", drawn);
+  check_same_shape(op, "running", running, "drawn", drawn);
+  check_same_shape(op, "key_lengths", key_lengths, "drawn", drawn);
+  AdvanceParams p{};
+  p.drawn = static_cast<const int64_t*>(drawn.data_ptr());
+  p.stops = static_cast<const int64_t*>(stops.data_ptr());
+  p.tokens = static_cast<int64_t*>(tokens.data_ptr());
+  p.running = static_cast<bool*>(running.data_ptr());
+  p.key_lengths = static_cast<int64_t*>(key_lengths.data_ptr());
+  p.rows = drawn.size(0), p.stop_count = stops.size(0), p.pad = pad;
+#ifdef GEMMA2_WITH_CUDA
+  if (!drawn.is_cpu()) return run_on_cuda(drawn, launch_advance, p);
+#endif
+  for (int64_t row = 0; row < p.rows; ++row) {
+    p.tokens[row] = p.running[row] ? p.drawn[row] : pad;
+    const bool stop = std::count(p.stops, p.stops + p.stop_count, p.tokens[row]) > 0;
+    p.running[row] = p.running[row] && !stop;
+    ++p.key_lengths[row];
+  }
+}
+
+template <class Library>
+void implement(Library& m) {
+  m.impl("argmax_out", TORCH_BOX(&argmax_out));
+  m.impl("advance_out", TORCH_BOX(&advance_out));
+}
+
 }  // namespace
 }  // namespace gemma2
 
-STABLE_TORCH_LIBRARY_IMPL(gemma2_ext, CPU, m) {
-  m.impl("argmax_out", TORCH_BOX(&gemma2::argmax_out));
-}
+GEMMA2_REGISTER(gemma2::implement)

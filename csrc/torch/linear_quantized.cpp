@@ -23,11 +23,13 @@ struct Format {
 #ifdef GEMMA2_WITH_CUDA
   void (*launch)(const LinearParams&, cudaStream_t);
   void (*launch_dequantize)(const DequantizeParams&, cudaStream_t);
+  void (*launch_embedding)(const EmbeddingParams&, cudaStream_t);
 #endif
 };
 
 #ifdef GEMMA2_WITH_CUDA
-#define GEMMA2_LAUNCHERS(format) , &launch_linear_##format, &launch_dequantize_##format
+#define GEMMA2_LAUNCHERS(format) \
+  , &launch_linear_##format, &launch_dequantize_##format, &launch_embedding_##format
 #else
 #define GEMMA2_LAUNCHERS(format)
 #endif
@@ -263,7 +265,6 @@ void quantize_int4_out(const Tensor& weight, Tensor data, Tensor scales) {
 
 void embedding_out(const char* op, const Format& format, const Tensor& ids, const Tensor& data,
                    const Tensor& scales, double scale, Tensor out) {
-  check_cpu(op, "ids", ids);
   if (ids.scalar_type() != ScalarType::Long || !ids.is_contiguous()) {
     fail(op, std::string("ids must be contiguous int64, got ") +
                  torch::headeronly::toString(ids.scalar_type()) + " " + to_string(ids));
@@ -281,7 +282,8 @@ void embedding_out(const char* op, const Format& format, const Tensor& ids, cons
   check_weight(op, format, data, scales, -1, p.in_features, "ids", ids);
   p.ids = static_cast<const int64_t*>(ids.data_ptr());
   p.out_features = data.size(0);
-  for (int64_t i = 0; i < ids.numel(); ++i) {
+  // On a GPU they are not looked at, which would make every call wait for it.
+  for (int64_t i = 0; ids.is_cpu() && i < ids.numel(); ++i) {
     if (p.ids[i] < 0 || p.ids[i] >= p.out_features) {
       fail(op, "ids must be in [0, out_features = " + std::to_string(p.out_features) + "), got " +
                    std::to_string(p.ids[i]));
@@ -291,6 +293,10 @@ void embedding_out(const char* op, const Format& format, const Tensor& ids, cons
   p.scales = scales.data_ptr();
   p.out = out.data_ptr();
   p.scale = float(scale);
+  p.count = ids.numel();
+#ifdef GEMMA2_WITH_CUDA
+  if (!ids.is_cpu()) return run_on_cuda(ids, format.launch_embedding, p);
+#endif
   const CpuKernels& kernels = cpu_kernels();
   parallel_units(ids.numel(), p.in_features * 16,
                  [&](int64_t begin, int64_t end) { (kernels.*format.embed)(p, begin, end); });
@@ -318,6 +324,8 @@ void implement(Library& m) {
   m.impl("logits_int8_out", TORCH_BOX(&logits_int8_out));
   m.impl("logits_int4", TORCH_BOX(&logits_int4));
   m.impl("logits_int4_out", TORCH_BOX(&logits_int4_out));
+  m.impl("embedding_int8_out", TORCH_BOX(&embedding_int8_out));
+  m.impl("embedding_int4_out", TORCH_BOX(&embedding_int4_out));
 }
 
 }  // namespace
@@ -328,6 +336,4 @@ GEMMA2_REGISTER(gemma2::implement)
 STABLE_TORCH_LIBRARY_IMPL(gemma2_ext, CPU, m) {
   m.impl("quantize_int8_out", TORCH_BOX(&gemma2::quantize_int8_out));
   m.impl("quantize_int4_out", TORCH_BOX(&gemma2::quantize_int4_out));
-  m.impl("embedding_int8_out", TORCH_BOX(&gemma2::embedding_int8_out));
-  m.impl("embedding_int4_out", TORCH_BOX(&gemma2::embedding_int4_out));
 }

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .generate import Sampler
     from .model import Gemma2
 
+_advance_out = torch.ops.gemma2_ext.advance_out.default
 PAD_ID = 0
 WARM_UP_STEPS = 2  # before the capture: libraries allocate and choose at their first calls
 
@@ -73,9 +74,7 @@ class DecodeGraph:
     def _compute(self) -> None:
         hidden = self.model._decode(self.tokens[:, None], None, self.key_lengths, self.cache)
         drawn = self.sampler(self.model._logits(hidden, last_only=True)[:, 0], self.keys)
-        self.tokens.copy_(torch.where(self.running, drawn, PAD_ID))
-        self.running.logical_and_(~torch.isin(self.tokens, self.stops))
-        self.key_lengths.add_(1)
+        _advance_out(drawn, self.stops, PAD_ID, self.tokens, self.running, self.key_lengths)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Captures a step; what the steps before the capture have changed is put back."""

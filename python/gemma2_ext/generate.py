@@ -122,7 +122,7 @@ class Sampler:
 
 def _most_probable(logits: Tensor) -> Tensor:
     """argmax of each row: (batch, vocab_size) -> (batch,); of equals the first."""
-    if logits.device.type != "cpu":
+    if logits.device.type not in ("cpu", "cuda"):
         return logits.argmax(-1)
     tokens = logits.new_empty(len(logits), dtype=torch.int64)
     _argmax_out(logits, tokens)

@@ -394,12 +394,10 @@ class Gemma2(nn.Module):
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         """The scaled rows of the embedding."""
-        embedding = self.embed_tokens.weight
+        embedding, scale = self.embed_tokens.weight, self.config.embedding_scale(self.dtype)
         if isinstance(embedding, QuantizedWeight):
-            rows = embedding.rows(input_ids, self.dtype)
-        else:
-            rows = F.embedding(input_ids, embedding)
-        return rows * self.config.embedding_scale(self.dtype)
+            return embedding.rows(input_ids, self.dtype, scale)
+        return F.embedding(input_ids, embedding) * scale
 
     def hidden(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """Hidden states behind the final norm, of sequences packed one behind another.

@@ -129,15 +129,16 @@ class QuantizedWeight(nn.Module):
         """The matrix that the packed weights stand for, (out_features, in_features)."""
         return dequantize(self.format, self.data, self.scales, self.in_features).to(dtype)
 
-    def rows(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Rows of the matrix, as an embedding is looked up: (*index.shape, in_features)."""
+    def rows(self, index: Tensor, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+        """Rows of the matrix, as an embedding is looked up: (*index.shape, in_features).
+
+        Rounded to dtype, then multiplied by scale. An index out of range is a ValueError on the
+        CPU; on a GPU, where none is looked at, its row is NaN.
+        """
         index = index.to(self.device, torch.int64).contiguous()
-        if self.device.type == "cpu":
-            rows = torch.empty(*index.shape, self.in_features, dtype=dtype, device="cpu")
-            embedding_op(self.format)(index, self.data, self.scales, 1.0, rows)
-            return rows
-        rows = take_rows(self.format, self.data, self.scales, index.view(-1))
-        return rows[:, : self.in_features].to(dtype).view(*index.shape, self.in_features)
+        rows = torch.empty(*index.shape, self.in_features, dtype=dtype, device=self.device)
+        embedding_op(self.format)(index, self.data, self.scales, scale, rows)
+        return rows
 
     def extra_repr(self) -> str:
         """What stands between the parentheses of repr()."""
@@ -324,29 +325,5 @@ def dequantize(format: Format, data: Tensor, scales: Tensor, in_features: int) -
 
 
 def embedding_op(format: Format) -> Any:
-    """The CPU's op (ids, data, scales, scale, out): rows in out's dtype, times the scale."""
+    """The op (ids, data, scales, scale, out): rows in out's dtype, times the scale."""
     return getattr(torch.ops.gemma2_ext, f"embedding_{format}_out").default
-
-
-def take_rows(format: Format, data: Tensor, scales: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` (n,) of the float32 matrix with its padding: (n, padded columns)."""
-    if data.numel() == 0 or len(index) == 0:
-        columns = data.shape[1] * (1 if format == "int8" else 2)
-        return torch.zeros((len(index), columns), device=data.device)
-    first = index // BLOCK_ROWS * BLOCK_ROWS
-    lane = (index - first)[:, None]
-    block = (data.shape[0] - first).clamp(max=BLOCK_ROWS)[:, None]
-    first = first[:, None]
-
-    def gather(packed: Tensor, skip: int, width: int) -> Tensor:
-        count = (packed.shape[1] - skip) // width
-        place = (first * (packed.shape[1] // width)) + (skip * block) // width
-        at = place + torch.arange(count, device=packed.device) * block + lane
-        return packed.reshape(-1, width)[at].reshape(len(index), -1)
-
-    q = gather(data, 0, 4)
-    if format == "int8":
-        return _scaled(format, q, gather(scales, 0, 1), None)
-    start = first * scales.shape[1] + 2 * lane
-    row = scales.reshape(-1)[start + torch.arange(2, device=scales.device)].view(torch.bfloat16)
-    return _scaled(format, _halves(q), gather(scales, 2, 1), row)

@@ -8,7 +8,15 @@ from torch import Tensor
 
 from common import assert_accurate
 from gemma2_ext import reference
-from host_cuda.emulator import Refused, assert_needed, check_schedules, guarded, launch, places
+from host_cuda.emulator import (
+    Refused,
+    assert_guards,
+    assert_needed,
+    check_schedules,
+    guarded,
+    launch,
+    places,
+)
 
 FORMATS = ("int8", "int4")
 
@@ -180,6 +188,25 @@ def test_dequantize(format: str, dtype: torch.dtype, rows: int, columns: int) ->
         dtype=dtype,
     )
     torch.testing.assert_close(out, exact.to(dtype))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (19, 41), (32, 2304)])
+def test_embedding(format: str, dtype: torch.dtype, rows: int, columns: int) -> None:
+    data, scales, exact = random_weight(format, rows, columns)
+    ids = torch.randint(rows, (9,))
+    out = guarded((9, columns), dtype)
+    given = {"ids": ids, "data": data, "scales": scales, "scale": 48.0, "count": 9, "out": out}
+    shape = {"out_features": rows, "in_features": columns, "dtype": dtype}
+    launch(f"embedding_{format}", **given, **shape, max_blocks=4)
+    assert_guards(out)
+    assert torch.equal(out, exact.to(dtype)[ids] * 48.0)
+    ids[2], ids[5] = -1, rows
+    launch(f"embedding_{format}", **given, **shape)
+    assert out[2].isnan().all()
+    assert out[5].isnan().all()
+    assert out[[0, 1, 3, 4, 6, 7, 8]].isfinite().all()
 
 
 def test_float32_and_misaligned_data_are_refused() -> None:
