@@ -409,6 +409,41 @@ def decode(bench: Bench) -> None:
         exact = functools.partial(reference.attention, scale=scale, softcap=SOFTCAP)
         bench.compare("decode", name, inputs, calls, exact if batch == 1 else None, nbytes=traffic)
         decode_int8(bench, batch, keys, lengths)
+    decode_step(bench)
+
+
+def decode_step(bench: Bench) -> None:
+    """What a step has beside its products: a token's way into the cache, argmax."""
+    keys = 64 if bench.quick else 512
+    options: dict[str, Any] = {"scale": HEAD_DIM**-0.5, "softcap": SOFTCAP}
+    lengths = torch.full((1,), keys, device=bench.device)
+    positions = lengths[:, None] - 1
+
+    def together(*tensors: Tensor) -> Tensor:
+        return ops.attention_append_cache(*tensors, lengths, **options)
+
+    def apart(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        q = ops.rope_append_cache(q, k, v, positions, k_cache, v_cache)
+        return ops.attention_cache(q, k_cache, v_cache, lengths, **options)
+
+    inputs = bench.rotated(
+        *(bench.normal(1, 1, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)),
+        *(bench.normal(1, keys, KV_HEADS, HEAD_DIM) for _ in range(2)),
+    )
+    calls = {"attention_append_cache": together, "rope_append_cache, attention_cache": apart}
+    bench.compare("decode", f"one token, {keys} keys", inputs, calls, apart, early=True)
+
+    def argmax(x: Tensor) -> Tensor:
+        out = torch.empty(len(x), dtype=torch.int64, device=x.device)
+        torch.ops.gemma2_ext.argmax_out(x, out)
+        return out
+
+    words = 1000 if bench.quick else 256_000
+    inputs = [(torch.randn(1, words, device=bench.device),) for _ in range(8)]
+    calls = {"gemma2_ext": argmax, "torch": functools.partial(torch.argmax, dim=-1)}
+    bench.compare(
+        "decode", f"argmax of {words}", inputs, calls, calls["torch"], nbytes=4 * words, early=True
+    )
 
 
 def decode_int8(bench: Bench, batch: int, keys: int, lengths: Tensor) -> None:

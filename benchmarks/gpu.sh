@@ -36,7 +36,8 @@ step build 240 "$PYTHON" setup.py -q build_ext --inplace || exit 1
 step tests 150 "$PYTHON" -m pytest -q -x -p no:cacheprovider tests/cuda tests/test_rms_norm.py \
   tests/test_add_rms_norm.py tests/test_geglu.py tests/test_rope.py tests/test_rope_append_cache.py \
   tests/test_linear.py tests/test_logits.py tests/test_attention.py tests/test_attention_cache.py \
-  tests/test_attention_varlen.py tests/test_attention_paged.py tests/test_linear_int8.py tests/test_linear_int4.py \
+  tests/test_attention_varlen.py tests/test_attention_paged.py tests/test_attention_append_cache.py tests/test_argmax.py \
+  tests/test_quantize.py tests/test_linear_int8.py tests/test_linear_int4.py \
   tests/test_linear_cross_entropy.py tests/test_linear_distillation.py tests/test_linear_distillation_topk.py -k "cuda or gpu" --maxfail=20
 sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
 for tool in memcheck racecheck; do

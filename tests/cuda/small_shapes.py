@@ -45,6 +45,16 @@ def main() -> None:
                 ops.attention_append_cache(*token, cache, cache.clone(), lengths, scale=0.1)
             except NotImplementedError as error:
                 print(error)
+        for format in ("int8", "int4"):
+            packed = ops.quantize(torch.randn(33, 300), format)
+            packed.rows(torch.tensor([0, 32, 7]), dtype, 2.0)
+            for count in (1, 3, 9):
+                linear = ops.linear_int8 if format == "int8" else ops.linear_int4
+                linear(torch.randn(count, 300).to(dtype), packed.data, packed.scales)
+        drawn = torch.empty(2, dtype=torch.int64)
+        torch.ops.gemma2_ext.argmax_out(torch.randn(2, 5003), drawn)
+        state = torch.zeros_like(drawn), torch.ones(2, dtype=torch.bool), drawn.clone()
+        torch.ops.gemma2_ext.advance_out(drawn, drawn[:1], 0, *state)
         hidden, weight = torch.randn(5, 41).to(dtype), torch.randn(1003, 41).to(dtype)
         hidden.requires_grad_()
         weight.requires_grad_()
