@@ -206,6 +206,5 @@ def test_nothing_in_a_step_touches_the_host(model: Gemma2) -> None:
     with torch.inference_mode():
         graph._compute()
     assert graph.cache.lengths.tolist() == lengths
-    assert graph.positions.item() == 6
     assert graph.key_lengths.item() == 7
     assert math.isfinite(graph.tokens.item())

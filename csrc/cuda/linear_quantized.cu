@@ -704,8 +704,12 @@ __global__ void __launch_bounds__(kThreads) embedding_kernel(const EmbeddingPara
   }
 }
 
-// Warps of a team. What all steps take together is the same for any number; beside that each turn
-// has the time from its first copy to its last sum, counted in 150 cycles: 3 a step, 4 at the end.
+// What all steps take together is the same however they are divided. Beside that a turn has the
+// time from its first copy to its last sum, and each part of x is waited for, in 150 cycles about:
+constexpr int64_t turn_cost(int64_t steps) { return 3 * steps + 4; }
+constexpr int64_t kPhaseCost = 7;
+
+// Warps of a team.
 int team_warps(int64_t blocks, int64_t steps) {
   constexpr int64_t kMultiprocessors = 128;  // about, of any device: the sums' order hangs on it
   int best = 1;
@@ -713,8 +717,8 @@ int team_warps(int64_t blocks, int64_t steps) {
   for (int warps = 1; warps <= kMostWarps && warps <= steps; ++warps) {
     const int64_t of_warp = divide_up(steps, warps);
     const int64_t turns = divide_up(blocks, kMultiprocessors * (kMultiprocessorWarps / warps));
-    if (turns * (3 * of_warp + 4) >= least) continue;
-    least = turns * (3 * of_warp + 4), best = warps;
+    if (turns * turn_cost(of_warp) >= least) continue;
+    least = turns * turn_cost(of_warp), best = warps;
   }
   return best;
 }
@@ -739,24 +743,32 @@ void launch_few_rows(const char* op, const LinearParams& p, cudaStream_t stream)
   plan.scale_advance = plan.warps * Packed::kScaleBytes;
   plan.x_aligned = is_aligned(p.x, p.x_stride * sizeof(T));
   plan.weight_aligned = is_aligned(p.weight, 0) && is_aligned(p.scales, 0);
-  // As many teams a block as keep most warps busy; of those the most, for they share x.
-  int64_t bytes = 0, most = 0;
-  for (int teams = 1; teams * plan.warps <= kMostWarps; ++teams) {
+  // Teams of a block, the more the better where they cost the same, for they share x; and parts of
+  // x, which stays where there is one.
+  int64_t bytes = 0, most = 0, least = INT64_MAX;
+  for (int teams = kMostWarps / plan.warps; teams > 0; --teams) {
     const int warps = teams * plan.warps;
-    const int64_t own_bytes = warps * int64_t(kWarpBytes);
-    const int64_t left = device.shared_bytes - own_bytes;
-    int phase_steps = plan.steps;
-    while (phase_steps > 1 && phase_steps * int64_t(plan.x_advance) > min(left, kMostXBytes))
-      phase_steps = int(divide_up(phase_steps, 2));
-    const int64_t all_bytes = own_bytes + phase_steps * int64_t(plan.x_advance);
-    if (teams > 1 && all_bytes > device.shared_bytes) break;
-    const int64_t resident =
-        resident_blocks(all_bytes, warps * kWarpSize, kFewRowsRegisters, device);
-    if (resident * warps < most * plan.teams * plan.warps) continue;
-    plan.teams = teams, plan.phase_steps = phase_steps;
-    bytes = all_bytes, most = resident;
+    for (int phase_steps = plan.steps;; phase_steps = int(divide_up(phase_steps, 2))) {
+      const int64_t x_bytes = phase_steps * int64_t(plan.x_advance);
+      const int64_t all_bytes = warps * int64_t(kWarpBytes) + x_bytes;
+      const bool fits = x_bytes <= kMostXBytes && all_bytes <= device.shared_bytes;
+      const bool last = phase_steps == 1;
+      if (fits || (last && teams == 1)) {
+        const int64_t blocks_at_once =
+            device.multiprocessors *
+            resident_blocks(all_bytes, warps * kWarpSize, kFewRowsRegisters, device);
+        const int64_t turns = divide_up(blocks, blocks_at_once * teams);
+        const int64_t phases = divide_up(plan.steps, phase_steps);
+        const int64_t cost =
+            turns * turn_cost(plan.steps) + (phases > 1 ? turns * phases : 1) * kPhaseCost;
+        if (cost < least) {
+          least = cost, bytes = all_bytes, most = blocks_at_once;
+          plan.teams = teams, plan.phase_steps = phase_steps;
+        }
+      }
+      if (last) break;
+    }
   }
-  most *= device.multiprocessors;
   const dim3 grid = row_grid(blocks < most ? blocks : most);
   plan.turns = int(divide_up(blocks, int64_t(grid.x) * plan.teams));
   launch_early(op, linear_few_rows_kernel<T, Format, kRows>, grid,

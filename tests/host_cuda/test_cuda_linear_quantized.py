@@ -127,13 +127,13 @@ def test_x_that_shared_memory_cannot_hold_and_few_blocks(format: str) -> None:
 
 # Of so many blocks of weights three warps make a team; with so little shared memory two teams share
 # half of x at a time.
-MANY_BLOCKS, LITTLE_MEMORY = (8201, 768), {"int8": 42 << 10, "int4": 44 << 10}
+MANY_BLOCKS, LITTLE_MEMORY = (8201, 2304), {"int8": 48 << 10, "int4": 50 << 10}
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("rows", [1, 4])
 def test_teams_of_warps(format: str, rows: int) -> None:
-    packed, x = random_weight(format, *MANY_BLOCKS), torch.randn(rows, 768).bfloat16()
+    packed, x = random_weight(format, *MANY_BLOCKS), torch.randn(rows, 2304).bfloat16()
     (out,) = check_schedules(lambda **options: linear(format, x, packed, **options))
     assert_accurate(out, product, x, packed[2])
     devices: list[dict[str, int]] = [
@@ -231,7 +231,7 @@ def test_every_barrier_is_needed(format: str, rows: int, columns: int, barriers:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_barrier_of_teams_is_needed(format: str) -> None:
-    packed, x = random_weight(format, *MANY_BLOCKS), torch.randn(2, 768).bfloat16()
+    packed, x = random_weight(format, *MANY_BLOCKS), torch.randn(2, 2304).bfloat16()
     memory = LITTLE_MEMORY[format]
     run = lambda **options: linear(format, x, packed, shared_bytes=memory, **options)  # noqa: E731
     assert len(places(run)) == 5
