@@ -125,9 +125,9 @@ def test_x_that_shared_memory_cannot_hold_and_few_blocks(format: str) -> None:
     assert_accurate(out, product, x, packed[2])
 
 
-# Of so many blocks of weights three warps make a team; with so little shared memory two teams share
+# Of so many blocks of weights four warps make a team; with so little shared memory two teams share
 # half of x at a time.
-MANY_BLOCKS, LITTLE_MEMORY = (8201, 2304), {"int8": 48 << 10, "int4": 50 << 10}
+MANY_BLOCKS, LITTLE_MEMORY = (8201, 2304), {"int8": 63 << 10, "int4": 67 << 10}
 
 
 @pytest.mark.parametrize("format", FORMATS)
