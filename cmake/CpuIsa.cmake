@@ -6,9 +6,13 @@
 # NEON's on a machine without them; such a build is for tests only.
 include(CheckCXXCompilerFlag)
 
-set(GEMMA2_EXT_CPU_ISAS
-  "scalar;neon_dot;neon_bf16;avx2;avx2_vnni;avx512;avx512_vnni;avx512_bf16;avx512_amx"
-  CACHE STRING "instruction sets to compile for")
+set(gemma2_known_isas scalar neon_dot neon_bf16 avx2 avx2_vnni avx512 avx512_vnni avx512_bf16 avx512_amx)
+set(GEMMA2_EXT_CPU_ISAS "${gemma2_known_isas}" CACHE STRING "instruction sets to compile for")
+foreach(isa ${GEMMA2_EXT_CPU_ISAS})
+  if(NOT isa IN_LIST gemma2_known_isas)
+    message(FATAL_ERROR "GEMMA2_EXT_CPU_ISAS has ${isa}, which is none of ${gemma2_known_isas}")
+  endif()
+endforeach()
 option(GEMMA2_EXT_EMULATE_ISA "compile the levels that this processor lacks with AVX2 instructions" OFF)
 
 set(gemma2_flags_scalar "")

@@ -151,14 +151,19 @@ def cmake_program() -> str | None:
 
 @pytest.mark.skipif(cmake_program() is None, reason="needs cmake")
 @pytest.mark.parametrize(
-    ("torch_cuda", "message"),
+    ("wrong", "message"),
     [
-        ("", "GEMMA2_EXT_CUDA=ON, but /a/torch is a CPU-only PyTorch"),
-        ("12.8", "nvcc is CUDA 13.0, but PyTorch was built with CUDA 12.8"),
+        ({}, "GEMMA2_EXT_CUDA=ON, but /a/torch is a CPU-only PyTorch"),
+        ({"TORCH_CUDA": "12.8"}, "nvcc is CUDA 13.0, but PyTorch was built with CUDA 12.8"),
+        (
+            {"GEMMA2_EXT_CPU_ISAS": "scalar;avx1024"},
+            "has avx1024, which is none of scalar;neon_dot;",
+        ),
+        ({"GEMMA2_EXT_CPU_ISAS": "scalar;avx2_vnni"}, "which takes kernels of avx2, without avx2"),
     ],
 )
-def test_cuda_that_cannot_be_built_is_an_error(
-    tmp_path: Path, torch_cuda: str, message: str
+def test_what_cannot_be_built_is_an_error(
+    tmp_path: Path, wrong: dict[str, str], message: str
 ) -> None:
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
@@ -170,7 +175,8 @@ def test_cuda_that_cannot_be_built_is_an_error(
         "Python_EXECUTABLE": sys.executable,
         "TORCH_DIR": "/a/torch",
         "TORCH_VERSION": "2.13.0",
-        "TORCH_CUDA": torch_cuda,
+        "TORCH_CUDA": "",
+        **wrong,
     }
     result = subprocess.run(
         [
