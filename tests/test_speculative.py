@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 import tiny
-from gemma2_ext import Gemma2, cli, ops
+from gemma2_ext import Gemma2, cli, decode_graph, ops, speculative
 from gemma2_ext.chat import Conversation
 from gemma2_ext.generate import Sampler
 from gemma2_ext.models import shipped_model
@@ -124,6 +125,44 @@ def test_attention_of_several_rows_is_that_of_each_alone(isa: str) -> None:
                 q[:, i : i + 1], k, v, torch.tensor([length - MAX_ROWS + 1 + i]), **options
             )
             assert torch.equal(alone, together[:, i : i + 1]), (length, window, i)
+
+
+class Recorded:
+    """In place of a CUDA graph on the CPU: what it does is computed again."""
+
+    def __init__(self, compute: Callable[[], None]) -> None:
+        self.replay = compute
+
+
+@pytest.mark.parametrize("options", SAMPLINGS[:3], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 16}], ids=str)
+def test_steps_of_a_gpu_give_the_same(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    """Steps by graphs, computed as they would be captured: anew, behind each other, in place."""
+    model = tiny.small_model(max_position_embeddings=128, **changes)
+    other = tiny.small_model(max_position_embeddings=128, num_hidden_layers=1)
+    ids = repeating_ids(model, 20)
+    right = model.generate(ids, max_new_tokens=100, stop_ids=[], **options)
+    captured = 0
+
+    def capture(
+        device: torch.device, warm_up: Callable[[], None], compute: Callable[[], None], early: bool
+    ) -> Recorded:
+        nonlocal captured
+        captured += 1
+        for run in (warm_up, warm_up, compute):
+            run()
+        return Recorded(compute)
+
+    monkeypatch.setattr(speculative, "_step_graphs", decode_graph.StepGraphs)
+    monkeypatch.setattr(decode_graph, "_capture", capture)
+    monkeypatch.setattr(decode_graph.StepGraphs, "AFTER_RUNS", 3)
+    truth = right[0].tolist()
+    for draft in (NgramDraft(3), ModelDraft(other, 3), ModelDraft(other), Liar(truth, 2, 5)):
+        out = model.generate(ids, max_new_tokens=100, stop_ids=[], draft=draft, **options)
+        assert torch.equal(out, right)
+    assert captured >= 4
 
 
 def test_a_stop_token_inside_an_accepted_run() -> None:

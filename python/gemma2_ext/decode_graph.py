@@ -8,7 +8,8 @@ is for the copy of that token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -80,24 +81,109 @@ class DecodeGraph:
         """Captures a step; what the steps before the capture have changed is put back."""
         state = (self.tokens, self.running, self.key_lengths)
         before = [t.clone() for t in state]
-        stream = torch.cuda.Stream(self.model.device)
-        stream.wait_stream(torch.cuda.current_stream(self.model.device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_STEPS):
-                self._compute()
-                for tensor, value in zip(state, before, strict=True):
-                    tensor.copy_(value)
-        torch.cuda.current_stream(self.model.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Nothing in a step writes weights, so a kernel's first ones may be on their way while those
-        # in front of it are at work.
-        _C.set_early_launches(self.early_launches)
-        try:
-            with torch.cuda.graph(graph):
-                self._compute()
-        finally:
-            _C.set_early_launches(False)
-        return graph
+
+        def warm_up() -> None:
+            self._compute()
+            for tensor, value in zip(state, before, strict=True):
+                tensor.copy_(value)
+
+        return _capture(self.model.device, warm_up, self._compute, early=self.early_launches)
+
+
+class StepGraphs:
+    """Steps of one row over tokens that the host gives: a draft to check, or one's next token.
+
+    A step of as many tokens as some before is captured once it has run often enough to be worth
+    that; `capture` does it, between steps.
+
+    Args:
+        model: on a GPU.
+        cache: of one row.
+    """
+
+    # A capture costs about as much as so many steps lose without one.
+    AFTER_RUNS = 16
+
+    def __init__(self, model: Gemma2, cache: KVCache) -> None:
+        self.model, self.cache = model, cache
+        self._steps: dict[int, _Step] = {}
+        self._last: _Step | None = None
+
+    def logits(self, ids: list[int]) -> Tensor:
+        """Those after each of the row's next tokens, which the cache then holds.
+
+        Args:
+            ids: at most as many as the cache takes back, and has room for.
+
+        Returns:
+            (len(ids), vocab_size) float32, overwritten by the next step of as many tokens.
+        """
+        count = len(ids)
+        step = self._steps.get(count)
+        if step is None:
+            # Written by later steps, so no inference tensors.
+            with torch.inference_mode(False):
+                step = self._steps[count] = _Step(count, self.model.device)
+        (end,) = self.cache.reserve([count])
+        step.ids.copy_(torch.tensor([ids]))
+        step.key_lengths.fill_(end)
+        if step.graph is None:
+            self._compute(step)
+        else:
+            step.graph.replay()
+        step.runs += 1
+        self._last = step
+        self.cache.commit([count])
+        assert step.logits is not None
+        return step.logits[0]
+
+    def capture(self) -> None:
+        """Captures the last step if it has run often enough; before the cache has got more tokens.
+
+        It is computed anew for that, and writes into the cache what it has written.
+        """
+        step = self._last
+        if step is None or step.graph is not None or step.runs < self.AFTER_RUNS:
+            return
+        compute = functools.partial(self._compute, step)
+        step.graph = _capture(self.model.device, compute, compute, early=True)
+
+    def _compute(self, step: _Step) -> None:
+        hidden = self.model._decode(step.ids, None, step.key_lengths, self.cache)
+        step.logits = self.model._logits(hidden, last_only=False)
+
+
+class _Step:
+    """Of a number of tokens: input, output, and the graph that leads from one to the other."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.ids = torch.zeros(1, count, dtype=torch.int64, device=device)
+        self.key_lengths = torch.zeros(1, dtype=torch.int64, device=device)
+        self.logits: Tensor | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.runs = 0
+
+
+def _capture(
+    device: torch.device, warm_up: Callable[[], None], compute: Callable[[], None], *, early: bool
+) -> torch.cuda.CUDAGraph:
+    """A graph of `compute`, after some of `warm_up` on a stream beside the current one."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP_STEPS):
+            warm_up()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # Nothing in a step writes weights, so a kernel's first ones may be on their way while those in
+    # front of it are at work.
+    _C.set_early_launches(early)
+    try:
+        with torch.cuda.graph(graph):
+            compute()
+    finally:
+        _C.set_early_launches(False)
+    return graph
 
 
 def decode(graph: DecodeGraph, max_new_tokens: int) -> Iterator[Tensor]:

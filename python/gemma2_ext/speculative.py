@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .cache import MIN_SLACK, KVCache
+from .decode_graph import StepGraphs
 
 if TYPE_CHECKING:
     from .generate import Sampler
@@ -234,6 +235,7 @@ class ModelDraft(Draft):
         super().__init__(length)
         self.model = model
         self._cache: KVCache | None = None
+        self._steps: StepGraphs | None = None
 
     def check(self, model: Gemma2, held: int) -> None:
         """See `Draft.check`."""
@@ -249,6 +251,7 @@ class ModelDraft(Draft):
         super().begin(held, ids)
         if self._cache is None:
             self._cache = self.model.new_cache(1)
+            self._steps = _step_graphs(self.model, self._cache)
         self._forget(held)
         if self.kind() == 0:
             self._feed(self.ids[:-1])
@@ -265,6 +268,8 @@ class ModelDraft(Draft):
         tokens: list[int] = []
         for key in keys[: self._cache.max_length - len(self.ids) + 1]:
             tokens.append(int(sampler(self._feed(self.ids + tokens), key[None])))
+        if self._steps is not None and tokens:
+            self._steps.capture()
         return tokens
 
     def _forget(self, held: int) -> None:
@@ -279,8 +284,10 @@ class ModelDraft(Draft):
     def _feed(self, ids: list[int]) -> Tensor:
         """The logits after `ids`, of which the cache holds the first ones."""
         assert self._cache is not None
-        new = torch.tensor([ids[self._cache.length :]])
-        return self.model(new, cache=self._cache, last_only=True)[:, 0]
+        new = ids[self._cache.length :]
+        if self._steps is not None and len(new) <= MAX_ROWS:
+            return self._steps.logits(new)[-1:]
+        return self.model(torch.tensor([new]), cache=self._cache, last_only=True)[:, 0]
 
 
 def as_draft(draft: str | nn.Module | Draft) -> Draft:
@@ -303,6 +310,11 @@ def as_draft(draft: str | nn.Module | Draft) -> Draft:
     raise TypeError(
         f"generate: draft must be 'ngram', a model or a Draft, got {type(draft).__name__}"
     )
+
+
+def _step_graphs(model: Gemma2, cache: KVCache) -> StepGraphs | None:
+    """Where a step's launches would cost more than the step."""
+    return StepGraphs(model, cache) if model.device.type == "cuda" else None
 
 
 class _Keys:
@@ -336,7 +348,7 @@ def speculate(
     Arguments as for `generate`, checked. Whenever a token is handed out, the cache holds all but
     that one.
     """
-    keys = _Keys(sampler)
+    keys, steps = _Keys(sampler), _step_graphs(model, cache)
     mask, fed, proposal, kind, drawn = attention_mask, input_ids, list[int](), -1, 0
     given = input_ids[0] if mask is None else input_ids[mask != 0]
     with torch.inference_mode():
@@ -351,7 +363,10 @@ def speculate(
                 proposal = draft.propose(sampler, keys.first(length)) if length else []
                 mask, fed = None, torch.tensor([[draft.ids[-1], *proposal]])
             drafted = time.perf_counter()
-            logits = model(fed, mask, cache=cache, last_only=not proposal)[0]
+            if drawn and steps is not None:
+                logits = steps.logits(fed[0].tolist())
+            else:
+                logits = model(fed, mask, cache=cache, last_only=not proposal)[0]
             tokens = sampler(logits, keys.first(len(logits))).tolist()
         right = 0
         while right < len(proposal) and proposal[right] == tokens[right]:
@@ -363,6 +378,9 @@ def speculate(
         if drawn:
             end = time.perf_counter()
             draft.record(kind, len(proposal), right, drafted - start, end - drafted)
+            if steps is not None:
+                with torch.inference_mode():
+                    steps.capture()
         for i, token in enumerate(tokens[: right + 1]):
             if i:
                 cache.commit([1])

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import gemma2_ext
 from gemma2_ext import Gemma2, ops, reference
-from gemma2_ext.decode_graph import DecodeGraph
+from gemma2_ext.decode_graph import DecodeGraph, StepGraphs
 from gemma2_ext.models import shipped_model
 from training_common import metrics
 from training_common import run as train
@@ -52,6 +53,26 @@ def test_gpu_early_launches_give_the_same_tokens(
     assert torch.equal(gpu.generate(ids, max_new_tokens=60, temperature=0.8, seed=1), tokens)
 
 
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_gpu_steps_of_a_graph_are_those_of_calls(quantize: str | None, batch: int) -> None:
+    gpu = Gemma2.from_pretrained(
+        shipped_model(), dtype=torch.bfloat16, device="cuda", quantize=quantize
+    )
+    ids = torch.randint(3, gpu.config.vocab_size, (batch, 40))
+    drawn = gpu.generate(ids, max_new_tokens=40, stop_ids=[])
+    assert torch.equal(drawn[:, 40:].cpu(), tokens_by_calls(gpu, ids, 40))
+
+
+def tokens_by_calls(model: Gemma2, ids: Tensor, count: int) -> Tensor:
+    """Each step's ops called one by one."""
+    cache = model.new_cache(len(ids), ids.shape[1] + count)
+    tokens = [model(ids, cache=cache, last_only=True)[:, 0].argmax(-1)]
+    for _ in range(count - 1):
+        tokens.append(model(tokens[-1][:, None], cache=cache)[:, 0].argmax(-1))
+    return torch.stack(tokens, 1).cpu()
+
+
 def test_gpu_logits(models: tuple[Gemma2, Gemma2]) -> None:
     cpu, gpu = models
     ids = torch.randint(3, cpu.config.vocab_size, (2, 65))
@@ -71,14 +92,14 @@ def test_gpu_cache_of_int8(models: tuple[Gemma2, Gemma2]) -> None:
         shipped_model(), dtype=torch.bfloat16, device="cuda", cache_dtype=torch.int8
     )
     drawn = half.generate(ids, max_new_tokens=30, stop_ids=[])
-    cache = half.new_cache(2, 80)
-    tokens = [half(ids, cache=cache, last_only=True)[:, 0].argmax(-1)]
-    for _ in range(29):
-        tokens.append(half(tokens[-1][:, None], cache=cache)[:, 0].argmax(-1))
-    assert torch.equal(drawn[:, 40:].cpu(), torch.stack(tokens, 1).cpu())
+    assert torch.equal(drawn[:, 40:].cpu(), tokens_by_calls(half, ids, 30))
 
 
-def test_gpu_drafts_give_the_same_tokens(models: tuple[Gemma2, Gemma2]) -> None:
+@pytest.mark.parametrize("after_runs", [2, 1000], ids=["graphs", "no graphs"])
+def test_gpu_drafts_give_the_same_tokens(
+    models: tuple[Gemma2, Gemma2], monkeypatch: pytest.MonkeyPatch, after_runs: int
+) -> None:
+    monkeypatch.setattr(StepGraphs, "AFTER_RUNS", after_runs)
     _, gpu = models
     ids = torch.tensor([[7, 8, 9, 10, 11, 12] * 5])
     right = list(gpu.stream(ids, max_new_tokens=40))
