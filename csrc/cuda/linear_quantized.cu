@@ -368,6 +368,20 @@ template <class T, class Format, int kRows>
 constexpr int kStepSumBytes =
     Format::template kBias<T> != 0 ? PackedStep<Format>::kGroups * kRows * 4 : 0;
 
+// 8 elements of x, zeros behind the first n. In little code: it stands in several places.
+template <class T>
+GEMMA2_DEVICE Vector16 load_8_elements(const T* p, int n) {
+  uint64_t halves[2] = {};
+#pragma unroll 1
+  for (int i = 0; i < 8 && i < n; ++i) {
+    const uint64_t bits = uint64_t(p[i].bits) << (16 * (i % 4));
+    halves[0] |= i < 4 ? bits : 0;
+    halves[1] |= i < 4 ? 0 : bits;
+  }
+  return {{uint32_t(halves[0]), uint32_t(halves[0] >> 32), uint32_t(halves[1]),
+           uint32_t(halves[1] >> 32)}};
+}
+
 // kRows: the most rows of x, 2 or 4.
 template <class T, class Format, int kRows>
 __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
@@ -447,40 +461,62 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
     begin_block();
   };
 
-  // Columns of x from the phase's first on, zeros behind the last.
+  // Columns of x from the phase's first on, zeros behind the last; some vectors of a thread on the
+  // way at once.
   const auto copy_x = [&](int phase) {
+    constexpr int kVectors = 3;
     const int columns = plan.phase_steps * plan.warps * kStepColumns;
-    const int first = phase * columns;
+    const int first = phase * columns, left = int(p.in_features) - first;
     const int vectors = min(all_steps * kStepColumns - first, columns) / 8;
+    const int end = rows * vectors, stride = blockDim.x;
+    // The row that vector i is of; i becomes its place there.
+    const auto row_of = [&](int& i) {
+      int row = 0;
+#pragma unroll
+      for (int r = 1; r < kRows; ++r) {
+        if (i >= vectors) i -= vectors, ++row;
+      }
+      return row;
+    };
     // All lanes of a warp go on together: they add up each other's sums.
-    for (int begin = threadIdx.x - lane; begin < rows * vectors; begin += blockDim.x) {
-      const int i = min(begin + lane, rows * vectors - 1), row = i / vectors;
-      const int column = i % vectors * 8;
-      const T* from = static_cast<const T*>(p.x) + row * p.x_stride + first + column;
-      const int64_t n = p.in_features - first - column;
-      const Vector16 v = plan.x_aligned ? load_vector<true>(from, n) : load_vector<false>(from, n);
-      Vector16 mixed;
+    for (int begin = threadIdx.x - lane; begin < end; begin += kVectors * stride) {
+      Vector16 x[kVectors];
 #pragma unroll
-      for (int j = 0; j < 4; j += 2) {
-        mixed.words[j] = (v.words[j] & 0xffff) | v.words[j + 1] << 16;
-        mixed.words[j + 1] = v.words[j] >> 16 | (v.words[j + 1] & 0xffff0000u);
+      for (int k = 0; k < kVectors; ++k) {
+        if (begin + k * stride >= end) break;
+        int i = min(begin + k * stride + lane, end - 1);
+        const T* row = static_cast<const T*>(p.x) + row_of(i) * p.x_stride + first;
+        const bool whole = plan.x_aligned && 8 * i + 8 <= left;
+        x[k] = whole ? load_16(row + 8 * i) : load_8_elements(row + 8 * i, left - 8 * i);
       }
-      float sum = 0;
-      if constexpr (kBias != 0) {
-        static_assert(kGroupColumns == 16, "two lanes have a group");
-        float values[8];
-        unpack(v, values, T{});
 #pragma unroll
-        for (int j = 0; j < 8; ++j) sum += values[j];
-        sum += shuffle_xor(sum, 1);
-      }
-      if (begin + lane > i) continue;
-      unsigned char* const step = x_shared + column / kStepColumns * plan.x_step_bytes;
-      const int of_step = column % kStepColumns;
-      store_16(step + row * kStepRowBytes + 2 * of_step, mixed);
-      if (kBias != 0 && lane % 2 == 0) {
-        reinterpret_cast<float*>(
-            step + rows * kStepRowBytes)[of_step / kGroupColumns * kRows + row] = -kBias * sum;
+      for (int k = 0; k < kVectors; ++k) {
+        if (begin + k * stride >= end) break;
+        const Vector16& v = x[k];
+        Vector16 mixed;
+#pragma unroll
+        for (int j = 0; j < 4; j += 2) {
+          mixed.words[j] = (v.words[j] & 0xffff) | v.words[j + 1] << 16;
+          mixed.words[j + 1] = v.words[j] >> 16 | (v.words[j + 1] & 0xffff0000u);
+        }
+        float sum = 0;
+        if constexpr (kBias != 0) {
+          static_assert(kGroupColumns == 16, "two lanes have a group");
+          float values[8];
+          unpack(v, values, T{});
+#pragma unroll
+          for (int j = 0; j < 8; ++j) sum += values[j];
+          sum += shuffle_xor(sum, 1);
+        }
+        int i = begin + k * stride + lane;
+        if (i >= end) continue;
+        const int row = row_of(i), column = 8 * i % kStepColumns;
+        unsigned char* const step = x_shared + 8 * i / kStepColumns * plan.x_step_bytes;
+        store_16(step + row * kStepRowBytes + 2 * column, mixed);
+        if (kBias != 0 && lane % 2 == 0) {
+          reinterpret_cast<float*>(
+              step + rows * kStepRowBytes)[column / kGroupColumns * kRows + row] = -kBias * sum;
+        }
       }
     }
   };

@@ -53,13 +53,16 @@ def build(folder: Path) -> Path:
     for path in sorted(headers):
         common.update(path.read_bytes())
 
+    def remove(old: set[Path]) -> None:  # never what another process may have made just now
+        for path in old:
+            path.unlink(missing_ok=True)
+
     def compile_one(source: Path) -> Path:
         digest = common.copy()
         digest.update(source.read_bytes())
         target = folder / f"{source.stem}-{digest.hexdigest()[:16]}.o"
         if not target.exists():
-            for old in folder.glob(f"{source.stem}-*.o"):
-                old.unlink(missing_ok=True)
+            remove(set(folder.glob(f"{source.stem}-*.o")) - {target})
             part = target.with_suffix(f".{os.getpid()}")
             command = [compiler, *FLAGS, *QUIET, f"-I{HERE}", "-x", "c++", "-c", source, "-o", part]
             subprocess.run(command, check=True)
@@ -72,8 +75,7 @@ def build(folder: Path) -> Path:
     digest = hashlib.sha256(repr(objects).encode()).hexdigest()[:16]
     library = folder / f"host_cuda-{digest}.so"
     if not library.exists():
-        for old in folder.glob("host_cuda-*.so"):
-            old.unlink(missing_ok=True)
+        remove(set(folder.glob("host_cuda-*.so")) - {library})
         part = library.with_suffix(f".{os.getpid()}")
         subprocess.run([compiler, "-shared", *objects, "-o", part], check=True)
         part.replace(library)
