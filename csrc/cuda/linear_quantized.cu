@@ -18,7 +18,8 @@
 // tensor core's product has 8 columns: with 1 or 2 rows of x they stand for 4 groups of weights,
 // with 3 or 4 for 2, so that one scaling serves as many. A few warps, a team, have 16 rows of
 // weight: few, for each time that they add up their sums costs them as much as two steps. About 2.5
-// instructions for 32 weights.
+// instructions for 32 weights. Where so few blocks of weight are left that some multiprocessors
+// would have twice the work of others, a cluster of blocks shares the columns of each.
 //
 // 5 to 16 rows, linear_rows_kernel: a block takes a block of weights, its warps every kWarps-th
 // chunk of 32 columns. The word of 4 columns that a lane loads is, widened to 16 bits, its operand
@@ -88,6 +89,8 @@ struct Int8 {
   // Steps of linear_few_rows_kernel whose weights are on the way.
   template <int kRows>
   static constexpr int kRing = 3;
+  // What a step of a warp keeps a multiprocessor from others, in 15 cycles, where memory bounds it.
+  static constexpr int kStepCost = 8;
   template <class T>
   static constexpr float kBias = 0.0f;  // what its numbers have too much
 
@@ -124,6 +127,7 @@ struct Int4 {
   static constexpr int kScaleBytes = sizeof(Scale);
   template <int kRows>
   static constexpr int kRing = kRows == 2 ? 6 : 5;
+  static constexpr int kStepCost = 4;
   template <class T>
   static constexpr float kBias = kInt4Bias<T>;
 
@@ -334,6 +338,7 @@ constexpr int kStepColumns = kStepChunks * kChunk;
 constexpr int kStepRowBytes = kStepColumns * 2 + 32;  // of x; rows start in other banks
 constexpr int64_t kMostXBytes = 48 << 10;             // of x in shared memory at once
 constexpr int kFewRowsRegisters = 80;                 // of a thread of linear_few_rows_kernel
+constexpr int kMostParts = 8;                         // blocks of a cluster
 
 // A step's words [chunk][word][16 rows], then its scales [group][16 rows]: what a warp's ring has
 // kRing times.
@@ -346,10 +351,11 @@ struct PackedStep {
   static constexpr int kBytes = kWordBytes + kScaleBytes;
 };
 
-// How a launch divides its work. A team of warps has 16 rows of weight, a step in turn each; a
-// block has several teams. The sums' order hangs on the team, so that comes from the weights' shape
-// alone.
+// How a launch divides its work. A team of warps has 16 rows of weight, or part of their columns, a
+// step in turn each; a block has several teams. The sums' order hangs on parts and team, so those
+// come from the weights' shape and the device alone.
 struct Plan {
+  int parts;         // of the columns, each of a block of a cluster; with several there is one turn
   int warps;         // of a team
   int teams;         // of a block
   int steps;         // of a warp, for 16 rows of weight
@@ -400,8 +406,10 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
   const int chunks = int((p.in_features + kChunk - 1) / kChunk);
   const int all_steps = (chunks + kStepChunks - 1) / kStepChunks;
   const int blocks = int((p.out_features + kBlockRows - 1) / kBlockRows);
-  // A team's next rows are gridDim.x * plan.teams blocks further.
-  const int first_block = team * int(gridDim.x) + int(blockIdx.x);
+  const int part = int(blockIdx.x) % plan.parts, first_step = part * plan.steps * plan.warps;
+  // A team's next rows are as many blocks further as there are teams, one for all parts.
+  const int clusters = int(gridDim.x) / plan.parts;
+  const int first_block = team * clusters + int(blockIdx.x) / plan.parts;
   // Each warp's ring, of which no other reads; x; the warps' sums.
   const int all_warps = plan.teams * plan.warps;
   unsigned char* const ring = shared_memory() + warp_of_block * kRingBytes;
@@ -413,16 +421,17 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
     return PackedBlock<Format>(p.weight, p.scales, block, p.out_features, chunks);
   };
   // The copies go through steps and blocks as the sums do, kRing steps in front of them.
-  const int end_step = plan.steps * plan.warps;
-  int copied_block = first_block, copied_step = warp, whole_steps = 0;
+  const int end_step = first_step + plan.steps * plan.warps;
+  int copied_block = first_block, copied_step = 0, whole_steps = 0;
   const char *words, *scales;  // of this lane, in the step copied next
   const auto begin_block = [&] {
-    copied_step = warp, whole_steps = 0;
+    copied_step = first_step + warp, whole_steps = 0;
     if (copied_block >= blocks) return;
     const PackedBlock<Format> block = packed_block(copied_block);
     if (plan.weight_aligned && block.rows == kBlockRows) whole_steps = chunks / kStepChunks;
-    words = reinterpret_cast<const char*>(block.words) + warp * Packed::kWordBytes + 16 * lane;
-    scales = static_cast<const char*>(block.scales) + warp * Packed::kScaleBytes + 16 * lane;
+    words = reinterpret_cast<const char*>(block.words) + copied_step * Packed::kWordBytes;
+    scales = static_cast<const char*>(block.scales) + copied_step * Packed::kScaleBytes;
+    words += 16 * lane, scales += 16 * lane;
   };
   // Behind the last row or chunk the last one is read again; its sums are not used, or times 0. A
   // lane has row lane % 16 of every second word and group.
@@ -457,7 +466,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
     cp_async_commit();  // of nothing at the end, so that the waits count alike
     copied_step += plan.warps;
     if (copied_step < end_step) return;
-    copied_block += int(gridDim.x) * plan.teams;
+    copied_block += clusters * plan.teams;
     begin_block();
   };
 
@@ -466,7 +475,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
   const auto copy_x = [&](int phase) {
     constexpr int kVectors = 3;
     const int columns = plan.phase_steps * plan.warps * kStepColumns;
-    const int first = phase * columns, left = int(p.in_features) - first;
+    const int first = first_step * kStepColumns + phase * columns;
+    const int left = int(p.in_features) - first;
     const int vectors = min(all_steps * kStepColumns - first, columns) / 8;
     const int end = rows * vectors, stride = blockDim.x;
     // The row that vector i is of; i becomes its place there.
@@ -586,6 +596,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
   // A thread's results are all of one row of weight, whose factor is on its way in time.
   constexpr int kSums = kRows * kBlockRows;
   const int team_thread = warp * kWarpSize + lane;
+  float* const part_sums = scratch + (all_warps + team * plan.warps) * kSums;  // of no second turn
   const auto load_row_factor = [&](int index) {
     if (index >= blocks || team_thread >= rows * kBlockRows) return 1.0f;
     const PackedBlock<Format> block = packed_block(index);
@@ -616,12 +627,32 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
 #pragma unroll
       for (int j = 0; j < 4; ++j) sums[i][j] = 0;
     }
-    named_barrier_sync(1 + team, plan.warps * kWarpSize);
+    __syncthreads();  // of all teams, those without rows too: their turns are the same
     const int row = index * kBlockRows + team_thread % kBlockRows;
     if (row >= p.out_features) return;
     for (int i = team_thread; i < rows * kBlockRows; i += plan.warps * kWarpSize) {
       float sum = 0;
       for (int w = 0; w < plan.warps; ++w) sum += team_sums[w * kSums + i];
+      if (plan.parts == 1) {
+        store_result<T>(p, i / kBlockRows, row, sum * row_factor);
+      } else {
+        part_sums[i] = sum;
+      }
+    }
+  };
+  // By the block of the first part: the others' sums, in order.
+  const auto finish_parts = [&](int index, float row_factor) {
+    const int row = index * kBlockRows + team_thread % kBlockRows;
+    if (part != 0 || index >= blocks || row >= p.out_features) return;
+    for (int i = team_thread; i < rows * kBlockRows; i += plan.warps * kWarpSize) {
+      float of_part[kMostParts][1] = {};
+#pragma unroll
+      for (int k = 0; k < kMostParts; ++k) {
+        if (k < plan.parts) load_of_block(of_part[k], part_sums + i, k);
+      }
+      float sum = 0;
+#pragma unroll
+      for (int k = 0; k < kMostParts; ++k) sum += of_part[k][0];
       store_result<T>(p, i / kBlockRows, row, sum * row_factor);
     }
   };
@@ -635,7 +666,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
   unsigned char* copy_at = ring + 16 * lane;
   int stage = 0, block = first_block;
   for (int turn = 0; turn < plan.turns; ++turn) {
-    int number = warp;  // of the step
+    int number = first_step + warp;  // of the step
 #pragma unroll 1
     for (int first = 0; first < plan.steps; first += plan.phase_steps) {
       // x stays where one phase has it all.
@@ -660,11 +691,15 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
         words_at += further, scales_at += further, copy_at += further;
       }
     }
-    if (block >= blocks) continue;
     finish(block, turn, row_factor);
-    block += int(gridDim.x) * plan.teams;
+    if (plan.turns == 1) break;
+    block += clusters * plan.teams;
     row_factor = load_row_factor(block);
   }
+  if (plan.parts == 1) return;
+  cluster_barrier();
+  finish_parts(first_block, row_factor);
+  cluster_barrier_after_reads();
 }
 
 // f(column, numbers) for 4 columns at a time of one row of a block, of those of a chunk whose words
@@ -741,13 +776,14 @@ __global__ void __launch_bounds__(kThreads) embedding_kernel(const EmbeddingPara
 }
 
 // What all steps take together is the same however they are divided. Beside that a turn has the
-// time from its first copy to its last sum, and each part of x is waited for, in 150 cycles about:
+// time from its first copy to its last sum, and each part of x is waited for, and a cluster, in 150
+// cycles about:
 constexpr int64_t turn_cost(int64_t steps) { return 3 * steps + 4; }
-constexpr int64_t kPhaseCost = 7;
+constexpr int64_t kPhaseCost = 7, kClusterCost = 10;
+constexpr int64_t kMultiprocessors = 128;  // about, of any device
 
-// Warps of a team.
+// Warps of a team that has all columns.
 int team_warps(int64_t blocks, int64_t steps) {
-  constexpr int64_t kMultiprocessors = 128;  // about, of any device: the sums' order hangs on it
   int best = 1;
   int64_t least = INT64_MAX;
   for (int warps = 1; warps <= kMostWarps && warps <= steps; ++warps) {
@@ -759,26 +795,73 @@ int team_warps(int64_t blocks, int64_t steps) {
   return best;
 }
 
+// Of a warp, and of a step of x, with any number of rows.
+template <class Format, int kRows>
+constexpr int kFewRowsWarpBytes = Format::template kRing<kRows> * PackedStep<Format>::kBytes +
+                                  2 * kRows * kBlockRows * int(sizeof(float));
+template <class Format>
+constexpr int kMostWarpBytes =
+    kFewRowsWarpBytes<Format, 2> > kFewRowsWarpBytes<Format, 4> ? kFewRowsWarpBytes<Format, 2>
+                                                                : kFewRowsWarpBytes<Format, 4>;
+
+// Parts, warps and steps: parts where a few blocks of weight leave some multiprocessors with twice
+// the work of others. By the weights' shape and the device, so that a row's sums do not hang on the
+// rows beside it.
+template <class T, class Format>
+void divide(Plan& plan, int64_t blocks, int64_t steps, const DeviceProperties& device) {
+  plan.parts = 1, plan.warps = team_warps(blocks, steps);
+  plan.steps = int(divide_up(steps, plan.warps));
+  if (!device.clusters) return;
+  const auto cost = [&](int64_t parts, int64_t steps_of_part, int64_t steps_of_warp) {
+    const int64_t blocks_of_one = divide_up(blocks * parts, device.multiprocessors);
+    return blocks_of_one * steps_of_part * Format::kStepCost / 10 + turn_cost(steps_of_warp);
+  };
+  // With more blocks a turn would not be the only one, and work is even.
+  if (blocks > 2 * device.multiprocessors) return;
+  int64_t least = cost(1, steps, plan.steps);
+  for (int parts = 2; parts <= kMostParts; parts *= 2) {
+    for (int warps = 1; warps <= kMostWarps; ++warps) {
+      const int64_t of_warp = divide_up(steps, parts * warps), of_part = of_warp * warps;
+      const int64_t x_bytes = of_part * (4 * kStepRowBytes + kStepSumBytes<T, Format, 4>);
+      const int64_t bytes = warps * int64_t(kMostWarpBytes<Format>) + x_bytes;
+      const int64_t blocks_of_one = divide_up(blocks * parts, device.multiprocessors);
+      const bool fits =
+          x_bytes <= kMostXBytes && bytes <= device.shared_bytes &&
+          blocks_of_one <= resident_blocks(bytes, warps * kWarpSize, kFewRowsRegisters, device) &&
+          blocks * parts <= device.max_blocks;
+      const bool all_busy = (parts - 1) * of_part < steps;
+      const int64_t this_cost = cost(parts, of_part, of_warp) + kClusterCost;
+      if (!fits || !all_busy || this_cost >= least) continue;
+      least = this_cost;
+      plan.parts = parts, plan.warps = warps, plan.steps = int(of_warp);
+    }
+  }
+}
+
 template <class T, class Format, int kRows>
 void launch_few_rows(const char* op, const LinearParams& p, cudaStream_t stream) {
   using Packed = PackedStep<Format>;
-  // Of its ring and its sums.
-  constexpr int kWarpBytes =
-      Format::template kRing<kRows> * Packed::kBytes + 2 * kRows * kBlockRows * int(sizeof(float));
+  constexpr int kWarpBytes = kFewRowsWarpBytes<Format, kRows>;
   constexpr int kLeastXBytes = kRows * kStepRowBytes + kStepSumBytes<T, Format, kRows>;
   static_assert(kMostWarps * (kWarpBytes + kLeastXBytes) <= 99 << 10, "");
   const int64_t blocks = divide_up(p.out_features, kBlockRows);
   const int64_t steps = divide_up(p.in_features, kStepColumns);
   const DeviceProperties& device = device_properties();
   Plan plan{};
-  plan.warps = team_warps(blocks, steps);
-  plan.steps = int(divide_up(steps, plan.warps));
+  divide<T, Format>(plan, blocks, steps, device);
   plan.x_step_bytes = int(p.rows) * kStepRowBytes + kStepSumBytes<T, Format, kRows>;
   plan.x_advance = plan.warps * plan.x_step_bytes;
   plan.word_advance = plan.warps * Packed::kWordBytes;
   plan.scale_advance = plan.warps * Packed::kScaleBytes;
   plan.x_aligned = is_aligned(p.x, p.x_stride * sizeof(T));
   plan.weight_aligned = is_aligned(p.weight, 0) && is_aligned(p.scales, 0);
+  const auto kernel = linear_few_rows_kernel<T, Format, kRows>;
+  if (plan.parts > 1) {
+    plan.teams = plan.turns = 1, plan.phase_steps = plan.steps;
+    const int64_t bytes = plan.warps * int64_t(kWarpBytes) + plan.steps * int64_t(plan.x_advance);
+    return launch_clusters(op, kernel, plan.parts, dim3(unsigned(blocks * plan.parts)),
+                           plan.warps * kWarpSize, bytes, stream, p, plan);
+  }
   // Teams of a block, the more the better where they cost the same, for they share x; and parts of
   // x, which stays where there is one.
   int64_t bytes = 0, most = 0, least = INT64_MAX;
@@ -807,8 +890,7 @@ void launch_few_rows(const char* op, const LinearParams& p, cudaStream_t stream)
   }
   const dim3 grid = row_grid(blocks < most ? blocks : most);
   plan.turns = int(divide_up(blocks, int64_t(grid.x) * plan.teams));
-  launch_early(op, linear_few_rows_kernel<T, Format, kRows>, grid,
-               plan.teams * plan.warps * kWarpSize, bytes, stream, p, plan);
+  launch_early(op, kernel, grid, plan.teams * plan.warps * kWarpSize, bytes, stream, p, plan);
 }
 
 template <class T, class Format>

@@ -9,6 +9,7 @@ from torch import Tensor
 from common import assert_accurate
 from gemma2_ext import reference
 from host_cuda.emulator import (
+    ROOT,
     Refused,
     assert_guards,
     assert_needed,
@@ -144,6 +145,25 @@ def test_teams_of_warps(format: str, rows: int) -> None:
         assert torch.equal(linear(format, x, packed, **device)[0], out)
 
 
+# A few blocks of long rows on so few multiprocessors: clusters of blocks share their columns.
+FEW_BLOCKS, LARGE_MEMORY = (73, 9216), 227 << 10
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("columns", [9216, 9217, 8000])
+def test_clusters_share_columns(format: str, columns: int) -> None:
+    packed = random_weight(format, FEW_BLOCKS[0], columns)
+    x = torch.randn(4, columns).bfloat16()
+    run = lambda **options: linear(format, x, packed, shared_bytes=LARGE_MEMORY, **options)  # noqa: E731
+    (out,) = check_schedules(run)
+    assert_accurate(out, product, x, packed[2])
+    for rows in (1, 2, 3):
+        (alone,) = linear(format, x[:rows], packed, shared_bytes=LARGE_MEMORY)
+        assert torch.equal(alone, out[:rows])
+    (without,) = run(compute_capability=80)
+    assert_accurate(without, product, x, packed[2])
+
+
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
 def test_teams_of_most_warps_fit_every_device(format: str, rows: int) -> None:
@@ -237,3 +257,16 @@ def test_every_barrier_of_teams_is_needed(format: str) -> None:
     assert len(places(run)) == 5
     for place in places(run):
         assert_needed(run, place)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_barrier_of_clusters_is_needed(format: str) -> None:
+    packed, x = random_weight(format, *FEW_BLOCKS), torch.randn(2, FEW_BLOCKS[1]).bfloat16()
+    run = lambda **options: linear(format, x, packed, shared_bytes=LARGE_MEMORY, **options)  # noqa: E731
+    found = places(run)
+    assert len(found) == 7
+    for place in found:
+        source = (ROOT / "csrc" / "cuda" / "linear_quantized.cu").read_text().splitlines()
+        # Of one part of x nothing has been used before.
+        if "the part before" not in source[int(place.split(":")[1]) - 1]:
+            assert_needed(run, place)
