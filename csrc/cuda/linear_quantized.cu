@@ -779,7 +779,7 @@ __global__ void __launch_bounds__(kThreads) embedding_kernel(const EmbeddingPara
 // time from its first copy to its last sum, and each part of x is waited for, and a cluster, in 150
 // cycles about:
 constexpr int64_t turn_cost(int64_t steps) { return 3 * steps + 4; }
-constexpr int64_t kPhaseCost = 7, kClusterCost = 10;
+constexpr int64_t kPhaseCost = 7, kClusterCost = 15;
 constexpr int64_t kMultiprocessors = 128;  // about, of any device
 
 // Warps of a team that has all columns.
