@@ -15,7 +15,7 @@ struct DeviceProperties {
   int shared_bytes;  // that a block can ask for: 99 KiB on sm_86, 89 and 120, 163 on 80, 227 on 90
   int compute_capability;  // 10 * major + minor
   int max_blocks;          // of a grid's x
-  bool clusters;           // of blocks
+  bool clusters;           // of up to 8 blocks with much shared memory
 };
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -58,7 +58,8 @@ inline const DeviceProperties& device_properties() {
     check("device", cudaDeviceGetAttribute(&p.max_blocks, cudaDevAttrMaxGridDimX, device));
     int clusters = 0;
     check("device", cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device));
-    p.clusters = clusters && major >= 9;
+    // Smaller chips have fewer multiprocessors in what a cluster has to fit into.
+    p.clusters = clusters && (major == 9 || major == 10);
     p.compute_capability = 10 * major + minor;
   }
   return p;
@@ -126,7 +127,8 @@ inline const DeviceProperties& device_properties() {
   properties.shared_bytes = emulation::settings().shared_bytes;
   properties.compute_capability = emulation::settings().compute_capability;
   properties.max_blocks = emulation::settings().max_blocks;
-  properties.clusters = emulation::settings().compute_capability >= 90;
+  const int capability = emulation::settings().compute_capability;
+  properties.clusters = capability >= 90 && capability < 110;
   return properties;
 }
 
