@@ -218,4 +218,5 @@ for i in range(20):
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     result = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
-    assert int(result.stdout) < 1000
+    # Of 92160 pages; one result may be, where the heap's end was given back.
+    assert int(result.stdout) < 2 * 2304
