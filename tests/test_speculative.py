@@ -250,6 +250,20 @@ def test_packed_weights(quantize: Any) -> None:
         assert torch.equal(actual, plain)
 
 
+def test_a_prompt_of_one_token() -> None:
+    model, small = tiny.small_model(), tiny.small_model(seed=1, num_hidden_layers=1)
+    ids = tiny.random_ids(model.config, 1, 1)
+    right = model.generate(ids, max_new_tokens=8, stop_ids=())
+    for draft in (NgramDraft(3), ModelDraft(small, 3), ModelDraft(small)):
+        assert torch.equal(model.generate(ids, max_new_tokens=8, stop_ids=(), draft=draft), right)
+    # The next answer: of its text the draft's cache has all but the last token.
+    draft, cache = ModelDraft(small, 3), model.new_cache(1, 40)
+    first = model.generate(ids, max_new_tokens=8, stop_ids=(), draft=draft, cache=cache)
+    second = model.generate(first[:, -1:], max_new_tokens=8, stop_ids=(), draft=draft, cache=cache)
+    whole = model.generate(ids, max_new_tokens=16, stop_ids=())
+    assert torch.equal(second[:, 1:], whole[:, 9:])
+
+
 def test_the_draft_models_context_may_be_shorter() -> None:
     model = tiny.small_model()
     ids = tiny.random_ids(model.config, 1, 20)

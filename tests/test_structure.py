@@ -118,7 +118,7 @@ def test_only_one_header_has_ptx() -> None:
         if path.name == "ptx.cuh" or "wgmma" in path.name:
             continue
         text = re.sub(r"//[^\n]*", "", path.read_text())
-        for word in (r"\basm\b", "__shared__", r"\b__\w+_sync\(", "<<<"):
+        for word in (r"\basm\b", "__shared__", r"_sync\(", "<<<"):
             allowed = word == "<<<" and path.name == "launch.cuh"
             assert allowed or not re.search(word, text), f"{path.name} has {word}"
 

@@ -87,7 +87,8 @@ inline bool starts_early();
 // wait_for_previous_kernels before it touches anything but what kernels.h says is read early: where
 // early_launches says so, it starts when every block of the kernel in front has called the former.
 // Its launch, and its first weights' way, are then hidden behind that one.
-// In clusters of so many blocks along x where that is not 1: from sm_90 on, up to 8.
+//
+// launch_clusters: in clusters of so many blocks along x, where the device has them.
 template <class... Params, class... Args>
 void launch_clusters(const char* op, void (*kernel)(Params...), int blocks_of_cluster, dim3 grid,
                      int threads, int64_t shared_bytes, cudaStream_t stream, const Args&... args) {

@@ -1,6 +1,6 @@
 """Decoding on a GPU: one step as a CUDA graph, and the loop around it.
 
-A step is some 270 launches of a few microseconds each; replaying a graph costs one. Tokens, the
+A step is some 200 launches of a few microseconds each; replaying a graph costs one. Tokens, the
 stop tokens and lengths stay on the device, so that a step's input is the output of the
 one before it, and a step is started before the host has seen its predecessor's token: the only wait
 is for the copy of that token.

@@ -253,7 +253,7 @@ class ModelDraft(Draft):
             self._cache = self.model.new_cache(1)
             self._steps = _step_graphs(self.model, self._cache)
         self._forget(held)
-        if self.kind() == 0:
+        if self.kind() == 0 and len(self.ids) - 1 > self._cache.length:
             self._feed(self.ids[:-1])
 
     def kind(self) -> int:
