@@ -17,7 +17,7 @@
 namespace gemma2 {
 namespace cuda {
 
-// attention_wgmma.cu, which cannot be emulated.
+// attention_wgmma.cu.
 void launch_attention_wgmma(const AttentionParams& p, const AttentionPlan& plan, unsigned blocks,
                             cudaStream_t stream);
 
@@ -462,16 +462,9 @@ AttentionTile choose_tile(int head_dim, const DeviceProperties& device) {
   return two || kLarge.shared_bytes() > device.shared_bytes ? kSmall : kLarge;
 }
 
-#ifdef __CUDACC__
-constexpr bool kHasWgmma = true;
-#else
-constexpr bool kHasWgmma = false;  // the emulation
-#endif
-
 // Below two blocks of rows of Hopper's own kernel the smaller tiles fill the device better.
 bool wants_wgmma(int64_t rows, int head_dim, const DeviceProperties& device) {
-  return kHasWgmma && device.compute_capability == 90 && head_dim >= 128 &&
-         rows >= 2 * kAttentionWgmmaRows;
+  return has_wgmma(device) && head_dim >= 128 && rows >= 2 * kAttentionWgmmaRows;
 }
 
 // Of one key head, and of the longest sequence.
@@ -565,10 +558,8 @@ template <class T>
 void launch_16_bit(const AttentionParams& p, const AttentionPlan& plan, dim3 grid,
                    cudaStream_t stream) {
   const int head_dim = plan.head_dim;
-#ifdef __CUDACC__
   if (plan.kernel == AttentionKernel::kWgmma)
     return launch_attention_wgmma(p, plan, grid.x, stream);
-#endif
   if (plan.kernel == AttentionKernel::kDecode) {
     if (p.k_scales.data) {
       if (head_dim == 128) return launch_decode<Int8DecodeTiles<T, 128>>(p, plan, grid, stream);

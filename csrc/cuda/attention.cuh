@@ -131,7 +131,7 @@ GEMMA2_DEVICE bool make_unit(const AttentionParams& p, const AttentionPlan& plan
     u.length = clamp(p.key_lengths[u.batch], 0, p.capacity ? INT64_MAX : p.seqlen_k);
   }
   if (p.key_starts) u.start = clamp(p.key_starts[u.batch], 0, u.length);
-  u.group = int(p.num_heads / p.num_kv_heads);
+  u.group = int(unsigned(p.num_heads) / unsigned(p.num_kv_heads));
   u.row_begin = int(u.block * plan.block_rows);
   u.rows = int(clamp(u.seqlen_q * u.group - u.row_begin, 0, plan.block_rows));
   if (u.rows == 0) return false;
@@ -319,6 +319,14 @@ GEMMA2_DEVICE void mask_scores(float (&s)[kTiles][4], const RowKeys (&seen)[2], 
   }
 }
 
+// The largest z that a row's weights are relative to, given the largest so far. One that is larger
+// by a few powers of two only is left as it is, so that the output need not be scaled for it:
+// weights are then below 2^8, which no type here minds.
+GEMMA2_DEVICE float next_base(float base, float largest, float outer) {
+  constexpr float kSlack = 8.0f;
+  return (largest - base) * outer <= kSlack ? base : largest;
+}
+
 // Turns z into weights; factor is what earlier output of each row has to be multiplied with.
 template <int kTiles>
 GEMMA2_DEVICE void softmax_tile(float (&s)[kTiles][4], const ScoreScale& c, QuadRows& rows,
@@ -328,7 +336,7 @@ GEMMA2_DEVICE void softmax_tile(float (&s)[kTiles][4], const ScoreScale& c, Quad
     float largest = rows.largest[i];
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) largest = fmaxf(largest, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
-    largest = quad_max(largest);
+    largest = next_base(rows.largest[i], quad_max(largest), c.outer);
     const float finite = largest == -INFINITY ? 0.0f : largest;  // no key so far
     const float base = finite * c.outer;
     factor[i] = exp2_approx((rows.largest[i] - finite) * c.outer);  // just 1 where it stays

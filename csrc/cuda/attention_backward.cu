@@ -20,7 +20,7 @@
 namespace gemma2 {
 namespace cuda {
 
-// attention_backward_wgmma.cu, which cannot be emulated.
+// attention_backward_wgmma.cu.
 bool attention_backward_wgmma_takes(const AttentionBackwardParams& b);
 void launch_attention_backward_wgmma(const AttentionBackwardParams& b, cudaStream_t stream);
 
@@ -363,10 +363,8 @@ void launch_attention_backward(const AttentionBackwardParams& b, cudaStream_t st
       launch(op, attention_backward_plain_keys_kernel, dim3(unsigned(key_units)), kThreads, 0,
              stream, b, keys, sequences);
     } else {
-#ifdef __CUDACC__
-      if (device_properties().compute_capability == 90 && attention_backward_wgmma_takes(b))
+      if (has_wgmma(device_properties()) && attention_backward_wgmma_takes(b))
         return launch_attention_backward_wgmma(b, stream);
-#endif
       const auto launch_dim = [&](auto head_dim) {
         launch_gradients<T, head_dim.value>(b, rows, keys, row_units, key_units, sequences, stream);
       };

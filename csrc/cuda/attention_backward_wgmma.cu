@@ -48,7 +48,7 @@ struct Shape {
   static_assert(kSharedBytes <= 227 << 10, "");
 };
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(GEMMA2_HOPPER)
 
 // Panels of 64 columns: kRows rows of 128 bytes each, their chunks permuted as wgmma_matrix says.
 template <int kHeadDim, int kRows>
@@ -61,12 +61,15 @@ struct PanelLayout {
 // d = a b^T: 64 rows of a tile of kARows, all kBRows of the other tile.
 template <class T, int kHeadDim, int kARows, int kBRows>
 GEMMA2_DEVICE void start_scores(float (&d)[kBRows / 8][4], const T* a, const T* b) {
+  // Anew each time: the steps' places would take more registers through the loop than there are.
+  const uint64_t a_matrix = wgmma_matrix_anew(wgmma_matrix(a, 16));
+  const uint64_t b_matrix = wgmma_matrix(b, 16);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step) {
-    const int panel = step / 4, column = step % 4 * 16;
-    const uint64_t a_step = wgmma_matrix(a + panel * kARows * 64 + column, 16);
-    const uint64_t b_step = wgmma_matrix(b + panel * kBRows * 64 + column, 16);
+    const int panel = step / 4, column = step % 4 * 16;  // of panels of 64 columns, 128 bytes a row
+    const uint64_t a_step = wgmma_matrix_behind(a_matrix, panel * kARows * 128 + column * 2);
+    const uint64_t b_step = wgmma_matrix_behind(b_matrix, panel * kBRows * 128 + column * 2);
     if (step == 0) {
       wgmma_first<T, kBRows>(d, a_step, b_step);
     } else {
@@ -80,11 +83,11 @@ GEMMA2_DEVICE void start_scores(float (&d)[kBRows / 8][4], const T* a, const T* 
 template <class T, int kHeadDim, int kBRows>
 GEMMA2_DEVICE void start_gradient(float (&d)[kHeadDim / 8][4],
                                   const uint32_t (&weights)[kBRows / 16][4], const T* b) {
+  const uint64_t b_matrix = wgmma_matrix(b, kBRows * 128);
   wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < kBRows / 16; ++step) {
-    wgmma_registers<T, kHeadDim>(d, weights[step], wgmma_matrix(b + step * 16 * 64, kBRows * 128));
-  }
+  for (int step = 0; step < kBRows / 16; ++step)
+    wgmma_registers<T, kHeadDim>(d, weights[step], wgmma_matrix_behind(b_matrix, step * 16 * 128));
   wgmma_commit();
 }
 
@@ -303,6 +306,13 @@ GEMMA2_DEVICE void clear(float (&d)[kTiles][4]) {
   for (int n = 0; n < kTiles; ++n) d[n][0] = d[n][1] = d[n][2] = d[n][3] = 0.0f;
 }
 
+// The consumer warpgroup that this thread is of, and its turns: through a shuffle, by which the
+// compiler knows them as one for all lanes.
+GEMMA2_DEVICE int consumer_group() { return shuffle(int(threadIdx.x / kGroupThreads), 0) - 1; }
+GEMMA2_DEVICE int turns_of(const Range& range, int rows) {
+  return shuffle((range.end - range.begin + rows - 1) / rows, 0);
+}
+
 // 64 rows of grad_q, by a warpgroup. Each turn's product of ds and k runs beside the next turn's
 // scores; none is at work where a turn ends, which would make the compiler wait for each.
 template <class T, int kHeadDim>
@@ -310,7 +320,7 @@ GEMMA2_DEVICE void consume_rows(const AttentionBackwardParams& b, const Range& r
   using S = Shape<kHeadDim, false>;
   using M = Shared<T, kHeadDim, false>;
   constexpr int kOthers = S::kOthers;
-  const int lane = threadIdx.x % kWarpSize, group_row = (threadIdx.x / kGroupThreads - 1) * 64;
+  const int lane = threadIdx.x % kWarpSize, group_row = consumer_group() * 64;
   const int warp_row = group_row + threadIdx.x % kGroupThreads / kWarpSize * 16;
   const T* const q = M::mine_a() + group_row * 64;
   const T* const grad_out = M::mine_b() + group_row * 64;
@@ -364,7 +374,7 @@ GEMMA2_DEVICE void consume_rows(const AttentionBackwardParams& b, const Range& r
     }
     pack_weights<T>(ds, s);
   };
-  const int turns = (range.end - range.begin + kOthers - 1) / kOthers;
+  const int turns = turns_of(range, kOthers);
   if (turns > 0) {
     mbarrier_wait(M::full_mine(), 0);
     turn(Flag<true>{}, 0);
@@ -434,7 +444,7 @@ GEMMA2_DEVICE void consume_keys(const AttentionBackwardParams& b, const Range& r
   using S = Shape<kHeadDim, true>;
   using M = Shared<T, kHeadDim, true>;
   constexpr int kOthers = S::kOthers;
-  const int group_row = (threadIdx.x / kGroupThreads - 1) * 64;
+  const int group_row = consumer_group() * 64;
   const int group_key = range.mine_begin + group_row;
   const int warp_key = group_key + threadIdx.x % kGroupThreads / kWarpSize * 16;
   const T* const k = M::mine_a() + group_row * 64;
@@ -470,7 +480,7 @@ GEMMA2_DEVICE void consume_keys(const AttentionBackwardParams& b, const Range& r
     keep_in_order(grad_v);
     M::release_b(i);
   };
-  const int turns = (range.end - range.begin + kOthers - 1) / kOthers;
+  const int turns = turns_of(range, kOthers);
   if (turns > 0) {
     mbarrier_wait(M::full_mine(), 0);
     turn(Flag<true>{}, 0);
@@ -526,7 +536,7 @@ GEMMA2_DEVICE void consume_for_v(const AttentionBackwardParams& b, const Range& 
     named_barrier_arrive(handed_barrier(warp), 2 * kWarpSize);
     M::release_a(i);
   };
-  const int turns = (range.end - range.begin + kOthers - 1) / kOthers;
+  const int turns = turns_of(range, kOthers);
   if (turns > 0) {
     mbarrier_wait(M::full_mine(), 0);
     turn(Flag<true>{}, 0);
@@ -548,7 +558,7 @@ GEMMA2_DEVICE void consume_for_k(const AttentionBackwardParams& b, const Range& 
   using M = Shared<T, kHeadDim, true>;
   constexpr int kOthers = S::kOthers;
   const int thread = threadIdx.x % kGroupThreads, warp = thread / kWarpSize;
-  const int turns = (range.end - range.begin + kOthers - 1) / kOthers;
+  const int turns = turns_of(range, kOthers);
   float grad[kHeadDim / 8][4];
   uint32_t ds[kOthers / 16][4];
   clear(grad);
@@ -622,7 +632,7 @@ template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_backward_wgmma_rows_kernel(const AttentionBackwardParams b,
                                          const AttentionPlan plan) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(GEMMA2_HOPPER)
   Unit<T> u;
   if (!make_unit(b.forward, plan, blockIdx.x, u)) return;
   const Range range{0, 0, u.keys};
@@ -641,7 +651,7 @@ template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_backward_wgmma_keys_kernel(const AttentionBackwardParams b, const AttentionPlan plan,
                                          int64_t sequences) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(GEMMA2_HOPPER)
   using S = Shape<kHeadDim, true>;
   const AttentionParams& p = b.forward;
   const int64_t key_begin = blockIdx.x / sequences * S::kMine;

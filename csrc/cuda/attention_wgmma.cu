@@ -8,11 +8,10 @@
 // head_dim 128, where a score costs half as many products, tanh is a polynomial.
 // attention_wgmma_kernel: at most 168 registers (40 and 232 by warpgroup), 226 KiB of shared
 // memory. Source: FlashAttention-3 (arXiv 2407.08608), its tile of 128 x 80 for head_dim 256.
-#include <cuda.h>
-
 #include "attention.cuh"
 #include "kernels.h"
 #include "launch.cuh"
+#include "tensor_map.cuh"
 #include "wgmma.cuh"
 
 namespace gemma2 {
@@ -24,15 +23,15 @@ constexpr int kConsumers = 2, kThreads = (1 + kConsumers) * kGroupThreads;
 constexpr int kRows = kAttentionWgmmaRows;
 static_assert(kRows == kConsumers * 64, "");
 
-// K and V as bulk tensor copies see them, where `used`.
-struct KeyMaps {
-  CUtensorMap k, v;
-  bool used;
+// Q, and K and V, as bulk tensor copies see them, where that is possible.
+struct TileMaps {
+  CUtensorMap q, k, v;
+  bool of_q, of_keys;
 };
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(GEMMA2_HOPPER)
 
-constexpr int kEndBarrier = 1, kTailBarrier = 2;  // the last one a warpgroup
+constexpr int kGroupBarrier = 1;  // one a warpgroup
 
 // Panels of 64 columns: kRows rows of 128 bytes each, their chunks permuted as wgmma_matrix says.
 template <int kHeadDim, int kRows>
@@ -49,15 +48,22 @@ GEMMA2_DEVICE int v_place(int block, int blocks) {
   return block + 1 < blocks ? 2 * block + 2 : 2 * block + 1;
 }
 
+// The rows of Q by the whole producer.
+template <class T, int kHeadDim>
+GEMMA2_DEVICE void copy_queries(const AttentionParams& p, const Unit<T>& u, T* q_tile) {
+  constexpr int kUnroll = 4;  // as few registers as a producer has
+  copy_tile<PanelLayout<kHeadDim, kRows>, kRows, kGroupThreads, kUnroll>(
+      q_tile, u.rows, int(p.head_dim), threadIdx.x, [&](int row) { return query_row(p, u, row); });
+  cp_async_commit();
+}
+
 template <class T, int kHeadDim, int kKeys, int kStages>
 GEMMA2_DEVICE void produce(const AttentionParams& p, const AttentionPlan& plan, const Unit<T>& u,
                            T* q_tile, uint64_t* full_q, T* ring, uint64_t* full, uint64_t* empty,
                            int blocks) {
   const int thread = threadIdx.x;
-  constexpr int kUnroll = 4;  // as few registers as a producer has
-  copy_tile<PanelLayout<kHeadDim, kRows>, kRows, kGroupThreads, kUnroll>(
-      q_tile, u.rows, int(p.head_dim), thread, [&](int row) { return query_row(p, u, row); });
-  cp_async_commit();
+  constexpr int kUnroll = 4;
+  copy_queries<T, kHeadDim>(p, u, q_tile);
   // The barrier of the tile whose copies are to be waited for next.
   uint64_t* pending = full_q;
   const auto announce = [&] {
@@ -86,12 +92,12 @@ GEMMA2_DEVICE void produce(const AttentionParams& p, const AttentionPlan& plan, 
 
 // The same by bulk tensor copies, which one thread starts.
 template <class T, int kHeadDim, int kKeys, int kStages>
-GEMMA2_DEVICE void produce_by_maps(const AttentionParams& p, const KeyMaps& maps, const Unit<T>& u,
+GEMMA2_DEVICE void produce_by_maps(const AttentionParams& p, const TileMaps& maps, const Unit<T>& u,
                                    T* q_tile, uint64_t* full_q, T* ring, uint64_t* full,
                                    uint64_t* empty, int blocks) {
   const int thread = threadIdx.x;
   const int slot = int(u.k_offset + u.key_begin), kv_head = int(u.kv_head);
-  const int batch = p.cu_seqlens_k ? 0 : int(u.batch);
+  const int batch = int(u.batch), k_batch = p.cu_seqlens_k ? 0 : batch;
   const auto copy = [&](int place, const CUtensorMap& map, int block) {
     const int stage = place % kStages;
     mbarrier_wait(empty + stage, (place / kStages & 1) ^ 1);
@@ -99,17 +105,25 @@ GEMMA2_DEVICE void produce_by_maps(const AttentionParams& p, const KeyMaps& maps
     T* const tile = ring + stage * kKeys * kHeadDim;
 #pragma unroll
     for (int panel = 0; panel < kHeadDim / 64; ++panel) {
-      copy_box(tile + panel * kKeys * 64, &map, panel * 64, slot + block * kKeys, kv_head, batch,
+      copy_box(tile + panel * kKeys * 64, &map, panel * 64, slot + block * kKeys, kv_head, k_batch,
                full + stage);
     }
   };
+  if (thread == 0 && maps.of_q) {
+    mbarrier_arrive_and_expect(full_q, kRows * kHeadDim * 2);
+#pragma unroll
+    for (int panel = 0; panel < kHeadDim / 64; ++panel) {
+      copy_box(q_tile + panel * kRows * 64, &maps.q, panel * 64, 0, int(u.q_offset) + u.query(0),
+               kv_head, p.cu_seqlens_q ? 0 : batch, full_q);
+    }
+  }
   if (thread == 0) copy(0, maps.k, 0);
-  copy_tile<PanelLayout<kHeadDim, kRows>, kRows, kGroupThreads, 4>(
-      q_tile, u.rows, int(p.head_dim), thread, [&](int row) { return query_row(p, u, row); });
-  cp_async_commit();
-  cp_async_wait<0>();
-  fence_shared_for_wgmma();
-  mbarrier_arrive(full_q);
+  if (!maps.of_q) {
+    copy_queries<T, kHeadDim>(p, u, q_tile);
+    cp_async_wait<0>();
+    fence_shared_for_wgmma();
+    mbarrier_arrive(full_q);
+  }
   if (thread != 0) return;
   for (int block = 1; block < blocks; ++block) {
     copy(k_place(block), maps.k, block);
@@ -156,6 +170,7 @@ GEMMA2_DEVICE void softmax_capped_tile(float (&s)[kTiles][4], const ScoreScale& 
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) largest = fmaxf(largest, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
     largest = fmaxf(rows.largest[i], exponent(quad_max(largest), 0.0f) * inverse_outer);
+    largest = next_base(rows.largest[i], largest, c.outer);
     const float base = largest * c.outer;
     factor[i] = exp2_approx((rows.largest[i] - largest) * c.outer);
     rows.largest[i] = largest;
@@ -184,14 +199,14 @@ GEMMA2_DEVICE bool all_within(const float (&s)[kTiles][4], float limit) {
   return !ballot(largest > limit);
 }
 
-// s = q k^T of the warpgroup's 64 rows.
+// s = q k^T of the warpgroup's 64 rows; q and k by their wgmma_matrix.
 template <class T, int kHeadDim, int kKeys>
-GEMMA2_DEVICE void start_scores(float (&s)[kKeys / 8][4], const T* q_rows, const T* k_tile) {
+GEMMA2_DEVICE void start_scores(float (&s)[kKeys / 8][4], uint64_t q, uint64_t k) {
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step) {
-    const int panel = step / 4, column = step % 4 * 16;
-    wgmma_shared<T, kKeys>(s, wgmma_matrix(q_rows + panel * kRows * 64 + column, 16),
-                           wgmma_matrix(k_tile + panel * kKeys * 64 + column, 16), step > 0);
+    const int panel = step / 4, column = step % 4 * 16;  // of panels of 64 columns, 128 bytes a row
+    wgmma_shared<T, kKeys>(s, wgmma_matrix_behind(q, panel * kRows * 128 + column * 2),
+                           wgmma_matrix_behind(k, panel * kKeys * 128 + column * 2), step > 0);
   }
   wgmma_commit();
 }
@@ -199,13 +214,136 @@ GEMMA2_DEVICE void start_scores(float (&s)[kKeys / 8][4], const T* q_rows, const
 // o += weights v.
 template <class T, int kHeadDim, int kKeys>
 GEMMA2_DEVICE void start_output(float (&o)[kHeadDim / 8][4],
-                                const uint32_t (&weights)[kKeys / 16][4], const T* v_tile) {
+                                const uint32_t (&weights)[kKeys / 16][4], uint64_t v) {
 #pragma unroll
-  for (int step = 0; step < kKeys / 16; ++step) {
-    wgmma_registers<T, kHeadDim>(o, weights[step],
-                                 wgmma_matrix(v_tile + step * 16 * 64, kKeys * 128));
-  }
+  for (int step = 0; step < kKeys / 16; ++step)
+    wgmma_registers<T, kHeadDim>(o, weights[step], wgmma_matrix_behind(v, step * 16 * 128));
   wgmma_commit();
+}
+
+// ---- the rows' results
+
+// 1 / sum of a row's weights; 0 where it saw no key.
+GEMMA2_DEVICE float row_factor(float sum) { return sum == 0 ? 0.0f : 1.0f / sum; }
+
+// Whether all output of rows that there are is finite.
+template <int kTiles>
+GEMMA2_DEVICE bool all_finite(const float (&o)[kTiles][4], int rows) {
+  bool finite = true;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float check[2] = {0.0f, 0.0f};  // 0 * o is NaN where o is no finite number
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      check[0] = fmaf(0.0f, o[n][2 * i], check[0]);
+      check[1] = fmaf(0.0f, o[n][2 * i + 1], check[1]);
+    }
+    const bool exists = int(threadIdx.x % kWarpSize / 4) + 8 * i < rows;
+    finite = finite && (check[0] + check[1] == 0.0f || !exists);
+  }
+  return !ballot(!finite);
+}
+
+// The warp's 16 rows, from row `first` of the unit on, as partial_row has them.
+template <class T, int kHeadDim>
+GEMMA2_DEVICE void store_partial(const AttentionParams& p, const AttentionPlan& plan,
+                                 const Unit<T>& u, int first, const float (&o)[kHeadDim / 8][4],
+                                 const float (&largest)[2], const float (&sum)[2]) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int r = first + lane / 4 + 8 * i;
+    if (r >= u.rows) continue;
+    float* const row = partial_row(p, plan, u, u.split, r);
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      if (8 * n < p.head_dim) {
+        store_8(row + 8 * n + lane % 4 * 2,
+                {{float_to_bits(o[n][2 * i]), float_to_bits(o[n][2 * i + 1])}});
+      }
+    }
+    if (lane % 4 == 0) row[p.head_dim] = largest[i], row[p.head_dim + 1] = sum[i];
+  }
+}
+
+// The same to out and lse, by way of `tile`: the warp's rows of Q, of panels of kRows.
+template <class T, int kHeadDim>
+GEMMA2_DEVICE void store_final(const AttentionParams& p, const Unit<T>& u, int first, T* tile,
+                               const float (&o)[kHeadDim / 8][4], const float (&largest)[2],
+                               const float (&sum)[2]) {
+  using Layout = PanelLayout<kHeadDim, kRows>;
+  constexpr int kChunks = Layout::kChunks, kAtOnce = kWarpSize / kChunks;
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = lane / 4 + 8 * i;
+    const float factor = row_factor(sum[i]);
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      *reinterpret_cast<uint32_t*>(tile + Layout::offset(row, n) + lane % 4 * 2) =
+          pack<T>(o[n][2 * i] * factor, o[n][2 * i + 1] * factor);
+    }
+  }
+  __syncwarp();
+  // Lane r knows where row r goes.
+  const int r = first + lane % 16, query = u.query(r);
+  const int64_t i = u.q_offset + query;
+  const int64_t head = u.kv_head * u.group + (u.row_begin + r - query * u.group);
+  const int64_t offset = i * p.out.seqlen_stride + head * p.out.head_stride;
+  T* const out = static_cast<T*>(p.out.data) + u.batch * p.out.batch_stride;
+  const int chunk = lane % kChunks;
+#pragma unroll
+  for (int pass = 0; pass < 16 / kAtOnce; ++pass) {
+    const int row = pass * kAtOnce + lane / kChunks;
+    T* const to = out + shuffle(offset, row) + chunk * 8;
+    if (first + row < u.rows && chunk * 8 < p.head_dim)
+      store_16(to, load_16(tile + Layout::offset(row, chunk)));
+  }
+  if (!p.lse) return;
+  float row_largest[2], row_sum[2];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    row_largest[j] = shuffle(largest[j], lane % 8 * 4), row_sum[j] = shuffle(sum[j], lane % 8 * 4);
+  }
+  const float all = lane < 8 ? row_sum[0] : row_sum[1];
+  const float most = lane < 8 ? row_largest[0] : row_largest[1];
+  if (lane < 16 && r < u.rows) {
+    p.lse[u.batch * p.lse_batch_stride + head * p.lse_head_stride + i] =
+        all == 0 ? -INFINITY : most * kLn2 + logf(all);
+  }
+}
+
+// The same where a row has to be computed anew, or does not lie in 16-byte pieces.
+template <class T, int kHeadDim>
+GEMMA2_DEVICE void store_one_by_one(const AttentionParams& p, const AttentionPlan& plan,
+                                    const Unit<T>& u, int first, T* tile,
+                                    const float (&o)[kHeadDim / 8][4], const float (&largest)[2],
+                                    const float (&sum)[2]) {
+  const int lane = threadIdx.x % kWarpSize;
+  // Eight rows of float32 fit where 16 of Q were.
+  const auto at = [&](int row, int column) {
+    return reinterpret_cast<float*>(tile + column / 64 * kRows * 64) + row * 64 + column % 64;
+  };
+#pragma unroll 1
+  for (int i = 0; i < 2; ++i) {
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      float* const to = at(lane / 4, 8 * n + lane % 4 * 2);
+      to[0] = i == 0 ? o[n][0] : o[n][2];
+      to[1] = i == 0 ? o[n][1] : o[n][3];
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int row = 0; row < 8 && first + 8 * i + row < u.rows; ++row) {
+      RowResult result{{},
+                       shuffle(i == 0 ? largest[0] : largest[1], 4 * row),
+                       shuffle(i == 0 ? sum[0] : sum[1], 4 * row)};
+#pragma unroll
+      for (int j = 0; j < kHeadDim / kWarpSize; ++j) result.o[j] = *at(row, lane + j * kWarpSize);
+      finish_row(p, plan, u, first + 8 * i + row, result);
+    }
+  }
 }
 
 #endif
@@ -213,8 +351,8 @@ GEMMA2_DEVICE void start_output(float (&o)[kHeadDim / 8][4],
 template <class T, int kHeadDim, int kKeys, int kStages>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_wgmma_kernel(const AttentionParams p, const AttentionPlan plan,
-                           const __grid_constant__ KeyMaps maps) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+                           const __grid_constant__ TileMaps maps) {
+#if defined(GEMMA2_HOPPER)
   constexpr bool kPolynomial = kHeadDim == 128;
   constexpr int kTileSize = kKeys * kHeadDim;
   constexpr int64_t kTileBytes = kAttentionWgmmaTileBytes<kHeadDim, kKeys, kStages>;
@@ -233,19 +371,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int blocks = (u.keys + kKeys - 1) / kKeys;
   if (thread == 0) {
     *unit = u;  // where it leaves the registers to the loop
-    mbarrier_init(full_q, kGroupThreads);
+    mbarrier_init(full_q, maps.of_keys && maps.of_q ? 1 : kGroupThreads);
     for (int i = 0; i < kStages; ++i) {
-      mbarrier_init(full + i, maps.used ? 1 : kGroupThreads);
+      mbarrier_init(full + i, maps.of_keys ? 1 : kGroupThreads);
       mbarrier_init(empty + i, kConsumers * 4);  // a lane a warp
     }
     fence_mbarrier_init();
   }
-  if (thread < kRows) all_seen[thread] = u.row_keys(p, thread < u.rows ? thread : u.rows - 1);
   __syncthreads();
 
   if (thread < kGroupThreads) {
     give_registers<40>();
-    if (blocks > 0 && maps.used) {
+    if (blocks > 0 && maps.of_keys) {
       produce_by_maps<T, kHeadDim, kKeys, kStages>(p, maps, u, q_tile, full_q, ring, full, empty,
                                                    blocks);
     } else if (blocks > 0) {
@@ -254,11 +391,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
   take_registers<232>();
-  const int group = thread / kGroupThreads - 1, group_row = group * 64;
-  const int warp_row = group_row + thread % kGroupThreads / kWarpSize * 16;
-  const RowKeys* const seen = all_seen + warp_row;
+  // Through a shuffle the compiler knows it as one for all lanes.
+  const int warp = shuffle(thread / kWarpSize - 4, 0);  // of the consumers
+  const int group = warp / 4, warp_row = warp * 16;
+  RowKeys* const seen = all_seen + warp_row;
+  if (lane < 16) {
+    const int r = warp_row + lane;
+    seen[lane] = u.row_keys(p, r < u.rows ? r : u.rows - 1);
+  }
+  __syncwarp();
   const RowKeys first_seen = seen[0], last_seen = seen[15];
-  const T* const q_rows = q_tile + group_row * 64;
+  const uint64_t q_matrix = wgmma_matrix(q_tile + group * 64 * 64, 16);
+  const uint64_t k_matrix = wgmma_matrix(ring, 16), v_matrix = wgmma_matrix(ring, kKeys * 128);
 
   const ScoreScale scale = score_scale(p);
   const float limit = scale.capped && scale.inner > 0 ? 1.0f / scale.inner : -1.0f;
@@ -269,10 +413,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
   for (int n = 0; n < kHeadDim / 8; ++n) o[n][0] = o[n][1] = o[n][2] = o[n][3] = 0;
 
-  // Returns the tile at this place of the ring's order once it has landed.
+  // Returns where in the ring the tile at this place of its order is, in bytes, once it has landed.
   const auto wait_for = [&](int place) {
     mbarrier_wait(full + place % kStages, place / kStages & 1);
-    return ring + place % kStages * kTileSize;
+    return place % kStages * kTileSize * 2;
   };
   const auto release = [&](int place) {
     __syncwarp();
@@ -292,11 +436,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     softmax_tile(s, scale, softmax, factor);
   };
 
+  const auto scores_of = [&](int place) {
+    const uint64_t k = wgmma_matrix_behind(k_matrix, wait_for(place));
+    wgmma_fence();
+    start_scores<T, kHeadDim, kKeys>(s, q_matrix, k);
+  };
+  const auto add_values_of = [&](int place) {
+    start_output<T, kHeadDim, kKeys>(o, weights, wgmma_matrix_behind(v_matrix, wait_for(place)));
+  };
+
   if (blocks > 0) {
     mbarrier_wait(full_q, 0);
-    const T* k_tile = wait_for(0);
-    wgmma_fence();
-    start_scores<T, kHeadDim, kKeys>(s, q_rows, k_tile);
+    scores_of(0);
     wgmma_wait<0>();
     keep_in_order(s);
     release(0);
@@ -304,10 +455,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     pack_weights<T>(weights, s);
     for (int block = 1; block < blocks; ++block) {
       const int k_at = k_place(block), v_at = v_place(block - 1, blocks);
-      k_tile = wait_for(k_at);
-      wgmma_fence();
-      start_scores<T, kHeadDim, kKeys>(s, q_rows, k_tile);
-      start_output<T, kHeadDim, kKeys>(o, weights, wait_for(v_at));
+      scores_of(k_at);
+      add_values_of(v_at);
       wgmma_wait<1>();
       keep_in_order(s);
       release(k_at);
@@ -319,87 +468,69 @@ __global__ void __launch_bounds__(kThreads, 1)
       pack_weights<T>(weights, s);
     }
     const int v_at = v_place(blocks - 1, blocks);
-    T* const v_tile = wait_for(v_at);
     const int tail = unit->keys - (blocks - 1) * kKeys;
-    if (maps.used && tail < kKeys) {
-      clear_tail<T, kHeadDim, kKeys>(v_tile, tail, kTailBarrier + group);
+    if (maps.of_keys && tail < kKeys) {
+      T* const tile = ring + wait_for(v_at) / 2;
+      clear_tail<T, kHeadDim, kKeys>(tile, tail, kGroupBarrier + group);
     }
     wgmma_fence();
-    start_output<T, kHeadDim, kKeys>(o, weights, v_tile);
+    add_values_of(v_at);
     wgmma_wait<0>();
     keep_in_order(o);
   }
 
-  // The tiles' memory takes the output once both warpgroups are through with the tiles.
-  named_barrier_sync(kEndBarrier, kConsumers * kGroupThreads);
-  float* const outputs = reinterpret_cast<float*>(shared_memory());
-  float* const rows = outputs + warp_row * kOutputStride<kHeadDim>;
-  float* const largest = outputs + kRows * kOutputStride<kHeadDim> + warp_row;
-  float* const sum = largest + kRows;
-  spill_output<kHeadDim>(rows, o, lane);
+  // Rows of Q take the output, once all warps of the warpgroup are through with them.
+  named_barrier_sync(kGroupBarrier + group, kGroupThreads);
+  T* const tile = q_tile + warp_row * 64;
+  float sum[2], largest[2];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const float row_sum = quad_sum(softmax.sum[i]);
-    if (lane % 4 == 0) {
-      largest[8 * i + lane / 4] = softmax.largest[i] * scale.outer;
-      sum[8 * i + lane / 4] = row_sum;
-    }
-  }
-  __syncwarp();
-  for (int r = 0; r < 16 && warp_row + r < unit->rows; ++r) {
-    RowResult result{{}, largest[r], sum[r]};
-#pragma unroll
-    for (int j = 0; j < kHeadDim / kWarpSize; ++j)
-      result.o[j] = rows[r * kOutputStride<kHeadDim> + lane + j * kWarpSize];
-    finish_row(p, plan, *unit, warp_row + r, result);
+  for (int i = 0; i < 2; ++i)
+    sum[i] = quad_sum(softmax.sum[i]), largest[i] = softmax.largest[i] * scale.outer;
+  const HeadsView& out = p.out;
+  const bool in_pieces =
+      p.head_dim % 8 == 0 &&
+      (plan.splits > 1 || ((out.batch_stride | out.seqlen_stride | out.head_stride) % 8 == 0 &&
+                           reinterpret_cast<uintptr_t>(out.data) % 16 == 0));
+  if (!in_pieces || !all_finite(o, unit->rows - warp_row)) {
+    store_one_by_one<T, kHeadDim>(p, plan, *unit, warp_row, tile, o, largest, sum);
+  } else if (plan.splits > 1) {
+    store_partial<T, kHeadDim>(p, plan, *unit, warp_row, o, largest, sum);
+  } else {
+    store_final<T, kHeadDim>(p, *unit, warp_row, tile, o, largest, sum);
   }
 #endif
 }
 
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-// The driver's function, by the runtime, so that nothing links to the driver; null where it is
-// missing.
-Encode find_encode() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
-                                                             12000, cudaEnableDefault, &found);
-#else
-  const cudaError_t error =
-      cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
-#endif
-  if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) {
-    cudaGetLastError();
-    return nullptr;
-  }
-  return reinterpret_cast<Encode>(function);
-}
-
-// Boxes of `keys` keys by 64 columns. Returns false where a bulk copy cannot take these strides.
+// Boxes of `keys` keys by 64 columns.
 bool encode(CUtensorMap& map, const AttentionParams& p, const HeadsView& view, int keys) {
-  static const Encode function = find_encode();
-  if (function == nullptr) return false;
   const bool packed = p.cu_seqlens_k != nullptr;
-  const cuuint64_t sizes[4]{cuuint64_t(p.head_dim), cuuint64_t(packed ? p.total_k : p.seqlen_k),
-                            cuuint64_t(p.num_kv_heads), cuuint64_t(packed ? 1 : p.batch)};
-  const int64_t distances[3]{view.seqlen_stride, view.head_stride, view.batch_stride};
-  cuuint64_t strides[3];  // bytes; that of a single one is not used, but checked
-  for (int i = 0; i < 3; ++i) strides[i] = sizes[i + 1] == 1 ? 16 : cuuint64_t(distances[i]) * 2;
-  const cuuint32_t box[4]{64, cuuint32_t(keys), 1, 1}, steps[4]{1, 1, 1, 1};
-  const CUtensorMapDataType type = p.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                               : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  return function(&map, type, 4, const_cast<void*>(view.data), sizes, strides, box, steps,
-                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  return make_tensor_map(
+      map, p.dtype, view.data,
+      {4,
+       {p.head_dim, packed ? p.total_k : p.seqlen_k, p.num_kv_heads, packed ? 1 : p.batch},
+       {1, view.seqlen_stride, view.head_stride, view.batch_stride},
+       {64, keys, 1, 1}});
 }
 
-KeyMaps make_maps(const AttentionParams& p, int keys) {
-  KeyMaps maps{};
-  maps.used =
+// Boxes of the queries that a block's rows are of, by 64 columns: its rows are those of all heads
+// of a group, the heads of a query behind each other.
+bool encode_queries(CUtensorMap& map, const AttentionParams& p) {
+  const bool packed = p.cu_seqlens_q != nullptr;
+  const int64_t group = p.num_heads / p.num_kv_heads;
+  if (kRows % group) return false;
+  return make_tensor_map(
+      map, p.dtype, p.q.data,
+      {5,
+       {p.head_dim, group, packed ? p.total_q : p.seqlen_q, p.num_kv_heads, packed ? 1 : p.batch},
+       {1, p.q.head_stride, p.q.seqlen_stride, group * p.q.head_stride, p.q.batch_stride},
+       {64, int(group), int(kRows / group), 1, 1}});
+}
+
+TileMaps make_maps(const AttentionParams& p, int keys) {
+  TileMaps maps{};
+  maps.of_keys =
       !p.block_table && !p.capacity && encode(maps.k, p, p.k, keys) && encode(maps.v, p, p.v, keys);
+  maps.of_q = maps.of_keys && encode_queries(maps.q, p);
   return maps;
 }
 
@@ -407,7 +538,7 @@ template <class T>
 void launch_16_bit(const AttentionParams& p, const AttentionPlan& plan, dim3 grid,
                    cudaStream_t stream) {
   constexpr AttentionWgmma k128 = kAttentionWgmma128, k256 = kAttentionWgmma256;
-  const KeyMaps maps = make_maps(p, plan.head_dim == 128 ? k128.keys : k256.keys);
+  const TileMaps maps = make_maps(p, plan.head_dim == 128 ? k128.keys : k256.keys);
   if (plan.head_dim == 128) {
     launch("attention", attention_wgmma_kernel<T, 128, k128.keys, k128.stages>, grid, kThreads,
            plan.shared_bytes, stream, p, plan, maps);

@@ -18,6 +18,11 @@ struct DeviceProperties {
   bool clusters;           // of up to 8 blocks with much shared memory
 };
 
+// Whether wgmma's kernels run there: all such chips have as much shared memory.
+inline bool has_wgmma(const DeviceProperties& device) {
+  return device.compute_capability == 90 && device.shared_bytes >= 227 << 10;
+}
+
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Blocks that share a multiprocessor; a block takes 1 KiB of shared memory beside its own, and

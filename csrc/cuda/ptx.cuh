@@ -81,6 +81,9 @@ GEMMA2_DEVICE uint32_t load_4_once(const void* p) {
 GEMMA2_DEVICE void store_16(void* p, const Vector16& v) {
   *static_cast<uint4*>(p) = make_uint4(v.words[0], v.words[1], v.words[2], v.words[3]);
 }
+GEMMA2_DEVICE void store_8(void* p, const Vector8& v) {
+  *static_cast<uint2*>(p) = make_uint2(v.words[0], v.words[1]);
+}
 
 // Starts a copy of kBytes (4, 8 or 16, both sides aligned to that) from global to shared memory;
 // zeros where `valid` is false, and then nothing is read. It has landed, for this thread, after a

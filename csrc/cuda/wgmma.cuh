@@ -1,10 +1,15 @@
-// Hopper's own instructions (sm_90a): wgmma, mbarriers and what orders memory between them. Beside
-// ptx.cuh, as no emulation of them exists.
+// Hopper's own instructions (sm_90a): wgmma, mbarriers and what orders memory between them. Other
+// compilers than nvcc take them from emulation_wgmma.h, as those of ptx.cuh. Kernels that use them
+// have code where GEMMA2_HOPPER is defined.
 // Source: PTX ISA 8.7, sections on wgmma, mbarrier and asynchronous proxies.
 #pragma once
 #include "ptx.cuh"
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#ifndef __CUDACC__
+#define GEMMA2_HOPPER
+#include "emulation_wgmma.h"
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define GEMMA2_HOPPER
 namespace gemma2 {
 namespace cuda {
 
@@ -30,6 +35,18 @@ GEMMA2_DEVICE void mbarrier_wait(uint64_t* barrier, int parity) {
       "r"(parity)
       : "memory");
 }
+// Whether the phase with this parity is complete.
+GEMMA2_DEVICE bool mbarrier_test(uint64_t* barrier, int parity) {
+  uint32_t done;
+  asm volatile(
+      "{ .reg .pred p; "
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return done;
+}
+
 // Arrives, and adds bytes of bulk copies to what the phase has to wait for.
 GEMMA2_DEVICE void mbarrier_arrive_and_expect(uint64_t* barrier, int bytes) {
   asm volatile(
@@ -50,6 +67,15 @@ GEMMA2_DEVICE void copy_box(void* shared, const void* tensor_map, int x, int y, 
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(shared)),
       "l"(tensor_map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(shared_address(barrier))
+      : "memory");
+}
+// The same of a tensor of five dimensions.
+GEMMA2_DEVICE void copy_box(void* shared, const void* tensor_map, int x, int y, int z, int w, int v,
+                            uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4, %5, %6}], [%7];" ::"r"(shared_address(shared)),
+      "l"(tensor_map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(v), "r"(shared_address(barrier))
       : "memory");
 }
 // What this thread has written to shared memory is seen by wgmma of whoever synchronizes with it.
@@ -93,6 +119,17 @@ GEMMA2_DEVICE uint64_t wgmma_matrix(const void* shared, int panel_bytes) {
   constexpr uint64_t kPermuted128 = uint64_t(1) << 62, kEightRows = 1024;
   return kPermuted128 | kEightRows / 16 << 32 | uint64_t(panel_bytes / 16) << 16 |
          (shared_address(shared) >> 4 & 0x3fff);
+}
+
+// The same so many bytes further on, in one instruction: no address carries out of its bits.
+GEMMA2_DEVICE uint64_t wgmma_matrix_behind(uint64_t matrix, int bytes) {
+  return (matrix & ~uint64_t(0xffffffff)) | (uint32_t(matrix) + uint32_t(bytes) / 16);
+}
+
+// The same matrix, of which the compiler keeps nothing in registers between uses.
+GEMMA2_DEVICE uint64_t wgmma_matrix_anew(uint64_t matrix) {
+  asm volatile("" : "+l"(matrix));
+  return matrix;
 }
 
 // d = a b, or d += a b where `add`; a is 64 x 16, b 16 x kColumns; both by rows along the depth.

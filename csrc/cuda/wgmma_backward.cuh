@@ -4,22 +4,11 @@
 #include "attention.cuh"
 #include "wgmma.cuh"
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(GEMMA2_HOPPER)
 namespace gemma2 {
 namespace cuda {
 
-// Whether the phase with this parity is complete.
-GEMMA2_DEVICE bool mbarrier_test(uint64_t* barrier, int parity) {
-  uint32_t done;
-  asm volatile(
-      "{ .reg .pred p; "
-      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-      : "=r"(done)
-      : "r"(shared_address(barrier)), "r"(parity)
-      : "memory");
-  return done;
-}
-
+#ifdef __CUDACC__
 // d = a b: as wgmma_shared, of which kColumns are 64 only here. d is an output alone, so that the
 // compiler has nothing to put into its registers while other products are at work.
 template <class T, int kColumns>
@@ -66,6 +55,7 @@ GEMMA2_WGMMA(Half, "f16")
 #undef GEMMA2_R32
 #undef GEMMA2_D32
 #undef GEMMA2_D4
+#endif
 
 // tanh(x) for |x| <= 1, absolute error 4e-7: seven multiplications where tanh_by_exp takes two
 // results of the special-function unit, a sixteenth as fast. Minimax in x^2.

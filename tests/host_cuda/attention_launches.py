@@ -74,10 +74,11 @@ def run(
     compute_capability: int = 90,
     schedule: int = 0,
     left_out: str = "",
+    into: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the kernels, on an emulated device."""
-    out = guarded(options.pop("out_shape", q.shape), q.dtype)
+    out = guarded(options.pop("out_shape", q.shape), q.dtype) if into is None else into
     lse = guarded((out.shape[0], q.shape[2], out.shape[1]), torch.float32)
     fields = forward_fields(q, k, v, out, lse, **options)
     size = partial_size(fields, multiprocessors, shared_bytes, compute_capability)
@@ -92,7 +93,7 @@ def run(
         schedule=schedule,
         left_out=left_out,
     )
-    for t in (out, lse, partial):
+    for t in (lse, partial) if into is not None else (out, lse, partial):
         assert_guards(t)
     return out, lse
 
@@ -106,11 +107,12 @@ def run_backward(
     grad_out: Tensor,
     grad_lse: Tensor,
     *,
+    shared_bytes: int = emulator.LEAST_SHARED_BYTES,
     schedule: int = 0,
     left_out: str = "",
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(grad_q, grad_k, grad_v) of the kernels."""
+    """(grad_q, grad_k, grad_v) of the kernels, on an emulated device."""
     grads = [guarded(t.shape, t.dtype) for t in (q, k, v)]
     grads[1].zero_(), grads[2].zero_()
     terms = guarded(lse.shape, torch.float32)
@@ -124,6 +126,7 @@ def run_backward(
         grad_k=grads[1],
         grad_v=grads[2],
         row_terms=terms,
+        shared_bytes=shared_bytes,
         schedule=schedule,
         left_out=left_out,
     )

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/ptx.cuh"
+#include "emulation_wgmma.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -73,6 +74,7 @@ namespace {
 
 constexpr int kMaxThreads = 1024, kMaxCluster = 8;
 constexpr const char* kAtCluster = "a cluster's barrier";
+constexpr const char* kAtPhase = "an mbarrier";
 constexpr size_t kStackBytes = 128 << 10;
 constexpr int64_t kGuardBytes = 4096;
 
@@ -102,6 +104,21 @@ struct Warp {
   const char* function;  // that `arrived` lanes have reached
   void* lanes[kWarpSize];
   int arrived = 0;
+  std::vector<Product> open;  // since the last commit
+  std::vector<std::vector<Product>> groups;
+};
+
+// Of an mbarrier.
+struct Phases {
+  int expected, arrived = 0, complete = 0;
+  int64_t bytes = 0;  // of bulk copies, that are still to come
+};
+
+struct BoxCopy {
+  unsigned char* shared;
+  CUtensorMap map;
+  int at[5];
+  uint64_t* barrier;
 };
 
 struct Barrier {
@@ -118,6 +135,8 @@ struct Block {
   int at_place = 0;
   int alive = 0;
   std::map<int, Barrier> named;
+  std::map<const uint64_t*, Phases> phases;
+  std::vector<BoxCopy> boxes;  // on their way
   std::vector<unsigned char> memory;
   unsigned char* shared = nullptr;
   int64_t shared_bytes = 0;
@@ -179,9 +198,92 @@ void check_guards() {
   }
 }
 
+// ---- mbarriers and bulk copies
+
+Phases& phases_of(uint64_t* barrier) {
+  const auto found = block->phases.find(barrier);
+  if (found == block->phases.end()) fail("an mbarrier that is not initialized");
+  return found->second;
+}
+
+void settle(Phases& phases) {
+  if (phases.arrived > phases.expected) fail("more arrivals than an mbarrier expects");
+  if (phases.arrived < phases.expected || phases.bytes) return;
+  ++phases.complete;
+  phases.arrived = 0;
+  for (Fiber& fiber : block->fibers) {
+    if (fiber.waits == kAtPhase) fiber.waits = nullptr;  // to see whether it is theirs
+  }
+}
+
+int64_t rows_of(const CUtensorMap& map) {
+  int64_t rows = 1;
+  for (int i = 1; i < map.rank; ++i) rows *= map.box[i];
+  return rows;
+}
+
+// A box's rows of 128 bytes lie behind each other, their chunks of 16 bytes permuted.
+void land(const BoxCopy& copy) {
+  const CUtensorMap& map = copy.map;
+  for (int64_t row = 0; row < rows_of(map); ++row) {
+    const unsigned char* from = map.data;
+    bool inside = true;
+    int64_t left = row;
+    for (int i = 1; i < map.rank; ++i) {
+      const int64_t at = copy.at[i] + left % map.box[i];
+      left /= map.box[i];
+      inside = inside && at >= 0 && at < map.sizes[i];
+      from += at * map.strides[i];
+    }
+    for (int chunk = 0; chunk < 8; ++chunk) {
+      uint16_t values[8] = {};
+      const int64_t x = copy.at[0] + 8 * chunk;
+      for (int i = 0; i < 8 && inside; ++i) {
+        if (x + i < 0 || x + i >= map.sizes[0]) continue;
+        check_access(from + 2 * (x + i), 2);
+        memcpy(&values[i], from + 2 * (x + i), 2);
+      }
+      int64_t to = copy.shared - block->shared + 128 * row + 16 * chunk;
+      to ^= (to >> 7 & 7) << 4;
+      memcpy(block->shared + to, values, 16);
+    }
+  }
+  Phases& phases = phases_of(copy.barrier);
+  phases.bytes -= 128 * rows_of(map);
+  settle(phases);
+}
+
+// Lets one of the copies land that are on their way. Returns false where there is none.
+bool land_one() {
+  auto& boxes = block->boxes;
+  if (boxes.empty()) return false;
+  size_t i = settings().schedule % 2 ? boxes.size() - 1 : 0;
+  if (settings().schedule >= 6) i = random_bits() % boxes.size();
+  const BoxCopy copy = boxes[i];
+  boxes.erase(boxes.begin() + i);
+  land(copy);
+  return true;
+}
+
+// ---- products of Hopper's
+
+void compute_all(std::vector<Product>& products) {
+  for (const Product& product : products) product.compute(product);
+  products.clear();
+}
+
+Warp& own_warp() { return block->warps[current / kWarpSize]; }
+
+bool has_products(const Warp& warp) {
+  return !warp.open.empty() || std::any_of(warp.groups.begin(), warp.groups.end(),
+                                           [](const auto& group) { return !group.empty(); });
+}
+
 void run_thread() {
   try {
     (*body)();
+    if (has_products(own_warp())) fail("a warp ends before its products");
+    if (block->alive == 1 && !block->boxes.empty()) fail("a block ends before its bulk copies");
   } catch (const std::exception& error) {
     block->error = error.what();
   }
@@ -196,6 +298,8 @@ void run_thread() {
   }
   switch_context(self().context, scheduler);
 }
+
+bool lands_at_once();
 
 void step(int thread) {
   Fiber& fiber = block->fibers[thread];
@@ -222,7 +326,9 @@ bool lands_at_once() {
 void run_block() {
   const int threads = int(block->fibers.size()), warps = threads / kWarpSize;
   const int schedule = settings().schedule;
-  while (block->error.empty() && can_run(0, threads)) {
+  while (block->error.empty()) {
+    const bool ready = can_run(0, threads);
+    if ((!ready || (schedule >= 6 && random_bits() % 4 == 0)) && !land_one() && !ready) break;
     if (schedule < 2) {
       for (int i = 0; i < threads; ++i) step(schedule ? threads - 1 - i : i);
       continue;
@@ -438,6 +544,100 @@ void wait_for_copies(int groups) {
     for (const Copy& copy : pending.front()) copy.land();
     pending.erase(pending.begin());
   }
+}
+
+void init_phases(uint64_t* barrier, int arrivals) {
+  const unsigned char* p = reinterpret_cast<const unsigned char*>(barrier);
+  if (p < block->shared || p + 8 > block->shared + block->shared_bytes || (p - block->shared) % 8)
+    fail("an mbarrier that is not in shared memory");
+  if (!block->phases.emplace(barrier, Phases{arrivals}).second)
+    fail("an mbarrier is initialized twice");
+}
+
+void arrive(uint64_t* barrier, int bytes) {
+  Phases& phases = phases_of(barrier);
+  ++phases.arrived;
+  phases.bytes += bytes;
+  settle(phases);
+}
+
+bool is_complete(uint64_t* barrier, int parity) {
+  return (phases_of(barrier).complete & 1) != parity;
+}
+
+void wait_for_phase(uint64_t* barrier, int parity) {
+  while (!is_complete(barrier, parity)) pause(kAtPhase);
+}
+
+void start_box(void* shared, const CUtensorMap& map, const int* at, int rank, uint64_t* barrier) {
+  unsigned char* const to = static_cast<unsigned char*>(shared);
+  if (rank != map.rank) fail("a box of " + std::to_string(rank) + " dimensions");
+  if (to < block->shared || to + 128 * rows_of(map) > block->shared + block->shared_bytes)
+    fail("a bulk copy writes outside of shared memory");
+  if ((to - block->shared) % 128) fail("a bulk copy's memory is not aligned");
+  BoxCopy copy{to, map, {}, barrier};
+  std::copy(at, at + rank, copy.at);
+  phases_of(barrier);
+  if (lands_at_once()) {
+    land(copy);
+  } else {
+    block->boxes.push_back(copy);
+  }
+}
+
+void start_product(void (*compute)(const Product&), float* d, const uint32_t* a, uint64_t a_matrix,
+                   uint64_t b_matrix, bool add) {
+  Product mine{compute, {}, {}, a_matrix, b_matrix, add, current / kWarpSize % 4};
+  mine.d[0] = d, mine.a[0] = a;
+  collective<Product>(
+      "wgmma",
+      [](Product* const* lanes) {
+        Product product = *lanes[0];
+        for (int l = 0; l < kWarpSize; ++l) {
+          if (lanes[l]->b_matrix != product.b_matrix || lanes[l]->compute != product.compute)
+            fail("lanes of a warp start different products");
+          product.d[l] = lanes[l]->d[0], product.a[l] = lanes[l]->a[0];
+        }
+        Warp& warp = own_warp();
+        warp.open.push_back(product);
+        if (!lands_at_once()) return;
+        for (auto& group : warp.groups) compute_all(group);
+        compute_all(warp.open);
+      },
+      &mine);
+}
+
+void commit_products() {
+  char nothing;
+  collective<char>(
+      "wgmma_commit",
+      [](char* const*) {
+        Warp& warp = own_warp();
+        warp.groups.push_back(std::move(warp.open));
+        warp.open.clear();
+      },
+      &nothing);
+}
+
+void wait_for_products(int groups) {
+  collective<int>(
+      "wgmma_wait",
+      [](int* const* lanes) {
+        auto& pending = own_warp().groups;
+        while (int(pending.size()) > *lanes[0]) {
+          compute_all(pending.front());
+          pending.erase(pending.begin());
+        }
+      },
+      &groups);
+}
+
+const void* element_of_matrix(uint64_t matrix, int row, int column) {
+  int64_t at = int64_t(matrix & 0xffffffff) + column / 64 * int64_t(matrix >> 32) + row / 8 * 1024 +
+               row % 8 * 128 + column % 64 * 2;
+  at ^= (at >> 7 & 7) << 4;
+  if (at < 0 || at + 2 > block->shared_bytes) fail("a matrix outside of shared memory");
+  return block->shared + at;
 }
 
 void check_access(const void* p, int bytes) {

@@ -148,6 +148,10 @@ inline void store_16(void* p, const Vector16& v) {
   emulation::check_access(p, 16);
   memcpy(p, &v, 16);
 }
+inline void store_8(void* p, const Vector8& v) {
+  emulation::check_access(p, 8);
+  memcpy(p, &v, 8);
+}
 
 template <int kBytes>
 void cp_async(void* shared, const void* global, bool valid) {

@@ -41,8 +41,7 @@ class Refused(RuntimeError):
 
 def sources() -> list[Path]:
     kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    emulated = [p for p in kernels if "wgmma" not in p.stem]
-    return [*emulated, *(HERE / f"{name}.cpp" for name in ("emulation", "entry", "probes"))]
+    return [*kernels, *(HERE / f"{name}.cpp" for name in ("emulation", "entry", "probes"))]
 
 
 def build(folder: Path) -> Path:

@@ -3,6 +3,8 @@
 #include <string>
 
 #include "../../csrc/cuda/launch.cuh"
+#include "../../csrc/cuda/tensor_map.cuh"
+#include "../../csrc/cuda/wgmma.cuh"
 
 namespace gemma2 {
 namespace cuda {
@@ -65,6 +67,54 @@ __global__ void cluster_kernel(int mistake, int blocks, float* out) {
   out[64 * blockIdx.x + thread] = x[0];
 }
 
+// A warpgroup: out (2, 64, 64) = a b^T and a b, both (64, 64) and brought by bulk copies, a of the
+// second product in registers; with a mistake by number.
+__global__ void wgmma_kernel(int mistake, const CUtensorMap a_map, const CUtensorMap b_map,
+                             const BFloat16* a, float* out) {
+  unsigned char* const shared = shared_memory();
+  const int thread = threadIdx.x, lane = thread % kWarpSize;
+  uint64_t* const full = reinterpret_cast<uint64_t*>(shared + 16384);
+  if (mistake == 1) mbarrier_arrive(full);
+  if (thread == 0) {
+    mbarrier_init(full, 1);
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  if (thread == 0) {
+    mbarrier_arrive_and_expect(full, 16384);
+    if (mistake == 2) mbarrier_arrive(full), mbarrier_arrive(full);
+    copy_box(shared + (mistake == 3 ? 64 : 0), &a_map, 0, 0, 0, 0, full);
+    copy_box(shared + (mistake == 4 ? 16384 : 8192), &b_map, 0, 0, 0, 0, full);
+  }
+  if (mistake != 6) mbarrier_wait(full, 0);
+  if (mistake == 6 || mistake == 4) return;
+  float d[2][8][4] = {};
+  const uint64_t a_matrix = wgmma_matrix(shared, 16), b_matrix = wgmma_matrix(shared + 8192, 16);
+  wgmma_fence();
+  for (int step = 0; step < 4; ++step) {
+    wgmma_shared<BFloat16, 64>(d[0], wgmma_matrix_behind(a_matrix, step * 32),
+                               wgmma_matrix_behind(b_matrix, step * 32), step > 0);
+  }
+  wgmma_commit();
+  uint32_t rows[4][4];
+  const int row = thread / kWarpSize * 16 + lane / 4;
+  for (int step = 0; step < 4; ++step) {
+    for (int i = 0; i < 4; ++i) {
+      const int column = step * 16 + i / 2 * 8 + lane % 4 * 2;
+      rows[step][i] = load_4(a + (row + i % 2 * 8) * 64 + column);
+    }
+    wgmma_registers<BFloat16, 64>(d[1], rows[step], wgmma_matrix_behind(b_matrix, step * 2048));
+  }
+  wgmma_commit();
+  if (mistake != 5) wgmma_wait<0>();
+  for (int which = 0; which < 2; ++which) {
+    for (int i = 0; i < 32; ++i) {
+      const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      out[which * 4096 + (row + i % 4 / 2 * 8) * 64 + column] = d[which][i / 4][i % 4];
+    }
+  }
+}
+
 template <class F>
 const char* caught(const F& f) {
   static std::string error;
@@ -103,6 +153,21 @@ extern "C" const char* probe_cluster(int mistake, int blocks, int grid, float* o
   return caught([&] {
     launch_clusters("probe", cluster_kernel, blocks, dim3(unsigned(grid)), 64, 256, nullptr,
                     mistake, blocks, out);
+  });
+}
+
+// The rows of a and b from `rows` on are zeros to bulk copies.
+extern "C" const char* probe_wgmma(int mistake, const void* a, const void* b, int rows,
+                                   float* out) {
+  return caught([&] {
+    CUtensorMap maps[2];
+    const TensorBox box{4, {64, rows, 1, 1}, {1, 64, 0, 0}, {64, 64, 1, 1}};
+    for (int i = 0; i < 2; ++i) {
+      if (!make_tensor_map(maps[i], DType::kBFloat16, i == 0 ? a : b, box))
+        emulation::fail("no such map");
+    }
+    launch("probe", wgmma_kernel, 1, 128, 16384 + 8, nullptr, mistake, maps[0], maps[1],
+           static_cast<const BFloat16*>(a), out);
   });
 }
 

@@ -34,11 +34,13 @@ class Emulated(torch.autograd.Function):
         return *grads, None
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:
+def check(
+    q: Tensor, k: Tensor, v: Tensor, device: dict[str, Any] | None = None, **options: Any
+) -> None:
     """Against autograd of the reference in float64, for random gradients of out and lse."""
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return Emulated.apply(q, k, v, options)
+        return Emulated.apply(q, k, v, {**options, **(device or {})})
 
     def theirs(q: Tensor, k: Tensor, v: Tensor) -> Any:
         return reference.attention(q, k, v, return_lse=True, **options)

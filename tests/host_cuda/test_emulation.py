@@ -21,7 +21,7 @@ from host_cuda.emulator import (
 def configure(schedule: int, left_out: str = "") -> ctypes.CDLL:
     lib = library()
     lib.emulation_configure(schedule, LEAST_SHARED_BYTES, 4, 90, 2**31 - 1, left_out.encode())
-    for probe in (lib.probe_product, lib.probe_mistake, lib.probe_cluster):
+    for probe in (lib.probe_product, lib.probe_mistake, lib.probe_cluster, lib.probe_wgmma):
         probe.restype = ctypes.c_char_p
     return lib
 
@@ -130,6 +130,49 @@ def test_a_barrier_of_a_cluster_left_out_shows() -> None:
     for place in places:
         results = [cluster(4, 4, 0, schedule, place)[1] for schedule in SCHEDULES]
         assert not all(torch.equal(out, of_next_block(4, 4)) for out in results)
+
+
+def warpgroup(
+    rows: int, mistake: int = 0, schedule: int = 0, left_out: str = ""
+) -> tuple[str, torch.Tensor, torch.Tensor]:
+    """The error, what comes out, and what should."""
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 64, 64).bfloat16()
+    out = torch.full((2, 64, 64), float("nan"))
+    lib = configure(schedule, left_out)
+    error = lib.probe_wgmma(mistake, address(a), address(b), rows, address(out))
+    first, second = a.float(), b.float()
+    second[rows:] = 0
+    with_rows = first.clone()
+    with_rows[rows:] = 0  # as it comes through shared memory
+    return (error or b"").decode(), out, torch.stack([with_rows @ second.T, first @ second])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_products_of_a_warpgroup(schedule: int) -> None:
+    for rows in (64, 37):
+        error, out, right = warpgroup(rows, schedule=schedule)
+        assert error == ""
+        torch.testing.assert_close(out, right)
+    for number, message in {
+        1: "an mbarrier that is not initialized",
+        2: "more arrivals than an mbarrier expects",
+        3: "a bulk copy's memory is not aligned",
+        4: "a bulk copy writes outside of shared memory",
+    }.items():
+        assert message in warpgroup(64, number, schedule)[0]
+
+
+def test_what_a_warpgroup_leaves_on_its_way_is_found() -> None:
+    errors = {n: {warpgroup(64, n, schedule)[0] for schedule in SCHEDULES} for n in (5, 6)}
+    assert any("a warp ends before its products" in error for error in errors[5])
+    assert any("a block ends before its bulk copies" in error for error in errors[6])
+    warpgroup(64)
+    places = library().emulation_places().decode().split()
+    assert len(places) == 3  # the barrier's initialization, the copies, the products
+    for place in places:
+        results = [warpgroup(64, 0, schedule, place) for schedule in SCHEDULES]
+        assert any(error or not torch.allclose(out, right) for error, out, right in results)
 
 
 def test_structs_are_those_of_the_compiler() -> None:
