@@ -4,8 +4,9 @@
 // Tiles come in the order K0, K1, V0, K2, V1, ... through a ring. While the tensor cores compute a
 // tile's scores and the output of the tile before, the other warpgroup's softmax runs. Copies are
 // bulk tensor copies, which one thread starts; of rings and pages, and where the driver has no such
-// maps, cp.async by the whole producer. Bound by the tensor cores, then by tanh and exp2: at
-// head_dim 128, where a score costs half as many products, tanh is a polynomial.
+// maps, cp.async by the whole producer. Bound by the tensor cores, then by tanh and exp2: most
+// tiles' tanh is a polynomial. Each branch of the softmax is to end before the wait for the output
+// behind it: of code in one piece the compiler puts that wait before the exponentials.
 // attention_wgmma_kernel: at most 168 registers (40 and 232 by warpgroup), 226 KiB of shared
 // memory. Source: FlashAttention-3 (arXiv 2407.08608), its tile of 128 x 80 for head_dim 256.
 #include "attention.cuh"
@@ -147,21 +148,22 @@ GEMMA2_DEVICE void clear_tail(T* tile, int begin, int barrier) {
   named_barrier_sync(barrier, kGroupThreads);
 }
 
-// softmax_tile of dot products that are all seen and at most 1 / inner in size, with a soft-cap:
-// tanh(x) = x P(x^2) for |x| <= 1 by a minimax fit. Absolute error 3e-7, as tanh_by_exp's, without
+constexpr float kMostOfCap = 0.75f;  // of the soft-cap, for the polynomial to hold
+
+// softmax_tile of dot products that are all seen and at most kMostOfCap / inner in size, with a
+// soft-cap: tanh(x) = x P(x^2) by a minimax fit. Absolute error 3e-7, as tanh_by_exp's, without
 // the unit that exp2 needs.
 template <int kTiles>
 GEMMA2_DEVICE void softmax_capped_tile(float (&s)[kTiles][4], const ScoreScale& c, QuadRows& rows,
                                        float (&factor)[2]) {
   const float inverse_outer = reciprocal_approx(c.outer);
-  const float terms[6]{0.9999968539f * c.outer, -0.3332400377f * c.outer,
-                       0.1325352513f * c.outer, -0.0509728597f * c.outer,
-                       0.0161141762f * c.outer, -0.0028394638f * c.outer};
+  const float terms[5]{0.9999971986f * c.outer, -0.3332307637f * c.outer, 0.1322609186f * c.outer,
+                       -0.0492804497f * c.outer, 0.0123188356f * c.outer};
   const auto exponent = [&](float dot, float base) {
     const float x = dot * c.inner, x2 = x * x;
-    float sum = terms[5];
+    float sum = terms[4];
 #pragma unroll
-    for (int i = 4; i >= 0; --i) sum = fmaf(sum, x2, terms[i]);
+    for (int i = 3; i >= 0; --i) sum = fmaf(sum, x2, terms[i]);
     return fmaf(x, sum, -base);
   };
 #pragma unroll
@@ -353,7 +355,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     attention_wgmma_kernel(const AttentionParams p, const AttentionPlan plan,
                            const __grid_constant__ TileMaps maps) {
 #if defined(GEMMA2_HOPPER)
-  constexpr bool kPolynomial = kHeadDim == 128;
   constexpr int kTileSize = kKeys * kHeadDim;
   constexpr int64_t kTileBytes = kAttentionWgmmaTileBytes<kHeadDim, kKeys, kStages>;
   clear_rows_of_no_sequence<T>(p);
@@ -405,7 +406,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint64_t k_matrix = wgmma_matrix(ring, 16), v_matrix = wgmma_matrix(ring, kKeys * 128);
 
   const ScoreScale scale = score_scale(p);
-  const float limit = scale.capped && scale.inner > 0 ? 1.0f / scale.inner : -1.0f;
+  const float limit = scale.capped && scale.inner > 0 ? kMostOfCap / scale.inner : -1.0f;
   float o[kHeadDim / 8][4], s[kKeys / 8][4], factor[2];
   uint32_t weights[kKeys / 16][4];
   QuadRows softmax;
@@ -425,7 +426,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto weigh = [&](int block) {
     const int key = block * kKeys;
     const bool masked = key < last_seen.first || key + kKeys > first_seen.end;
-    if (kPolynomial && !masked && all_within(s, limit)) {
+    if (!masked && all_within(s, limit)) {
       return softmax_capped_tile(s, scale, softmax, factor);
     }
     scale_scores(s, scale);
@@ -439,7 +440,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto scores_of = [&](int place) {
     const uint64_t k = wgmma_matrix_behind(k_matrix, wait_for(place));
     wgmma_fence();
-    start_scores<T, kHeadDim, kKeys>(s, q_matrix, k);
+    start_scores<T, kHeadDim, kKeys>(s, wgmma_matrix_anew(q_matrix), k);
   };
   const auto add_values_of = [&](int place) {
     start_output<T, kHeadDim, kKeys>(o, weights, wgmma_matrix_behind(v_matrix, wait_for(place)));
