@@ -113,8 +113,7 @@ GEMMA2_DEVICE void gradient_block(const AttentionBackwardParams& b, const Attent
   int begin = 0, end = u.keys;
   if (kOfKeys) {
     const int last = key_begin + kMine < u.keys ? key_begin + kMine : u.keys;
-    begin = first_row(p, u, [&](const RowKeys& keys) { return keys.end > key_begin; });
-    end = first_row(p, u, [&](const RowKeys& keys) { return keys.first >= last; });
+    rows_of_keys(p, u, key_begin, last, begin, end);
   } else {
     for (int r = thread; r < kMine; r += kThreads)
       states[r] = row_state(b, u, r < u.rows ? r : u.rows - 1);
@@ -301,9 +300,9 @@ __global__ void __launch_bounds__(kThreads)
     float grad_k[kLaneDims] = {}, grad_v[kLaneDims] = {};
     load_row(k, key_row(plan, u, u.k, plan.k_stride, key), p.head_dim);
     load_row(v, key_row(plan, u, u.v, plan.v_stride, key), p.head_dim);
-    const int end = first_row(p, u, [&](const RowKeys& keys) { return keys.first > key; });
-    for (int r = first_row(p, u, [&](const RowKeys& keys) { return keys.end > key; }); r < end;
-         ++r) {
+    int begin, end;
+    rows_of_keys(p, u, key, key + 1, begin, end);
+    for (int r = begin; r < end; ++r) {
       load_row(q, row_of(p.q, u, r), p.head_dim);
       load_row(grad, row_of(b.grad_out, u, r), p.head_dim);
       const Weight weight = weigh_plain(p, dot(q, k), dot(grad, v), row_state(b, u, r));

@@ -17,19 +17,16 @@ GEMMA2_DEVICE int64_t row_index(const AttentionParams& p, const Unit<T>& u, int 
   return u.batch * p.lse_batch_stride + u.head(r) * p.lse_head_stride + u.q_offset + u.query(r);
 }
 
-// The first row in [0, rows) for which above(its keys) holds, as it does for all later ones.
-template <class T, class F>
-GEMMA2_DEVICE int first_row(const AttentionParams& p, const Unit<T>& u, const F& above) {
-  int low = 0, high = u.rows;
-  while (low < high) {
-    const int middle = low + (high - low) / 2;
-    if (above(u.row_keys(p, middle))) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  return low;
+// The rows [begin, end) that see some of the unit's keys from `first` to `last`; the unit has all
+// rows of its group.
+template <class T>
+GEMMA2_DEVICE void rows_of_keys(const AttentionParams& p, const Unit<T>& u, int first, int last,
+                                int& begin, int& end) {
+  const int64_t shift = u.length - u.seqlen_q, queries = u.rows / u.group;
+  int64_t from = 0, to = queries;  // query i sees keys up to shift + i, with a window from there
+  if (p.causal) from = clamp(u.key_begin + first - shift, 0, queries);
+  if (p.window) to = clamp(u.key_begin + last - shift + p.window - 1, from, queries);
+  begin = int(from) * u.group, end = int(to < from ? from : to) * u.group;
 }
 
 // As units of all rows of a group: for blocks of keys.

@@ -1,17 +1,18 @@
 // Gradients of attention on Hopper (sm_90a), head_dim 65 to 256; formulas as in
-// attention_backward.cu. A block is a producer warpgroup, which copies tiles by cp.async, and two
-// consumer warpgroups. Rows: 128 rows meet their keys, grad_q in registers. Keys: 64 keys (head_dim
-// 256) or 128 (128) meet the rows of all heads of their group; at 256 one warpgroup has grad_v and
-// hands p (1 - tanh^2) through shared memory to the other, which has grad_k. Seven products for
-// five, nothing added up between blocks: results repeat exactly.
+// attention_backward.cu. A block is a producer warpgroup, which copies tiles (by bulk tensor
+// copies, else by cp.async), and two consumer warpgroups. Rows: 128 rows meet their keys, grad_q in
+// registers. Keys: 64 keys (head_dim 256) or 128 (128) meet the rows of all heads of their group;
+// at 256 one warpgroup has grad_v and hands p (1 - tanh^2) through shared memory to the other,
+// which has grad_k. Seven products for five, nothing added up between blocks: results repeat
+// exactly.
 //
 // Bound by the tensor cores: of 64 x 64 x 256 a product takes 512 clocks, and reading it from
 // shared memory as long; p and 1 - tanh^2 take a third of that. Source: FlashAttention-3
 // (2407.08608). Registers are 40 and 232 by warpgroup.
 // attention_backward_wgmma_rows_kernel: at most 168 registers, 226 KiB of shared memory.
-// attention_backward_wgmma_keys_kernel: at most 168 registers (48 bytes spilled), 211 KiB of shared
-// memory. At head_dim 128 a loop needs a few registers more than there are.
+// attention_backward_wgmma_keys_kernel: at most 168 registers, 211 KiB of shared memory.
 #include "attention_backward.cuh"
+#include "attention_wgmma.cuh"
 #include "kernels.h"
 #include "launch.cuh"
 #include "wgmma_backward.cuh"
@@ -20,8 +21,13 @@ namespace gemma2 {
 namespace cuda {
 namespace {
 
-constexpr int kGroupThreads = 4 * kWarpSize;  // a warpgroup
-constexpr int kConsumers = 2, kThreads = (1 + kConsumers) * kGroupThreads;
+constexpr int kThreads = (1 + kConsumers) * kGroupThreads;
+
+// Tiles as bulk tensor copies see them, where `used`: a block's own rows or keys, then the others.
+struct TileMaps {
+  CUtensorMap mine_a, mine_b, a, b;
+  bool used;
+};
 
 // What the softmax of a row needs: its keys, log2 of its denominator, and its term.
 struct RowState {
@@ -49,14 +55,6 @@ struct Shape {
 };
 
 #if defined(GEMMA2_HOPPER)
-
-// Panels of 64 columns: kRows rows of 128 bytes each, their chunks permuted as wgmma_matrix says.
-template <int kHeadDim, int kRows>
-struct PanelLayout {
-  GEMMA2_DEVICE static int offset(int row, int chunk) {
-    return chunk / 8 * kRows * 64 + row * 64 + (chunk % 8 ^ row % 8) * 8;
-  }
-};
 
 // d = a b^T: 64 rows of a tile of kARows, all kBRows of the other tile.
 template <class T, int kHeadDim, int kARows, int kBRows>
@@ -133,10 +131,25 @@ GEMMA2_DEVICE void copy_next(T* tile, Walk& w, bool inside) {
   cp_async_commit();
 }
 
+// The consumer warpgroup that this thread is of: through a shuffle the compiler knows it as one for
+// all lanes, and so the number of turns.
+GEMMA2_DEVICE int consumer_group() { return shuffle(int(threadIdx.x / kGroupThreads), 0) - 1; }
+
 // What a block works on: keys or rows from mine_begin on meet rows or keys in [begin, end).
 struct Range {
   int mine_begin, begin, end;
+  bool by_maps;  // tiles come by bulk tensor copies, with what stands behind `end`
 };
+
+// Zeros where turn i's tile goes beyond the range. By a warpgroup, before its gradient takes it.
+template <int kHeadDim, int kOthers, class T>
+GEMMA2_DEVICE void clear_behind(T* tile, const Range& range, int i) {
+  constexpr int kTailBarrier = 9;  // one a warpgroup
+  const int left = range.end - range.begin - i * kOthers;
+  if (range.by_maps && left < kOthers) {
+    clear_tail<kHeadDim, kOthers>(tile, left, kTailBarrier + consumer_group());
+  }
+}
 
 // Shared memory of a block.
 template <class T, int kHeadDim, bool kOfKeys>
@@ -172,11 +185,11 @@ struct Shared {
   GEMMA2_DEVICE static uint64_t* empty_b(int i) { return full_b(i) + S::kStagesB; }
 
   // Wait for the i-th tile, or say that this warp is through with it.
-  GEMMA2_DEVICE static const T* wait_a(int i) {
+  GEMMA2_DEVICE static T* wait_a(int i) {
     mbarrier_wait(full_a(i), i / S::kStagesA & 1);
     return a(i);
   }
-  GEMMA2_DEVICE static const T* wait_b(int i) {
+  GEMMA2_DEVICE static T* wait_b(int i) {
     mbarrier_wait(full_b(i), i / S::kStagesB & 1);
     return b(i);
   }
@@ -189,6 +202,15 @@ struct Shared {
     if (threadIdx.x % kWarpSize == 0) mbarrier_arrive(empty_b(i));
   }
 };
+
+// Of row r, where it is one before `end`; else of one that sees no key.
+template <class T>
+GEMMA2_DEVICE RowState row_state(const AttentionBackwardParams& b, const Unit<T>& u, int r,
+                                 int end) {
+  if (r >= end) return {{INT_MAX, 0}, 0.0f, 0.0f};
+  const int64_t at = row_index(b.forward, u, r);
+  return {u.row_keys(b.forward, r), b.forward.lse[at] * kLog2E, b.row_terms[at]};
+}
 
 template <class T, int kHeadDim, bool kOfKeys>
 GEMMA2_DEVICE void produce(const AttentionBackwardParams& b, const Unit<T>& u, const Range& range) {
@@ -232,15 +254,8 @@ GEMMA2_DEVICE void produce(const AttentionBackwardParams& b, const Unit<T>& u, c
   int i = 0;
   for (int first = range.begin; first < range.end; first += S::kOthers, ++i) {
     wait_for(M::empty_a(i), (i / S::kStagesA & 1) ^ 1);
-    if (kOfKeys && thread < S::kOthers) {
-      const int r = first + thread;
-      RowState state{{INT_MAX, 0}, 0.0f, 0.0f};
-      if (r < range.end) {
-        const int64_t at = row_index(p, u, r);
-        state = {u.row_keys(p, r), p.lse[at] * kLog2E, b.row_terms[at]};
-      }
-      M::states(i)[thread] = state;
-    }
+    if (kOfKeys && thread < S::kOthers)
+      M::states(i)[thread] = row_state(b, u, first + thread, range.end);
     copy_next<kHeadDim, S::kOthers>(M::a(i), walk_a, inside);
     close(M::full_a(i));
     wait_for(M::empty_b(i), (i / S::kStagesB & 1) ^ 1);
@@ -249,6 +264,58 @@ GEMMA2_DEVICE void produce(const AttentionBackwardParams& b, const Unit<T>& u, c
   }
   cp_async_wait<0>();
   if (pending) announce();
+}
+
+// The same by bulk tensor copies: a thread for each of `a` and `b`, and of rows a thread for each
+// row's state.
+template <class T, int kHeadDim, bool kOfKeys>
+GEMMA2_DEVICE void produce_by_maps(const AttentionBackwardParams& b, const TileMaps& maps,
+                                   const Unit<T>& u, const Range& range) {
+  using S = Shape<kHeadDim, kOfKeys>;
+  using M = Shared<T, kHeadDim, kOfKeys>;
+  constexpr int kForB = 2 * kWarpSize;  // the thread
+  static_assert(!kOfKeys || S::kOthers <= kForB, "");
+  const AttentionParams& p = b.forward;
+  const int thread = threadIdx.x;
+  const auto copy_mine = [&](T* tile, const CUtensorMap& map) {
+    if constexpr (kOfKeys) {
+      copy_keys_by_map<kHeadDim, S::kMine>(tile, map, p, u, range.mine_begin, M::full_mine());
+    } else {
+      copy_rows_by_map<kHeadDim, S::kMine>(tile, map, p, u, 0, M::full_mine());
+    }
+  };
+  const auto copy_others = [&](T* tile, const CUtensorMap& map, int first, uint64_t* full) {
+    mbarrier_arrive_and_expect(full, S::kOthersSize * 2);
+    if constexpr (kOfKeys) {
+      copy_rows_by_map<kHeadDim, S::kOthers>(tile, map, p, u, first, full);
+    } else {
+      copy_keys_by_map<kHeadDim, S::kOthers>(tile, map, p, u, first, full);
+    }
+  };
+  if (thread == 0) {
+    mbarrier_arrive_and_expect(M::full_mine(), 2 * S::kMineSize * 2);
+    copy_mine(M::mine_a(), maps.mine_a);
+    copy_mine(M::mine_b(), maps.mine_b);
+  }
+  if (thread == kForB) {
+    int i = 0;
+    for (int first = range.begin; first < range.end; first += S::kOthers, ++i) {
+      mbarrier_wait(M::empty_b(i), (i / S::kStagesB & 1) ^ 1);
+      copy_others(M::b(i), maps.b, first, M::full_b(i));
+    }
+  }
+  if (thread >= (kOfKeys ? S::kOthers : 1)) return;
+  int i = 0;
+  for (int first = range.begin; first < range.end; first += S::kOthers, ++i) {
+    RowState state;
+    if (kOfKeys) state = row_state(b, u, first + thread, range.end);
+    mbarrier_wait(M::empty_a(i), (i / S::kStagesA & 1) ^ 1);
+    if (thread == 0) copy_others(M::a(i), maps.a, first, M::full_a(i));
+    if (kOfKeys) {
+      M::states(i)[thread] = state;
+      mbarrier_arrive(M::full_a(i));
+    }
+  }
 }
 
 // Turns z into p (1 - z^2), where emit(n, j, p) is given p. log2_sum(n, j), seen(n, j) and
@@ -306,11 +373,8 @@ GEMMA2_DEVICE void clear(float (&d)[kTiles][4]) {
   for (int n = 0; n < kTiles; ++n) d[n][0] = d[n][1] = d[n][2] = d[n][3] = 0.0f;
 }
 
-// The consumer warpgroup that this thread is of, and its turns: through a shuffle, by which the
-// compiler knows them as one for all lanes.
-GEMMA2_DEVICE int consumer_group() { return shuffle(int(threadIdx.x / kGroupThreads), 0) - 1; }
-GEMMA2_DEVICE int turns_of(const Range& range, int rows) {
-  return shuffle((range.end - range.begin + rows - 1) / rows, 0);
+GEMMA2_DEVICE int turns_of(const Range& range, int others) {
+  return shuffle((range.end - range.begin + others - 1) / others, 0);
 }
 
 // 64 rows of grad_q, by a warpgroup. Each turn's product of ds and k runs beside the next turn's
@@ -334,7 +398,8 @@ GEMMA2_DEVICE void consume_rows(const AttentionBackwardParams& b, const Range& r
   const auto turn = [&](auto is_first, int i) {
     constexpr bool kFirst = decltype(is_first)::value;
     float s[kOthers / 8][4], grad_p[kOthers / 8][4];
-    const T* const k = M::wait_a(i);
+    T* const k = M::wait_a(i);
+    clear_behind<kHeadDim, kOthers>(k, range, i);
     if (!kFirst) start_gradient<T, kHeadDim, kOthers>(grad, ds, M::a(i - 1));
     start_scores<T, kHeadDim, S::kMine, kOthers>(s, q, k);
     if (!kFirst) {
@@ -457,7 +522,8 @@ GEMMA2_DEVICE void consume_keys(const AttentionBackwardParams& b, const Range& r
     constexpr bool kFirst = decltype(is_first)::value;
     float s[kOthers / 8][4], grad_p[kOthers / 8][4];
     uint32_t weights[kOthers / 16][4];
-    const T* const q = M::wait_a(i);
+    T* const q = M::wait_a(i);
+    clear_behind<kHeadDim, kOthers>(q, range, i);
     if (!kFirst) start_gradient<T, kHeadDim, kOthers>(grad_k, ds, M::a(i - 1));
     start_scores<T, kHeadDim, S::kMine, kOthers>(s, k, q);
     if (!kFirst) {
@@ -465,7 +531,8 @@ GEMMA2_DEVICE void consume_keys(const AttentionBackwardParams& b, const Range& r
       keep_in_order(grad_k);
       M::release_a(i - 1);
     }
-    const T* const grad_out = M::wait_b(i);
+    T* const grad_out = M::wait_b(i);
+    clear_behind<kHeadDim, kOthers>(grad_out, range, i);
     start_scores<T, kHeadDim, S::kMine, kOthers>(grad_p, v, grad_out);
     wgmma_wait<1>();
     keep_in_order(s);
@@ -512,10 +579,15 @@ GEMMA2_DEVICE void consume_for_v(const AttentionBackwardParams& b, const Range& 
   float grad[kHeadDim / 8][4];
   uint32_t weights[kOthers / 16][4];
   clear(grad);
+  const auto grad_out_of = [&](int i) {
+    T* const tile = M::wait_b(i);
+    clear_behind<kHeadDim, kOthers>(tile, range, i);
+    return tile;
+  };
   const auto turn = [&](auto is_first, int i) {
     constexpr bool kFirst = decltype(is_first)::value;
     float s[kOthers / 8][4];
-    if (!kFirst) start_gradient<T, kHeadDim, kOthers>(grad, weights, M::wait_b(i - 1));
+    if (!kFirst) start_gradient<T, kHeadDim, kOthers>(grad, weights, grad_out_of(i - 1));
     start_scores<T, kHeadDim, S::kMine, kOthers>(s, M::mine_a(), M::wait_a(i));
     if (!kFirst) {
       wgmma_wait<1>();
@@ -541,7 +613,7 @@ GEMMA2_DEVICE void consume_for_v(const AttentionBackwardParams& b, const Range& 
     mbarrier_wait(M::full_mine(), 0);
     turn(Flag<true>{}, 0);
     for (int i = 1; i < turns; ++i) turn(Flag<false>{}, i);
-    start_gradient<T, kHeadDim, kOthers>(grad, weights, M::wait_b(turns - 1));
+    start_gradient<T, kHeadDim, kOthers>(grad, weights, grad_out_of(turns - 1));
     wgmma_wait<0>();
     keep_in_order(grad);
   }
@@ -575,7 +647,7 @@ GEMMA2_DEVICE void consume_for_k(const AttentionBackwardParams& b, const Range& 
     wgmma_wait<0>();
     keep_in_order(grad_p);
     M::release_b(i);
-    M::wait_a(i);
+    clear_behind<kHeadDim, kOthers>(M::wait_a(i), range, i);
     named_barrier_sync(handed_barrier(warp), 2 * kWarpSize);
 #pragma unroll
     for (int n = 0; n < kOthers / 8; ++n) {
@@ -602,44 +674,50 @@ GEMMA2_DEVICE void consume_for_k(const AttentionBackwardParams& b, const Range& 
 
 // Barriers, and what the consumers need of the unit.
 template <class T, int kHeadDim, bool kOfKeys>
-GEMMA2_DEVICE void prepare(const AttentionBackwardParams& b, const Unit<T>& u) {
+GEMMA2_DEVICE void prepare(const AttentionBackwardParams& b, const Unit<T>& u, bool by_maps) {
   using S = Shape<kHeadDim, kOfKeys>;
   using M = Shared<T, kHeadDim, kOfKeys>;
   const int thread = threadIdx.x;
   if (thread == 0) {
     *M::unit() = u;  // where it leaves the registers to the loop
-    mbarrier_init(M::full_mine(), kGroupThreads);
+    mbarrier_init(M::full_mine(), by_maps ? 1 : kGroupThreads);
     for (int i = 0; i < S::kStagesA; ++i) {
-      mbarrier_init(M::full_a(i), kGroupThreads);
+      mbarrier_init(M::full_a(i), by_maps ? 1 + (kOfKeys ? S::kOthers : 0) : kGroupThreads);
       mbarrier_init(M::empty_a(i), 4 * kConsumers);
     }
     for (int i = 0; i < S::kStagesB; ++i) {
-      mbarrier_init(M::full_b(i), kGroupThreads);
+      mbarrier_init(M::full_b(i), by_maps ? 1 : kGroupThreads);
       mbarrier_init(M::empty_b(i), 4 * kConsumers);
     }
   }
   if (!kOfKeys && thread < S::kMine) {
-    const int r = thread < u.rows ? thread : u.rows - 1;
-    const int64_t at = row_index(b.forward, u, r);
-    M::states(0)[thread] = {u.row_keys(b.forward, r), b.forward.lse[at] * kLog2E, b.row_terms[at]};
+    M::states(0)[thread] = row_state(b, u, thread < u.rows ? thread : u.rows - 1, u.rows);
   }
   __syncthreads();
+}
+
+template <class T, int kHeadDim, bool kOfKeys>
+GEMMA2_DEVICE void produce_either(const AttentionBackwardParams& b, const TileMaps& maps,
+                                  const Unit<T>& u, const Range& range) {
+  if (range.begin >= range.end) return;
+  if (maps.used) return produce_by_maps<T, kHeadDim, kOfKeys>(b, maps, u, range);
+  produce<T, kHeadDim, kOfKeys>(b, u, range);
 }
 
 #endif
 
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, 1)
-    attention_backward_wgmma_rows_kernel(const AttentionBackwardParams b,
-                                         const AttentionPlan plan) {
+    attention_backward_wgmma_rows_kernel(const AttentionBackwardParams b, const AttentionPlan plan,
+                                         const __grid_constant__ TileMaps maps) {
 #if defined(GEMMA2_HOPPER)
   Unit<T> u;
   if (!make_unit(b.forward, plan, blockIdx.x, u)) return;
-  const Range range{0, 0, u.keys};
-  prepare<T, kHeadDim, false>(b, u);
+  const Range range{0, 0, u.keys, maps.used};
+  prepare<T, kHeadDim, false>(b, u, maps.used);
   if (threadIdx.x < kGroupThreads) {
     give_registers<40>();
-    if (range.begin < range.end) produce<T, kHeadDim, false>(b, u, range);
+    produce_either<T, kHeadDim, false>(b, maps, u, range);
     return;
   }
   take_registers<232>();
@@ -650,21 +728,20 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_backward_wgmma_keys_kernel(const AttentionBackwardParams b, const AttentionPlan plan,
-                                         int64_t sequences) {
+                                         int64_t sequences, const __grid_constant__ TileMaps maps) {
 #if defined(GEMMA2_HOPPER)
   using S = Shape<kHeadDim, true>;
   const AttentionParams& p = b.forward;
   const int64_t key_begin = blockIdx.x / sequences * S::kMine;
   Unit<T> u;
   if (!make_unit(p, plan, unsigned(blockIdx.x % sequences), u) || key_begin >= u.keys) return;
-  Range range{int(key_begin), 0, 0};
+  Range range{int(key_begin), 0, 0, maps.used};
   const int last = range.mine_begin + S::kMine < u.keys ? range.mine_begin + S::kMine : u.keys;
-  range.begin = first_row(p, u, [&](const RowKeys& keys) { return keys.end > range.mine_begin; });
-  range.end = first_row(p, u, [&](const RowKeys& keys) { return keys.first >= last; });
-  prepare<T, kHeadDim, true>(b, u);
+  rows_of_keys(p, u, range.mine_begin, last, range.begin, range.end);
+  prepare<T, kHeadDim, true>(b, u, maps.used);
   if (threadIdx.x < kGroupThreads) {
     give_registers<40>();
-    if (range.begin < range.end) produce<T, kHeadDim, true>(b, u, range);
+    produce_either<T, kHeadDim, true>(b, maps, u, range);
     return;
   }
   take_registers<232>();
@@ -676,6 +753,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     consume_for_v<T, kHeadDim>(b, range);
   }
 #endif
+}
+
+template <int kHeadDim, bool kOfKeys>
+TileMaps make_maps(const AttentionBackwardParams& b) {
+  using S = Shape<kHeadDim, kOfKeys>;
+  const AttentionParams& p = b.forward;
+  TileMaps maps{};
+  const int rows = kOfKeys ? S::kOthers : S::kMine, keys = kOfKeys ? S::kMine : S::kOthers;
+  maps.used = map_rows(kOfKeys ? maps.a : maps.mine_a, p, p.q, rows) &&
+              map_rows(kOfKeys ? maps.b : maps.mine_b, p, b.grad_out, rows) &&
+              map_keys(kOfKeys ? maps.mine_a : maps.a, p, p.k, keys) &&
+              map_keys(kOfKeys ? maps.mine_b : maps.b, p, p.v, keys);
+  return maps;
 }
 
 template <class T, int kHeadDim>
@@ -690,10 +780,10 @@ void launch_head_dim(const AttentionBackwardParams& b, cudaStream_t stream) {
   const int64_t key_units = divide_up(p.seqlen_k, Keys::kMine) * sequences;
   if (key_units > 0) {
     launch(op, attention_backward_wgmma_keys_kernel<T, kHeadDim>, dim3(unsigned(key_units)),
-           kThreads, Keys::kSharedBytes, stream, b, keys, sequences);
+           kThreads, Keys::kSharedBytes, stream, b, keys, sequences, make_maps<kHeadDim, true>(b));
   }
   launch(op, attention_backward_wgmma_rows_kernel<T, kHeadDim>, dim3(unsigned(row_units)), kThreads,
-         Rows::kSharedBytes, stream, b, rows);
+         Rows::kSharedBytes, stream, b, rows, make_maps<kHeadDim, false>(b));
 }
 
 template <class T>

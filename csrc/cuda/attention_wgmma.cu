@@ -9,18 +9,15 @@
 // behind it: of code in one piece the compiler puts that wait before the exponentials.
 // attention_wgmma_kernel: at most 168 registers (40 and 232 by warpgroup), 226 KiB of shared
 // memory. Source: FlashAttention-3 (arXiv 2407.08608), its tile of 128 x 80 for head_dim 256.
-#include "attention.cuh"
+#include "attention_wgmma.cuh"
 #include "kernels.h"
 #include "launch.cuh"
-#include "tensor_map.cuh"
-#include "wgmma.cuh"
 
 namespace gemma2 {
 namespace cuda {
 namespace {
 
-constexpr int kGroupThreads = 4 * kWarpSize;  // a warpgroup
-constexpr int kConsumers = 2, kThreads = (1 + kConsumers) * kGroupThreads;
+constexpr int kThreads = (1 + kConsumers) * kGroupThreads;
 constexpr int kRows = kAttentionWgmmaRows;
 static_assert(kRows == kConsumers * 64, "");
 
@@ -33,15 +30,6 @@ struct TileMaps {
 #if defined(GEMMA2_HOPPER)
 
 constexpr int kGroupBarrier = 1;  // one a warpgroup
-
-// Panels of 64 columns: kRows rows of 128 bytes each, their chunks permuted as wgmma_matrix says.
-template <int kHeadDim, int kRows>
-struct PanelLayout {
-  static constexpr int kChunks = kHeadDim / 8, kPanel = kRows * 64;
-  GEMMA2_DEVICE static int offset(int row, int chunk) {
-    return chunk / 8 * kPanel + row * 64 + (chunk % 8 ^ row % 8) * 8;
-  }
-};
 
 // Where a tile stands in the ring's order, of `blocks` blocks of keys.
 GEMMA2_DEVICE int k_place(int block) { return block == 0 ? 0 : 2 * block - 1; }
@@ -97,26 +85,16 @@ GEMMA2_DEVICE void produce_by_maps(const AttentionParams& p, const TileMaps& map
                                    T* q_tile, uint64_t* full_q, T* ring, uint64_t* full,
                                    uint64_t* empty, int blocks) {
   const int thread = threadIdx.x;
-  const int slot = int(u.k_offset + u.key_begin), kv_head = int(u.kv_head);
-  const int batch = int(u.batch), k_batch = p.cu_seqlens_k ? 0 : batch;
   const auto copy = [&](int place, const CUtensorMap& map, int block) {
     const int stage = place % kStages;
     mbarrier_wait(empty + stage, (place / kStages & 1) ^ 1);
     mbarrier_arrive_and_expect(full + stage, kKeys * kHeadDim * 2);
-    T* const tile = ring + stage * kKeys * kHeadDim;
-#pragma unroll
-    for (int panel = 0; panel < kHeadDim / 64; ++panel) {
-      copy_box(tile + panel * kKeys * 64, &map, panel * 64, slot + block * kKeys, kv_head, k_batch,
-               full + stage);
-    }
+    copy_keys_by_map<kHeadDim, kKeys>(ring + stage * kKeys * kHeadDim, map, p, u, block * kKeys,
+                                      full + stage);
   };
   if (thread == 0 && maps.of_q) {
     mbarrier_arrive_and_expect(full_q, kRows * kHeadDim * 2);
-#pragma unroll
-    for (int panel = 0; panel < kHeadDim / 64; ++panel) {
-      copy_box(q_tile + panel * kRows * 64, &maps.q, panel * 64, 0, int(u.q_offset) + u.query(0),
-               kv_head, p.cu_seqlens_q ? 0 : batch, full_q);
-    }
+    copy_rows_by_map<kHeadDim, kRows>(q_tile, maps.q, p, u, 0, full_q);
   }
   if (thread == 0) copy(0, maps.k, 0);
   if (!maps.of_q) {
@@ -131,21 +109,6 @@ GEMMA2_DEVICE void produce_by_maps(const AttentionParams& p, const TileMaps& map
     copy(v_place(block - 1, blocks), maps.v, block - 1);
   }
   copy(v_place(blocks - 1, blocks), maps.v, blocks - 1);
-}
-
-// Zeros in rows `begin` on of a V tile: a weight of 0 must not meet what stands behind the keys. By
-// a warpgroup that has seen the copy land; both may, as they write the same.
-template <class T, int kHeadDim, int kKeys>
-GEMMA2_DEVICE void clear_tail(T* tile, int begin, int barrier) {
-  constexpr int kPanels = kHeadDim / 64;
-  const int chunks = (kKeys - begin) * 8;
-#pragma unroll 1
-  for (int i = threadIdx.x % kGroupThreads; i < chunks * kPanels; i += kGroupThreads) {
-    const int panel = i % kPanels, chunk = i / kPanels;
-    store_16(tile + panel * kKeys * 64 + begin * 64 + chunk * 8, Vector16{{0, 0, 0, 0}});
-  }
-  fence_shared_for_wgmma();
-  named_barrier_sync(barrier, kGroupThreads);
 }
 
 constexpr float kMostOfCap = 0.75f;  // of the soft-cap, for the polynomial to hold
@@ -472,7 +435,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int tail = unit->keys - (blocks - 1) * kKeys;
     if (maps.of_keys && tail < kKeys) {
       T* const tile = ring + wait_for(v_at) / 2;
-      clear_tail<T, kHeadDim, kKeys>(tile, tail, kGroupBarrier + group);
+      clear_tail<kHeadDim, kKeys>(tile, tail, kGroupBarrier + group);
     }
     wgmma_fence();
     add_values_of(v_at);
@@ -502,36 +465,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-// Boxes of `keys` keys by 64 columns.
-bool encode(CUtensorMap& map, const AttentionParams& p, const HeadsView& view, int keys) {
-  const bool packed = p.cu_seqlens_k != nullptr;
-  return make_tensor_map(
-      map, p.dtype, view.data,
-      {4,
-       {p.head_dim, packed ? p.total_k : p.seqlen_k, p.num_kv_heads, packed ? 1 : p.batch},
-       {1, view.seqlen_stride, view.head_stride, view.batch_stride},
-       {64, keys, 1, 1}});
-}
-
-// Boxes of the queries that a block's rows are of, by 64 columns: its rows are those of all heads
-// of a group, the heads of a query behind each other.
-bool encode_queries(CUtensorMap& map, const AttentionParams& p) {
-  const bool packed = p.cu_seqlens_q != nullptr;
-  const int64_t group = p.num_heads / p.num_kv_heads;
-  if (kRows % group) return false;
-  return make_tensor_map(
-      map, p.dtype, p.q.data,
-      {5,
-       {p.head_dim, group, packed ? p.total_q : p.seqlen_q, p.num_kv_heads, packed ? 1 : p.batch},
-       {1, p.q.head_stride, p.q.seqlen_stride, group * p.q.head_stride, p.q.batch_stride},
-       {64, int(group), int(kRows / group), 1, 1}});
-}
-
 TileMaps make_maps(const AttentionParams& p, int keys) {
   TileMaps maps{};
-  maps.of_keys =
-      !p.block_table && !p.capacity && encode(maps.k, p, p.k, keys) && encode(maps.v, p, p.v, keys);
-  maps.of_q = maps.of_keys && encode_queries(maps.q, p);
+  maps.of_keys = !p.block_table && !p.capacity && map_keys(maps.k, p, p.k, keys) &&
+                 map_keys(maps.v, p, p.v, keys);
+  maps.of_q = maps.of_keys && map_rows(maps.q, p, p.q, kRows);
   return maps;
 }
 
