@@ -124,31 +124,10 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     if (busy) multiply_values<T, kHeadDim>(o, weights, v_tile);
   }
 
-  __syncthreads();  // the tiles' memory takes the output
-  float* rows = reinterpret_cast<float*>(shared_memory()) + warp_row * kOutputStride<kHeadDim>;
-  float* largest =
-      reinterpret_cast<float*>(shared_memory()) + kRows * kOutputStride<kHeadDim> + warp_row;
-  float* sum = largest + kRows;
-#pragma unroll
-  for (int m = 0; m < kMTiles; ++m) {
-    spill_output<kHeadDim>(rows + 16 * m * kOutputStride<kHeadDim>, o[m], lane);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float row_sum = quad_sum(softmax[m].sum[i]);
-      if (lane % 4 == 0) {
-        largest[16 * m + 8 * i + lane / 4] = softmax[m].largest[i] * scale.outer;
-        sum[16 * m + 8 * i + lane / 4] = row_sum;
-      }
-    }
-  }
-  __syncwarp();
-  for (int r = 0; r < kMTiles * 16 && warp_row + r < unit->rows; ++r) {
-    RowResult result{{}, largest[r], sum[r]};
-#pragma unroll
-    for (int j = 0; j < kHeadDim / kWarpSize; ++j)
-      result.o[j] = rows[r * kOutputStride<kHeadDim> + lane + j * kWarpSize];
-    finish_row(p, plan, *unit, warp_row + r, result);
-  }
+  if (tiles == 0) __syncthreads();  // no other said that `unit` is there
+  if (!rows_left) return;
+  store_rows<T, kHeadDim, Layout>(p, plan, *unit, warp_row, q_tile + warp_row * kHeadDim, o,
+                                  softmax, scale.outer);
 }
 
 // ---- few rows

@@ -465,6 +465,8 @@ struct RowLayout {
   GEMMA2_DEVICE static int offset(int row, int chunk) {
     return row * kHeadDim + (chunk ^ (row % 8)) * 8;
   }
+  // Of float32, half as many rows.
+  GEMMA2_DEVICE static int float_offset(int row, int column) { return row * kHeadDim + column; }
 };
 
 // Starts the copy of kRows rows by kThreads threads; zeros from row `end` and column head_dim on.
@@ -620,6 +622,176 @@ GEMMA2_DEVICE void scale_output(float (&o)[kTiles][4], const float (&factor)[2])
   for (int n = 0; n < kTiles; ++n) {
     o[n][0] *= factor[0], o[n][1] *= factor[0];
     o[n][2] *= factor[1], o[n][3] *= factor[1];
+  }
+}
+
+// ---- rows of a warp's accumulators
+
+// 1 / sum of a row's weights; 0 where it saw no key.
+GEMMA2_DEVICE float row_factor(float sum) { return sum == 0 ? 0.0f : reciprocal_approx(sum); }
+
+// Whether all of the lane's output is finite, of rows that there are.
+template <int kTiles>
+GEMMA2_DEVICE bool all_finite(const float (&o)[kTiles][4], int rows) {
+  bool finite = true;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float check[2] = {0.0f, 0.0f};  // 0 * o is NaN where o is no finite number
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      check[0] = fmaf(0.0f, o[n][2 * i], check[0]);
+      check[1] = fmaf(0.0f, o[n][2 * i + 1], check[1]);
+    }
+    const bool exists = int(threadIdx.x % kWarpSize / 4) + 8 * i < rows;
+    finite = finite && (check[0] + check[1] == 0.0f || !exists);
+  }
+  return finite;
+}
+
+// The warp's 16 rows, from row `first` of the unit on, as partial_row has them.
+template <class T, int kHeadDim>
+GEMMA2_DEVICE void store_partial(const AttentionParams& p, const AttentionPlan& plan,
+                                 const Unit<T>& u, int first, const float (&o)[kHeadDim / 8][4],
+                                 const float (&largest)[2], const float (&sum)[2]) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int r = first + lane / 4 + 8 * i;
+    if (r >= u.rows) continue;
+    float* const row = partial_row(p, plan, u, u.split, r);
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      if (8 * n < p.head_dim) {
+        store_8(row + 8 * n + lane % 4 * 2,
+                {{float_to_bits(o[n][2 * i]), float_to_bits(o[n][2 * i + 1])}});
+      }
+    }
+    if (lane % 4 == 0) row[p.head_dim] = largest[i], row[p.head_dim + 1] = sum[i];
+  }
+}
+
+// The same to out and lse, by way of `tile`.
+template <class T, int kHeadDim, class Layout>
+GEMMA2_DEVICE void store_final(const AttentionParams& p, const Unit<T>& u, int first, T* tile,
+                               const float (&o)[kHeadDim / 8][4], const float (&largest)[2],
+                               const float (&sum)[2]) {
+  constexpr int kChunks = kHeadDim / 8, kAtOnce = kWarpSize / kChunks;
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = lane / 4 + 8 * i;
+    const float factor = row_factor(sum[i]);
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      *reinterpret_cast<uint32_t*>(tile + Layout::offset(row, n) + lane % 4 * 2) =
+          pack<T>(o[n][2 * i] * factor, o[n][2 * i + 1] * factor);
+    }
+  }
+  __syncwarp();
+  // Lane r knows where row r goes.
+  const int r = first + lane % 16, query = u.query(r);
+  const int64_t i = u.q_offset + query;
+  const int64_t head = u.kv_head * u.group + (u.row_begin + r - query * u.group);
+  const int64_t offset = i * p.out.seqlen_stride + head * p.out.head_stride;
+  T* const out = static_cast<T*>(p.out.data) + u.batch * p.out.batch_stride;
+  const int chunk = lane % kChunks;
+#pragma unroll
+  for (int pass = 0; pass < 16 / kAtOnce; ++pass) {
+    const int row = pass * kAtOnce + lane / kChunks;
+    T* const to = out + shuffle(offset, row) + chunk * 8;
+    if (first + row < u.rows && chunk * 8 < p.head_dim)
+      store_16(to, load_16(tile + Layout::offset(row, chunk)));
+  }
+  if (!p.lse) return;
+  float row_largest[2], row_sum[2];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    row_largest[j] = shuffle(largest[j], lane % 8 * 4), row_sum[j] = shuffle(sum[j], lane % 8 * 4);
+  }
+  const float all = lane < 8 ? row_sum[0] : row_sum[1];
+  const float most = lane < 8 ? row_largest[0] : row_largest[1];
+  if (lane < 16 && r < u.rows) {
+    p.lse[u.batch * p.lse_batch_stride + head * p.lse_head_stride + i] =
+        all == 0 ? -INFINITY : most * kLn2 + logf(all);
+  }
+}
+
+// The same of all rows, where one has to be computed anew, or rows are not in 16-byte pieces.
+template <class T, int kHeadDim, class Layout, int kMTiles>
+GEMMA2_DEVICE void store_one_by_one(const AttentionParams& p, const AttentionPlan& plan,
+                                    const Unit<T>& u, int first, T* tile,
+                                    const float (&o)[kMTiles][kHeadDim / 8][4],
+                                    const float (&largest)[kMTiles][2],
+                                    const float (&sum)[kMTiles][2]) {
+  const int lane = threadIdx.x % kWarpSize;
+  // Eight rows of float32 at a time, where 16 of T were.
+#pragma unroll 1
+  for (int eight = 0; eight < 2 * kMTiles; ++eight) {
+    const auto chosen = [&](const float (&of_first)[2], const float (&of_last)[2]) {
+      const float first = eight % 2 == 0 ? of_first[0] : of_first[1];
+      return eight < 2 ? first : eight % 2 == 0 ? of_last[0] : of_last[1];
+    };
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      float* const to =
+          reinterpret_cast<float*>(tile) + Layout::float_offset(lane / 4, 8 * n + lane % 4 * 2);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        to[j] =
+            chosen({o[0][n][j], o[0][n][2 + j]}, {o[kMTiles - 1][n][j], o[kMTiles - 1][n][2 + j]});
+      }
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int row = 0; row < 8 && first + 8 * eight + row < u.rows; ++row) {
+      RowResult result{{},
+                       shuffle(chosen(largest[0], largest[kMTiles - 1]), 4 * row),
+                       shuffle(chosen(sum[0], sum[kMTiles - 1]), 4 * row)};
+#pragma unroll
+      for (int j = 0; j < kHeadDim / kWarpSize; ++j) {
+        result.o[j] =
+            reinterpret_cast<float*>(tile)[Layout::float_offset(row, lane + j * kWarpSize)];
+      }
+      finish_row(p, plan, u, first + 8 * eight + row, result);
+    }
+  }
+}
+
+// The warp's 16 kMTiles rows, from row `first` of the unit on, to where they belong. tile: where
+// its rows of Q were, as Layout says, that nobody reads any more.
+template <class T, int kHeadDim, class Layout, int kMTiles>
+GEMMA2_DEVICE void store_rows(const AttentionParams& p, const AttentionPlan& plan, const Unit<T>& u,
+                              int first, T* tile, const float (&o)[kMTiles][kHeadDim / 8][4],
+                              const QuadRows (&rows)[kMTiles], float outer) {
+  static_assert(kMTiles <= 2, "");
+  const HeadsView& out = p.out;
+  const bool in_pieces =
+      p.head_dim % 8 == 0 &&
+      (plan.splits > 1 || ((out.batch_stride | out.seqlen_stride | out.head_stride) % 8 == 0 &&
+                           reinterpret_cast<uintptr_t>(out.data) % 16 == 0));
+  float sum[kMTiles][2], largest[kMTiles][2];
+  bool finite = true;
+#pragma unroll
+  for (int m = 0; m < kMTiles; ++m) {
+    finite = finite && all_finite(o[m], u.rows - first - 16 * m);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      sum[m][i] = quad_sum(rows[m].sum[i]), largest[m][i] = rows[m].largest[i] * outer;
+    }
+  }
+  if (!in_pieces || ballot(!finite)) {
+    return store_one_by_one<T, kHeadDim, Layout>(p, plan, u, first, tile, o, largest, sum);
+  }
+#pragma unroll
+  for (int m = 0; m < kMTiles; ++m) {
+    const int row = first + 16 * m;
+    if (plan.splits > 1) {
+      store_partial<T, kHeadDim>(p, plan, u, row, o[m], largest[m], sum[m]);
+    } else {
+      store_final<T, kHeadDim, Layout>(p, u, row, tile + Layout::offset(16 * m, 0), o[m],
+                                       largest[m], sum[m]);
+    }
   }
 }
 

@@ -15,8 +15,8 @@ constexpr int kAttentionCluster = 8;                              // blocks at m
 constexpr int kAttentionDecodeStep = 16 * kAttentionDecodeWarps;  // keys of all warps at once
 constexpr int kAttentionCombineThreads = 512;                     // at least head_dim
 
-// Output leaves through the memory that tiles came by: float32, with 8 more columns that keep rows
-// off the powers of two, and two numbers a row.
+// The output of few rows leaves through the memory that tiles came by: float32, with 8 more columns
+// that keep rows off the powers of two, and two numbers a row.
 constexpr int64_t attention_output_bytes(int rows, int head_dim) {
   return int64_t(rows) * (head_dim + 8 + 2) * 4;
 }
@@ -101,14 +101,6 @@ constexpr bool attention_decode_output_fits(int head_dim) {
 static_assert(attention_decode_output_fits(64) && attention_decode_output_fits(128) &&
                   attention_decode_output_fits(256),
               "");
-constexpr bool attention_output_fits(AttentionTile t) {
-  return attention_output_bytes(t.rows(), t.head_dim) <= t.tile_bytes();
-}
-static_assert(attention_output_fits(kAttentionTile64) && attention_output_fits(kAttentionTile128) &&
-                  attention_output_fits(kAttentionTile256) &&
-                  attention_output_fits(kAttentionTile256Large),
-              "");
-
 enum class AttentionKernel : int32_t { kPlain, kTile, kDecode, kWgmma };
 
 struct AttentionPlan {

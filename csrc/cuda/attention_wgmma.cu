@@ -186,131 +186,6 @@ GEMMA2_DEVICE void start_output(float (&o)[kHeadDim / 8][4],
   wgmma_commit();
 }
 
-// ---- the rows' results
-
-// 1 / sum of a row's weights; 0 where it saw no key.
-GEMMA2_DEVICE float row_factor(float sum) { return sum == 0 ? 0.0f : 1.0f / sum; }
-
-// Whether all output of rows that there are is finite.
-template <int kTiles>
-GEMMA2_DEVICE bool all_finite(const float (&o)[kTiles][4], int rows) {
-  bool finite = true;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    float check[2] = {0.0f, 0.0f};  // 0 * o is NaN where o is no finite number
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      check[0] = fmaf(0.0f, o[n][2 * i], check[0]);
-      check[1] = fmaf(0.0f, o[n][2 * i + 1], check[1]);
-    }
-    const bool exists = int(threadIdx.x % kWarpSize / 4) + 8 * i < rows;
-    finite = finite && (check[0] + check[1] == 0.0f || !exists);
-  }
-  return !ballot(!finite);
-}
-
-// The warp's 16 rows, from row `first` of the unit on, as partial_row has them.
-template <class T, int kHeadDim>
-GEMMA2_DEVICE void store_partial(const AttentionParams& p, const AttentionPlan& plan,
-                                 const Unit<T>& u, int first, const float (&o)[kHeadDim / 8][4],
-                                 const float (&largest)[2], const float (&sum)[2]) {
-  const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int r = first + lane / 4 + 8 * i;
-    if (r >= u.rows) continue;
-    float* const row = partial_row(p, plan, u, u.split, r);
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-      if (8 * n < p.head_dim) {
-        store_8(row + 8 * n + lane % 4 * 2,
-                {{float_to_bits(o[n][2 * i]), float_to_bits(o[n][2 * i + 1])}});
-      }
-    }
-    if (lane % 4 == 0) row[p.head_dim] = largest[i], row[p.head_dim + 1] = sum[i];
-  }
-}
-
-// The same to out and lse, by way of `tile`: the warp's rows of Q, of panels of kRows.
-template <class T, int kHeadDim>
-GEMMA2_DEVICE void store_final(const AttentionParams& p, const Unit<T>& u, int first, T* tile,
-                               const float (&o)[kHeadDim / 8][4], const float (&largest)[2],
-                               const float (&sum)[2]) {
-  using Layout = PanelLayout<kHeadDim, kRows>;
-  constexpr int kChunks = Layout::kChunks, kAtOnce = kWarpSize / kChunks;
-  const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = lane / 4 + 8 * i;
-    const float factor = row_factor(sum[i]);
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-      *reinterpret_cast<uint32_t*>(tile + Layout::offset(row, n) + lane % 4 * 2) =
-          pack<T>(o[n][2 * i] * factor, o[n][2 * i + 1] * factor);
-    }
-  }
-  __syncwarp();
-  // Lane r knows where row r goes.
-  const int r = first + lane % 16, query = u.query(r);
-  const int64_t i = u.q_offset + query;
-  const int64_t head = u.kv_head * u.group + (u.row_begin + r - query * u.group);
-  const int64_t offset = i * p.out.seqlen_stride + head * p.out.head_stride;
-  T* const out = static_cast<T*>(p.out.data) + u.batch * p.out.batch_stride;
-  const int chunk = lane % kChunks;
-#pragma unroll
-  for (int pass = 0; pass < 16 / kAtOnce; ++pass) {
-    const int row = pass * kAtOnce + lane / kChunks;
-    T* const to = out + shuffle(offset, row) + chunk * 8;
-    if (first + row < u.rows && chunk * 8 < p.head_dim)
-      store_16(to, load_16(tile + Layout::offset(row, chunk)));
-  }
-  if (!p.lse) return;
-  float row_largest[2], row_sum[2];
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    row_largest[j] = shuffle(largest[j], lane % 8 * 4), row_sum[j] = shuffle(sum[j], lane % 8 * 4);
-  }
-  const float all = lane < 8 ? row_sum[0] : row_sum[1];
-  const float most = lane < 8 ? row_largest[0] : row_largest[1];
-  if (lane < 16 && r < u.rows) {
-    p.lse[u.batch * p.lse_batch_stride + head * p.lse_head_stride + i] =
-        all == 0 ? -INFINITY : most * kLn2 + logf(all);
-  }
-}
-
-// The same where a row has to be computed anew, or does not lie in 16-byte pieces.
-template <class T, int kHeadDim>
-GEMMA2_DEVICE void store_one_by_one(const AttentionParams& p, const AttentionPlan& plan,
-                                    const Unit<T>& u, int first, T* tile,
-                                    const float (&o)[kHeadDim / 8][4], const float (&largest)[2],
-                                    const float (&sum)[2]) {
-  const int lane = threadIdx.x % kWarpSize;
-  // Eight rows of float32 fit where 16 of Q were.
-  const auto at = [&](int row, int column) {
-    return reinterpret_cast<float*>(tile + column / 64 * kRows * 64) + row * 64 + column % 64;
-  };
-#pragma unroll 1
-  for (int i = 0; i < 2; ++i) {
-    __syncwarp();
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-      float* const to = at(lane / 4, 8 * n + lane % 4 * 2);
-      to[0] = i == 0 ? o[n][0] : o[n][2];
-      to[1] = i == 0 ? o[n][1] : o[n][3];
-    }
-    __syncwarp();
-#pragma unroll 1
-    for (int row = 0; row < 8 && first + 8 * i + row < u.rows; ++row) {
-      RowResult result{{},
-                       shuffle(i == 0 ? largest[0] : largest[1], 4 * row),
-                       shuffle(i == 0 ? sum[0] : sum[1], 4 * row)};
-#pragma unroll
-      for (int j = 0; j < kHeadDim / kWarpSize; ++j) result.o[j] = *at(row, lane + j * kWarpSize);
-      finish_row(p, plan, u, first + 8 * i + row, result);
-    }
-  }
-}
-
 #endif
 
 template <class T, int kHeadDim, int kKeys, int kStages>
@@ -370,9 +245,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const ScoreScale scale = score_scale(p);
   const float limit = scale.capped && scale.inner > 0 ? kMostOfCap / scale.inner : -1.0f;
-  float o[kHeadDim / 8][4], s[kKeys / 8][4], factor[2];
+  float output[1][kHeadDim / 8][4], s[kKeys / 8][4], factor[2];
+  float (&o)[kHeadDim / 8][4] = output[0];
   uint32_t weights[kKeys / 16][4];
-  QuadRows softmax;
+  QuadRows all_softmax[1];
+  QuadRows& softmax = all_softmax[0];
   softmax.clear();
 #pragma unroll
   for (int n = 0; n < kHeadDim / 8; ++n) o[n][0] = o[n][1] = o[n][2] = o[n][3] = 0;
@@ -445,23 +322,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   // Rows of Q take the output, once all warps of the warpgroup are through with them.
   named_barrier_sync(kGroupBarrier + group, kGroupThreads);
-  T* const tile = q_tile + warp_row * 64;
-  float sum[2], largest[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i)
-    sum[i] = quad_sum(softmax.sum[i]), largest[i] = softmax.largest[i] * scale.outer;
-  const HeadsView& out = p.out;
-  const bool in_pieces =
-      p.head_dim % 8 == 0 &&
-      (plan.splits > 1 || ((out.batch_stride | out.seqlen_stride | out.head_stride) % 8 == 0 &&
-                           reinterpret_cast<uintptr_t>(out.data) % 16 == 0));
-  if (!in_pieces || !all_finite(o, unit->rows - warp_row)) {
-    store_one_by_one<T, kHeadDim>(p, plan, *unit, warp_row, tile, o, largest, sum);
-  } else if (plan.splits > 1) {
-    store_partial<T, kHeadDim>(p, plan, *unit, warp_row, o, largest, sum);
-  } else {
-    store_final<T, kHeadDim>(p, *unit, warp_row, tile, o, largest, sum);
-  }
+  store_rows<T, kHeadDim, PanelLayout<kHeadDim, kRows>>(
+      p, plan, *unit, warp_row, q_tile + warp_row * 64, output, all_softmax, scale.outer);
 #endif
 }
 

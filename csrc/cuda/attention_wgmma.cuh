@@ -45,6 +45,10 @@ struct PanelLayout {
   GEMMA2_DEVICE static int offset(int row, int chunk) {
     return chunk / 8 * kPanel + row * 64 + (chunk % 8 ^ row % 8) * 8;
   }
+  // Of float32, half as many rows.
+  GEMMA2_DEVICE static int float_offset(int row, int column) {
+    return column / 64 * (kPanel / 2) + row * 64 + column % 64;
+  }
 };
 
 // Start the copy of a tile from its first key or row of the unit on; its bytes count for `full`.

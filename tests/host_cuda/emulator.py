@@ -242,6 +242,12 @@ def places(run: Callable[..., tuple[Tensor, ...]]) -> list[str]:
     return library().emulation_places().decode().split()
 
 
+def line_of(place: str) -> str:
+    """The source at a place."""
+    file, number = place.split(":")
+    return (ROOT / "csrc" / "cuda" / file).read_text().splitlines()[int(number) - 1].strip()
+
+
 def is_needed(run: Callable[..., tuple[Tensor, ...]], place: str) -> bool:
     """Whether without the barrier or wait at `place` something is refused or a result changes."""
     right = run(schedule=0)

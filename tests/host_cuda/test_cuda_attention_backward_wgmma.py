@@ -152,9 +152,9 @@ def test_waits_are_needed(head_dim: int, heads: tuple[int, int]) -> None:
     needed, free = [], []
     for place in places:
         file, number = place.split(":")[0], int(place.split(":")[1])
-        lines = (emulator.ROOT / "csrc" / "cuda" / file).read_text().splitlines()[:number]
+        above = (emulator.ROOT / "csrc" / "cuda" / file).read_text().splitlines()[:number]
         pattern = r"GEMMA2_DEVICE (?:static )?[\w ]+[ *]+(\w+)\("
-        which = re.findall(pattern, "\n".join(lines))[-1], lines[-1].strip()
+        which = re.findall(pattern, "\n".join(above))[-1], above[-1].strip()
         (needed if emulator.is_needed(run_it, place) else free).append(which)
     assert set(free) <= FREE
     assert len(needed) >= {128: 11, 256: 17}[head_dim], needed

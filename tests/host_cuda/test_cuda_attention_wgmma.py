@@ -262,8 +262,7 @@ FREE = (*FREE, "named_barrier_sync(kGroupBarrier + group, kGroupThreads);")
 def test_every_wait_is_needed(kernel: str) -> None:
     attend(kernel)
     places = emulator.library().emulation_places().decode().split()
-    source = (emulator.ROOT / "csrc" / "cuda" / "attention_wgmma.cu").read_text().splitlines()
-    lines = {place: source[int(place.split(":")[1]) - 1].strip() for place in places}
+    lines = {place: emulator.line_of(place) for place in places}
     assert len([line for line in lines.values() if line.startswith("wgmma_wait")]) == 4
     for place, line in lines.items():
         # Of Q alone, which comes before K in any case.
