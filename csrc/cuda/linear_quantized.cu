@@ -702,8 +702,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
   cluster_barrier_after_reads();
 }
 
-// f(column, numbers) for 4 columns at a time of one row of a block, of those of a chunk whose words
-// are t and t + 4; `factor` goes into all.
+// f(s, numbers) for columns 16 s + 4 t to 16 s + 4 t + 3 of a chunk, of one row of a block;
+// `factor` goes into all.
 template <class Format, class F>
 GEMMA2_DEVICE void for_numbers(const PackedBlock<Format>& block, int row, int64_t chunk, int t,
                                float factor, const F& f) {
@@ -719,30 +719,42 @@ GEMMA2_DEVICE void for_numbers(const PackedBlock<Format>& block, int row, int64_
     numbers(words, s, q);
 #pragma unroll
     for (int i = 0; i < 4; ++i) q[i] *= scale;
-    f(chunk * kChunk + 16 * s + 4 * t, q);
+    f(s, q);
   }
 }
 
-// A thread unpacks the words of one row in one chunk.
-template <class T, class Format>
+// A warp unpacks a chunk of all rows, a lane columns 8 h and 16 + 8 h on of one: a store of the
+// warp fills 32 bytes of each row.
+template <class T, class Format, bool kAligned>
 __global__ void __launch_bounds__(kThreads) dequantize_kernel(const DequantizeParams p) {
+  constexpr int kSize = kVectorSize<T>;
   const int64_t chunks = (p.in_features + kChunk - 1) / kChunk;
   const int64_t index = blockIdx.x;
   const PackedBlock<Format> block(p.data, p.scales, index, p.out_features, chunks);
-  const int row = threadIdx.x % kBlockRows;
+  const int row = threadIdx.x % kBlockRows, h = threadIdx.x % kWarpSize / kBlockRows;
   if (row >= block.rows) return;
   T* out = static_cast<T*>(p.out) + (index * kBlockRows + row) * p.in_features;
   const float factor = block.row_factor(row);
-  for (int64_t chunk = blockIdx.y * (kThreads / kBlockRows) + threadIdx.x / kBlockRows;
-       chunk < chunks; chunk += gridDim.y * (kThreads / kBlockRows)) {
+  for (int64_t chunk = blockIdx.y * kWarps + threadIdx.x / kWarpSize; chunk < chunks;
+       chunk += gridDim.y * kWarps) {
+    float numbers[2][8];
 #pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      for_numbers(block, row, chunk, t, factor, [&](int64_t column, const float (&q)[4]) {
+    for (int t = 0; t < 2; ++t) {
+      for_numbers(block, row, chunk, 2 * h + t, factor, [&](int s, const float (&q)[4]) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (column + i < p.in_features) out[column + i] = from_float<T>(q[i]);
-        }
+        for (int i = 0; i < 4; ++i) numbers[s][4 * t + i] = q[i];
       });
+    }
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+#pragma unroll
+      for (int part = 0; part < 8; part += kSize) {
+        const int64_t column = chunk * kChunk + 16 * s + 8 * h + part;
+        float x[kSize];
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) x[i] = numbers[s][part + i];
+        store_vector<kAligned>(out + column, p.in_features - column, pack_vector(x, T{}));
+      }
     }
   }
 }
@@ -764,7 +776,8 @@ __global__ void __launch_bounds__(kThreads) embedding_kernel(const EmbeddingPara
     const int row = int(id % kBlockRows);
     const float factor = block.row_factor(row);
     for (int64_t i = threadIdx.x; i < 4 * chunks; i += kThreads) {
-      for_numbers(block, row, i / 4, int(i % 4), factor, [&](int64_t column, const float (&q)[4]) {
+      for_numbers(block, row, i / 4, int(i % 4), factor, [&](int s, const float (&q)[4]) {
+        const int64_t column = i / 4 * kChunk + 16 * s + i % 4 * 4;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           if (column + j >= p.in_features) continue;
@@ -917,9 +930,14 @@ void launch_format(const char* op, const LinearParams& p, cudaStream_t stream) {
 template <class Format>
 void launch_dequantize(const char* op, const DequantizeParams& p, cudaStream_t stream) {
   dim3 grid(unsigned(divide_up(p.out_features, kBlockRows)));
-  grid.y = unsigned(divide_up(divide_up(p.in_features, kChunk), 8 * kThreads / kBlockRows));
+  grid.y = unsigned(divide_up(divide_up(p.in_features, kChunk), 8 * kWarps));
   dispatch_dtype(op, p.dtype, [&](auto t) {
-    launch(op, dequantize_kernel<decltype(t), Format>, grid, kThreads, 0, stream, p);
+    using T = decltype(t);
+    if (is_aligned(p.out, p.in_features * int64_t(sizeof(T)))) {
+      launch(op, dequantize_kernel<T, Format, true>, grid, kThreads, 0, stream, p);
+    } else {
+      launch(op, dequantize_kernel<T, Format, false>, grid, kThreads, 0, stream, p);
+    }
   });
 }
 
