@@ -24,6 +24,9 @@ def test_a_long_context_costs_little_more_than_half() -> None:
     full = 2 * 26 * (1 << 17) * 4 * 256 * 2
     assert 0.5 < cache_bytes(config, 1, 1 << 17) / full < 0.52
     assert layer_capacity(config, 0, 1 << 17) == 4096 + 512
+    assert layer_capacity(config, 0, 1 << 17, "cuda") == 4096 + 2048
+    on_gpu = cache_bytes(config, 1, 1 << 17, device="cuda")
+    assert on_gpu - cache_bytes(config, 1, 1 << 17) == 2 * 13 * 1536 * 4 * 256 * 2
     assert layer_capacity(config, 1, 1 << 17) == 1 << 17
 
 

@@ -279,7 +279,8 @@ GEMMA2_DEVICE void produce_by_maps(const AttentionBackwardParams& b, const TileM
   const int thread = threadIdx.x;
   const auto copy_mine = [&](T* tile, const CUtensorMap& map) {
     if constexpr (kOfKeys) {
-      copy_keys_by_map<kHeadDim, S::kMine>(tile, map, p, u, range.mine_begin, M::full_mine());
+      copy_keys_by_map<kHeadDim, S::kMine>(tile, map, p, u, u.slot + range.mine_begin,
+                                           M::full_mine());
     } else {
       copy_rows_by_map<kHeadDim, S::kMine>(tile, map, p, u, 0, M::full_mine());
     }
@@ -289,7 +290,7 @@ GEMMA2_DEVICE void produce_by_maps(const AttentionBackwardParams& b, const TileM
     if constexpr (kOfKeys) {
       copy_rows_by_map<kHeadDim, S::kOthers>(tile, map, p, u, first, full);
     } else {
-      copy_keys_by_map<kHeadDim, S::kOthers>(tile, map, p, u, first, full);
+      copy_keys_by_map<kHeadDim, S::kOthers>(tile, map, p, u, u.slot + first, full);
     }
   };
   if (thread == 0) {

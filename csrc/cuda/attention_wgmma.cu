@@ -3,7 +3,7 @@
 //
 // Tiles come in the order K0, K1, V0, K2, V1, ... through a ring. While the tensor cores compute a
 // tile's scores and the output of the tile before, the other warpgroup's softmax runs. Copies are
-// bulk tensor copies, which one thread starts; of rings and pages, and where the driver has no such
+// bulk tensor copies, which one thread starts; of pages, and where the driver has no such
 // maps, cp.async by the whole producer. Bound by the tensor cores, then by tanh and exp2: most
 // tiles' tanh is a polynomial. Each branch of the softmax is to end before the wait for the output
 // behind it: of code in one piece the compiler puts that wait before the exponentials.
@@ -36,6 +36,33 @@ GEMMA2_DEVICE int k_place(int block) { return block == 0 ? 0 : 2 * block - 1; }
 GEMMA2_DEVICE int v_place(int block, int blocks) {
   return block + 1 < blocks ? 2 * block + 2 : 2 * block + 1;
 }
+
+// A unit's keys as blocks. Those of a ring that go round its end are two runs of slots: the first
+// run's last block has `unused` columns behind it, so that each block lies in one run, as bulk
+// copies want it.
+struct KeyBlocks {
+  int count, of_first_run, unused;
+
+  template <class T>
+  GEMMA2_DEVICE static KeyBlocks make(const AttentionPlan& plan, const Unit<T>& u, int size,
+                                      bool in_runs) {
+    const bool round = in_runs && u.keys > plan.capacity - u.slot;
+    const int first_run = round ? plan.capacity - u.slot : u.keys;
+    const int blocks = (first_run + size - 1) / size;
+    return {blocks + (u.keys - first_run + size - 1) / size, blocks, blocks * size - first_run};
+  }
+  // The block's first key.
+  GEMMA2_DEVICE int key(int block, int size) const {
+    return block * size - (block < of_first_run ? 0 : unused);
+  }
+  // The end of the keys that it may have.
+  GEMMA2_DEVICE int end(int block, int size) const {
+    return block < of_first_run ? of_first_run * size - unused : INT_MAX;
+  }
+  GEMMA2_DEVICE int slot(int first_slot, int block, int size) const {
+    return block < of_first_run ? first_slot + block * size : (block - of_first_run) * size;
+  }
+};
 
 // The rows of Q by the whole producer.
 template <class T, int kHeadDim>
@@ -83,14 +110,14 @@ GEMMA2_DEVICE void produce(const AttentionParams& p, const AttentionPlan& plan, 
 template <class T, int kHeadDim, int kKeys, int kStages>
 GEMMA2_DEVICE void produce_by_maps(const AttentionParams& p, const TileMaps& maps, const Unit<T>& u,
                                    T* q_tile, uint64_t* full_q, T* ring, uint64_t* full,
-                                   uint64_t* empty, int blocks) {
-  const int thread = threadIdx.x;
+                                   uint64_t* empty, const KeyBlocks& key_blocks) {
+  const int thread = threadIdx.x, blocks = key_blocks.count;
   const auto copy = [&](int place, const CUtensorMap& map, int block) {
     const int stage = place % kStages;
     mbarrier_wait(empty + stage, (place / kStages & 1) ^ 1);
     mbarrier_arrive_and_expect(full + stage, kKeys * kHeadDim * 2);
-    copy_keys_by_map<kHeadDim, kKeys>(ring + stage * kKeys * kHeadDim, map, p, u, block * kKeys,
-                                      full + stage);
+    copy_keys_by_map<kHeadDim, kKeys>(ring + stage * kKeys * kHeadDim, map, p, u,
+                                      key_blocks.slot(u.slot, block, kKeys), full + stage);
   };
   if (thread == 0 && maps.of_q) {
     mbarrier_arrive_and_expect(full_q, kRows * kHeadDim * 2);
@@ -207,7 +234,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   uint64_t* const full = full_q + 1;
   uint64_t* const empty = full + kStages;
   const int thread = threadIdx.x, lane = thread % kWarpSize;
-  const int blocks = (u.keys + kKeys - 1) / kKeys;
+  KeyBlocks key_blocks = KeyBlocks::make(plan, u, kKeys, maps.of_keys);
+  // Through a shuffle the compiler knows it as one for all lanes.
+  const int blocks = key_blocks.count = shuffle(key_blocks.count, 0);
   if (thread == 0) {
     *unit = u;  // where it leaves the registers to the loop
     mbarrier_init(full_q, maps.of_keys && maps.of_q ? 1 : kGroupThreads);
@@ -223,14 +252,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     give_registers<40>();
     if (blocks > 0 && maps.of_keys) {
       produce_by_maps<T, kHeadDim, kKeys, kStages>(p, maps, u, q_tile, full_q, ring, full, empty,
-                                                   blocks);
+                                                   key_blocks);
     } else if (blocks > 0) {
       produce<T, kHeadDim, kKeys, kStages>(p, plan, u, q_tile, full_q, ring, full, empty, blocks);
     }
     return;
   }
   take_registers<232>();
-  // Through a shuffle the compiler knows it as one for all lanes.
   const int warp = shuffle(thread / kWarpSize - 4, 0);  // of the consumers
   const int group = warp / 4, warp_row = warp * 16;
   RowKeys* const seen = all_seen + warp_row;
@@ -264,14 +292,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (lane == 0) mbarrier_arrive(empty + place % kStages);
   };
   const auto weigh = [&](int block) {
-    const int key = block * kKeys;
-    const bool masked = key < last_seen.first || key + kKeys > first_seen.end;
+    const int key = key_blocks.key(block, kKeys), end = key_blocks.end(block, kKeys);
+    const bool masked = key < last_seen.first || key + kKeys > min(first_seen.end, end);
     if (!masked && all_within(s, limit)) {
       return softmax_capped_tile(s, scale, softmax, factor);
     }
     scale_scores(s, scale);
     if (masked) {
-      const RowKeys keys[2]{seen[lane / 4], seen[lane / 4 + 8]};
+      RowKeys keys[2]{seen[lane / 4], seen[lane / 4 + 8]};
+      keys[0].end = min(keys[0].end, end), keys[1].end = min(keys[1].end, end);
       mask_scores(s, keys, key);
     }
     softmax_tile(s, scale, softmax, factor);
@@ -309,7 +338,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       pack_weights<T>(weights, s);
     }
     const int v_at = v_place(blocks - 1, blocks);
-    const int tail = unit->keys - (blocks - 1) * kKeys;
+    const int tail = unit->keys - key_blocks.key(blocks - 1, kKeys);
     if (maps.of_keys && tail < kKeys) {
       T* const tile = ring + wait_for(v_at) / 2;
       clear_tail<kHeadDim, kKeys>(tile, tail, kGroupBarrier + group);
@@ -329,8 +358,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 TileMaps make_maps(const AttentionParams& p, int keys) {
   TileMaps maps{};
-  maps.of_keys = !p.block_table && !p.capacity && map_keys(maps.k, p, p.k, keys) &&
-                 map_keys(maps.v, p, p.v, keys);
+  maps.of_keys = !p.block_table && map_keys(maps.k, p, p.k, keys) && map_keys(maps.v, p, p.v, keys);
   maps.of_q = maps.of_keys && map_rows(maps.q, p, p.q, kRows);
   return maps;
 }

@@ -11,15 +11,15 @@ namespace cuda {
 constexpr int kGroupThreads = 4 * kWarpSize;  // a warpgroup
 constexpr int kConsumers = 2;                 // warpgroups, beside a producer
 
-// Boxes of `keys` keys of one head by 64 columns.
+// Boxes of `keys` keys, or slots of a ring, of one head by 64 columns.
 inline bool map_keys(CUtensorMap& map, const AttentionParams& p, const HeadsView& view, int keys) {
   const bool packed = p.cu_seqlens_k != nullptr;
-  return make_tensor_map(
-      map, p.dtype, view.data,
-      {4,
-       {p.head_dim, packed ? p.total_k : p.seqlen_k, p.num_kv_heads, packed ? 1 : p.batch},
-       {1, view.seqlen_stride, view.head_stride, view.batch_stride},
-       {64, keys, 1, 1}});
+  const int64_t slots = packed ? p.total_k : p.capacity ? p.capacity : p.seqlen_k;
+  return make_tensor_map(map, p.dtype, view.data,
+                         {4,
+                          {p.head_dim, slots, p.num_kv_heads, packed ? 1 : p.batch},
+                          {1, view.seqlen_stride, view.head_stride, view.batch_stride},
+                          {64, keys, 1, 1}});
 }
 
 // Boxes of `rows` rows of q, or of what is laid out as q, by 64 columns. The rows of a unit are
@@ -51,12 +51,12 @@ struct PanelLayout {
   }
 };
 
-// Start the copy of a tile from its first key or row of the unit on; its bytes count for `full`.
-// What follows the unit's keys or rows in memory comes along, behind the tensor zeros.
+// Start the copy of a tile from a slot (of the sequence) or a row (of the unit) on; its bytes count
+// for `full`. What follows the unit's keys or rows in memory comes along, behind the tensor zeros.
 template <int kHeadDim, int kKeys, class T>
 GEMMA2_DEVICE void copy_keys_by_map(T* tile, const CUtensorMap& map, const AttentionParams& p,
-                                    const Unit<T>& u, int key, uint64_t* full) {
-  const int at = int(u.k_offset + u.key_begin) + key;
+                                    const Unit<T>& u, int slot, uint64_t* full) {
+  const int at = int(u.k_offset) + slot;
 #pragma unroll
   for (int panel = 0; panel < kHeadDim / 64; ++panel) {
     copy_box(tile + panel * kKeys * 64, &map, panel * 64, at, int(u.kv_head),

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -349,8 +349,8 @@ class Gemma2(nn.Module):
         if calls := calls_for(self, cache, input_ids):
             hidden = calls.run(self, input_ids, positions, ends)
         else:
-            places = torch.tensor(positions).to(self.device), torch.tensor(ends).to(self.device)
-            hidden = self._decode(input_ids, *places, cache)
+            places, lengths = (_on_device(numbers, self.device) for numbers in (positions, ends))
+            hidden = self._decode(input_ids, places, lengths, cache)
         cache.commit(counts)
         return hidden
 
@@ -436,6 +436,13 @@ class Gemma2(nn.Module):
     def stream(self, input_ids: Tensor, **options: Any) -> Iterator[int]:
         """See `gemma2_ext.generate.stream`."""
         return _generate.stream(self, input_ids, **options)
+
+
+def _on_device(numbers: Sequence[Any], device: torch.device) -> Tensor:
+    """As a tensor; the host does not wait for what a GPU is still at work on."""
+    if device.type != "cuda":
+        return torch.tensor(numbers, device=device)
+    return torch.tensor(numbers).pin_memory().to(device, non_blocking=True)
 
 
 def _check_integers(name: str, value: object) -> None:

@@ -156,16 +156,21 @@ def test_rows_beside_each_other_and_apart(head_dim: int) -> None:
     assert torch.equal(out, expected[0])
 
 
-@pytest.mark.parametrize("slack", [0, 7])
-def test_ring(slack: int) -> None:
-    window, seqlen_q = 133, 130
+@pytest.mark.parametrize("device", [HOPPER, FULL])
+@pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize(("window", "slack"), [(133, 0), (133, 7), (300, 200)])
+def test_ring(window: int, slack: int, head_dim: int, device: dict[str, Any]) -> None:
+    """Keys before and behind the ring's end, with NaN in slots that hold none."""
+    seqlen_q = 130
     capacity = window + seqlen_q - 1 + slack
-    lengths = [130, window, capacity, capacity + 1, 2 * capacity + 5]
-    q, k, v = random_qkv(len(lengths), seqlen_q, max(lengths), (2, 1), 128, torch.bfloat16)
+    lengths = [130, window, capacity, capacity + 1, capacity + 79, capacity + 81, capacity + 128]
+    lengths += [2 * capacity - 1, 2 * capacity, 2 * capacity + 5]
+    q, k, v = random_qkv(len(lengths), seqlen_q, max(lengths), (2, 1), head_dim, torch.bfloat16)
     options = {"scale": 0.2, "softcap": 5.0, "window": window, "key_lengths": torch.tensor(lengths)}
     caches = ring(k, lengths, capacity), ring(v, lengths, capacity)
-    out, _ = run(q, *caches, **options, capacity=capacity, seqlen_k=capacity, **HOPPER)
+    out, lse = run(q, *caches, **options, capacity=capacity, seqlen_k=capacity, **device)
     assert_accurate(out, reference_of(**options), q, k, v)
+    assert_lse_accurate(lse, q, k, v, **options)
 
 
 @pytest.mark.parametrize("page_shift", [0, 4, 7])
@@ -221,21 +226,25 @@ def test_varlen(lengths: tuple[list[int], list[int]], heads: tuple[int, int]) ->
 
 # ---- schedules and waits
 
-# head_dim, head counts and whether there are pages, which bulk copies do not take.
+# head_dim, head counts and whether there are pages, which bulk copies do not take, or a ring.
 KERNELS = {
-    "256": (256, (2, 1), False),
-    "128": (128, (2, 1), False),
-    "queries by all": (256, (3, 1), False),
-    "pages": (256, (2, 1), True),
+    "256": (256, (2, 1), ""),
+    "128": (128, (2, 1), ""),
+    "queries by all": (256, (3, 1), ""),
+    "pages": (256, (2, 1), "pages"),
+    "ring": (128, (2, 1), "ring"),
 }
 
 
 def attend(kernel: str, **options: Any) -> tuple[Tensor, Tensor]:
-    head_dim, heads, pages = KERNELS[kernel]
+    head_dim, heads, cache = KERNELS[kernel]
     torch.manual_seed(3)
     q, k, v = random_qkv(1, 200, 400, heads, head_dim, torch.bfloat16)
     fields: dict[str, Any] = {"scale": 0.1, "softcap": 20.0, "window": 250, **HOPPER}
-    if pages:
+    if cache == "ring":
+        fields |= {"seqlen_k": 400, "capacity": 400, "window": 180}
+        fields["key_lengths"] = torch.tensor([500])
+    if cache == "pages":
         fields |= {"seqlen_k": 400, "block_table_stride": 1, "page_shift": 9}
         fields["block_table"] = torch.zeros(1, 1, dtype=torch.int32)
     return run(q, k, v, **fields, **options)
