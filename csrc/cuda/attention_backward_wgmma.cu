@@ -569,7 +569,9 @@ GEMMA2_DEVICE void consume_keys(const AttentionBackwardParams& b, const Range& r
 GEMMA2_DEVICE int handed_barrier(int warp) { return 1 + warp; }
 GEMMA2_DEVICE int taken_barrier(int warp) { return 5 + warp; }
 
-// grad_v of 64 keys; hands p (1 - tanh^2) over.
+// grad_v of 64 keys; hands p (1 - tanh^2) over. A turn's softmax runs beside the gradient of the
+// turn before: behind both products it would leave the tensor cores idle, as the other warpgroup
+// waits for what it hands over.
 template <class T, int kHeadDim>
 GEMMA2_DEVICE void consume_for_v(const AttentionBackwardParams& b, const Range& range) {
   using S = Shape<kHeadDim, true>;
@@ -587,18 +589,13 @@ GEMMA2_DEVICE void consume_for_v(const AttentionBackwardParams& b, const Range& 
   };
   const auto turn = [&](auto is_first, int i) {
     constexpr bool kFirst = decltype(is_first)::value;
-    float s[kOthers / 8][4];
-    if (!kFirst) start_gradient<T, kHeadDim, kOthers>(grad, weights, grad_out_of(i - 1));
+    float s[kOthers / 8][4], p_of_turn[kOthers / 8][4];
     start_scores<T, kHeadDim, S::kMine, kOthers>(s, M::mine_a(), M::wait_a(i));
-    if (!kFirst) {
-      wgmma_wait<1>();
-      keep_in_order(grad);
-      M::release_b(i - 1);
-    }
-    wgmma_wait<0>();
+    if (!kFirst) start_gradient<T, kHeadDim, kOthers>(grad, weights, grad_out_of(i - 1));
+    wgmma_wait<kFirst ? 0 : 1>();
     keep_in_order(s);
     weigh_keys<T, kHeadDim>(s, scale, M::states(i), range.mine_begin, range.mine_begin + 16 * warp,
-                            [&](int n, int j, float p) { put_weight<T>(weights, n, j, p); });
+                            [&](int n, int j, float p) { p_of_turn[n][j] = p; });
     if (!kFirst) named_barrier_sync(taken_barrier(warp), 2 * kWarpSize);
 #pragma unroll
     for (int n = 0; n < kOthers / 8; ++n) {
@@ -608,6 +605,14 @@ GEMMA2_DEVICE void consume_for_v(const AttentionBackwardParams& b, const Range& 
     }
     named_barrier_arrive(handed_barrier(warp), 2 * kWarpSize);
     M::release_a(i);
+    if (!kFirst) {
+      wgmma_wait<0>();
+      keep_in_order(grad);
+      M::release_b(i - 1);
+    }
+    // Not before: a product's operands may not be written while others are at work.
+    keep_in_order(p_of_turn);
+    pack_weights<T>(weights, p_of_turn);
   };
   const int turns = turns_of(range, kOthers);
   if (turns > 0) {
