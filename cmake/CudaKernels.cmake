@@ -38,10 +38,18 @@ function(gemma2_cuda_kernels target)
     message(FATAL_ERROR "nvcc is CUDA ${version_number}, but PyTorch was built with CUDA ${TORCH_CUDA}")
   endif()
 
-  # PTX of 100 is for 110, that of the last one for what comes later: device.py knows.
+  # PTX of 100 is for 110, that of the last one for what comes later: device.py knows. Without its "a" 90 has no wgmma;
+  # a build without it, whose PTX may run there, has to know that it lacks Hopper's kernels.
+  list(TRANSFORM GEMMA2_EXT_CUDA_ARCHS REPLACE "^90$" "90a" OUTPUT_VARIABLE built)
   set(architectures "")
-  list(GET GEMMA2_EXT_CUDA_ARCHS -1 last)
-  foreach(arch ${GEMMA2_EXT_CUDA_ARCHS})
+  if("90a" IN_LIST built)
+    set(architectures -DGEMMA2_SM90A)
+  endif()
+  list(GET built -1 last)
+  foreach(arch ${built})
+    if(NOT arch MATCHES "^([0-9]+)[af]?$" OR CMAKE_MATCH_1 LESS 80)
+      message(FATAL_ERROR "GEMMA2_EXT_CUDA_ARCHS has ${arch}, which is no SM version from 80 on, as 80 or 90a")
+    endif()
     list(APPEND architectures -gencode=arch=compute_${arch},code=sm_${arch})
     if(arch STREQUAL last OR arch MATCHES "^1[0-9][0-9]$")
       list(APPEND architectures -gencode=arch=compute_${arch},code=compute_${arch})
@@ -64,7 +72,7 @@ function(gemma2_cuda_kernels target)
         nvcc ${GEMMA2_NVCC} -c ${CMAKE_CURRENT_SOURCE_DIR}/${source} -o ${object}
         -MD -MF ${object}.d -MT ${object} -std=c++17 -O3 ${architectures} --threads ${threads}
         -Werror all-warnings -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra
-      COMMENT "nvcc ${source} [${GEMMA2_EXT_CUDA_ARCHS}]" VERBATIM COMMAND_EXPAND_LISTS)
+      COMMENT "nvcc ${source} [${built}]" VERBATIM COMMAND_EXPAND_LISTS)
     list(APPEND objects ${object})
   endforeach()
   if(mode STREQUAL CHECK)
@@ -74,7 +82,7 @@ function(gemma2_cuda_kernels target)
 
   target_sources(${target} PRIVATE ${objects})
   target_compile_definitions(${target} PRIVATE GEMMA2_WITH_CUDA="${version_number}"
-    GEMMA2_CUDA_ARCHS="${GEMMA2_EXT_CUDA_ARCHS}" USE_CUDA)
+    GEMMA2_CUDA_ARCHS="${built}" USE_CUDA)
   # The static runtime: no libcudart to find when the extension is imported; it shares torch's primary context.
   execute_process(COMMAND ${GEMMA2_NVCC} -dryrun -c x.cu ERROR_VARIABLE dryrun OUTPUT_QUIET)
   string(REGEX MATCH "TOP=([^\n]+)" _ "${dryrun}")

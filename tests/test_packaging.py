@@ -160,11 +160,41 @@ def cmake_program() -> str | None:
             "has avx1024, which is none of scalar;neon_dot;",
         ),
         ({"GEMMA2_EXT_CPU_ISAS": "scalar;avx2_vnni"}, "which takes kernels of avx2, without avx2"),
+        (
+            {"GEMMA2_EXT_CUDA": "CHECK", "GEMMA2_EXT_CUDA_ARCHS": "80;75"},
+            "has 75, which is no SM version from 80 on",
+        ),
+        (
+            {"GEMMA2_EXT_CUDA": "CHECK", "GEMMA2_EXT_CUDA_ARCHS": "sm_90"},
+            "has sm_90, which is no SM version",
+        ),
     ],
 )
 def test_what_cannot_be_built_is_an_error(
     tmp_path: Path, wrong: dict[str, str], message: str
 ) -> None:
+    result = configure(tmp_path, wrong)
+    assert result.returncode != 0
+    assert message in " ".join(result.stderr.split())
+
+
+@pytest.mark.skipif(cmake_program() is None, reason="needs cmake")
+@pytest.mark.parametrize(("architectures", "has"), [("80;90", True), ("90a", True), ("80", False)])
+def test_kernels_of_hopper_are_there_or_known_to_be_missing(
+    tmp_path: Path, architectures: str, has: bool
+) -> None:
+    """PTX of 80 runs on 90 as well, where an empty kernel would leave an output as it was."""
+    settings = {"GEMMA2_EXT_CUDA": "CHECK", "GEMMA2_EXT_CUDA_ARCHS": architectures}
+    result = configure(tmp_path, settings)
+    assert result.returncode == 0, result.stderr
+    files = [*(tmp_path / "build").rglob("build.make"), *(tmp_path / "build").glob("*.ninja")]
+    commands = "".join(file.read_text() for file in files)
+    assert ("-DGEMMA2_SM90A" in commands) == ("sm_90a" in commands) == has
+    assert not re.search(r"sm_90\b", commands)
+
+
+def configure(tmp_path: Path, given: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """CMake beside a compiler of CUDA that only says its version."""
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
@@ -176,9 +206,9 @@ def test_what_cannot_be_built_is_an_error(
         "TORCH_DIR": "/a/torch",
         "TORCH_VERSION": "2.13.0",
         "TORCH_CUDA": "",
-        **wrong,
+        **given,
     }
-    result = subprocess.run(
+    return subprocess.run(
         [
             str(cmake_program()),
             "-S",
@@ -191,5 +221,3 @@ def test_what_cannot_be_built_is_an_error(
         capture_output=True,
         text=True,
     )
-    assert result.returncode != 0
-    assert message in " ".join(result.stderr.split())

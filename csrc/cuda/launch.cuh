@@ -18,9 +18,15 @@ struct DeviceProperties {
   bool clusters;           // of up to 8 blocks with much shared memory
 };
 
-// Whether wgmma's kernels run there: all such chips have as much shared memory.
+// Whether wgmma's kernels run there: all such chips have as much shared memory. A build that is not
+// for sm_90a may run there too, from PTX of an older one, in which they are empty.
 inline bool has_wgmma(const DeviceProperties& device) {
-  return device.compute_capability == 90 && device.shared_bytes >= 227 << 10;
+#if defined(__CUDACC__) && !defined(GEMMA2_SM90A)
+  constexpr bool kBuilt = false;
+#else
+  constexpr bool kBuilt = true;
+#endif
+  return kBuilt && device.compute_capability == 90 && device.shared_bytes >= 227 << 10;
 }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
