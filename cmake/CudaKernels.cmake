@@ -38,13 +38,9 @@ function(gemma2_cuda_kernels target)
     message(FATAL_ERROR "nvcc is CUDA ${version_number}, but PyTorch was built with CUDA ${TORCH_CUDA}")
   endif()
 
-  # PTX of 100 is for 110, that of the last one for what comes later: device.py knows. Without its "a" 90 has no wgmma;
-  # a build without it, whose PTX may run there, has to know that it lacks Hopper's kernels.
+  # PTX of 100 is for 110, that of the last one for what comes later: device.py knows. Without its "a" 90 has no wgmma.
   list(TRANSFORM GEMMA2_EXT_CUDA_ARCHS REPLACE "^90$" "90a" OUTPUT_VARIABLE built)
   set(architectures "")
-  if("90a" IN_LIST built)
-    set(architectures -DGEMMA2_SM90A)
-  endif()
   list(GET built -1 last)
   foreach(arch ${built})
     if(NOT arch MATCHES "^([0-9]+)[af]?$" OR CMAKE_MATCH_1 LESS 80)

@@ -13,20 +13,30 @@ namespace cuda {
 struct DeviceProperties {
   int multiprocessors;
   int shared_bytes;  // that a block can ask for: 99 KiB on sm_86, 89 and 120, 163 on 80, 227 on 90
-  int compute_capability;  // 10 * major + minor
+  int compute_capability;  // 10 * major + minor, of the code that runs there: see code_version
   int max_blocks;          // of a grid's x
   bool clusters;           // of up to 8 blocks with much shared memory
 };
 
-// Whether wgmma's kernels run there: all such chips have as much shared memory. A build that is not
-// for sm_90a may run there too, from PTX of an older one, in which they are empty.
+// Whether wgmma's kernels run there: all such chips have as much shared memory.
 inline bool has_wgmma(const DeviceProperties& device) {
-#if defined(__CUDACC__) && !defined(GEMMA2_SM90A)
-  constexpr bool kBuilt = false;
-#else
-  constexpr bool kBuilt = true;
-#endif
-  return kBuilt && device.compute_capability == 90 && device.shared_bytes >= 227 << 10;
+  return device.compute_capability == 90 && device.shared_bytes >= 227 << 10;
+}
+
+// What the code that runs on a device of this compute capability was compiled for. PTX of 80 runs
+// on all later ones; there it has no clusters, no early launches and no wgmma: the functions and
+// kernels that would use them are empty in it. versions: nvcc's, 10 times of what is compiled for,
+// rising; those from 1000 on and the last have PTX.
+template <int kCount>
+constexpr int code_version(const int (&versions)[kCount], int capability) {
+  int best = 80;  // the least that there is
+  for (int i = 0; i < kCount; ++i) {
+    const int version = versions[i] / 10;
+    const bool runs = version <= capability &&
+                      (version / 10 == capability / 10 || version >= 100 || i == kCount - 1);
+    if (runs && version > best) best = version;
+  }
+  return best;
 }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -69,9 +79,11 @@ inline const DeviceProperties& device_properties() {
     check("device", cudaDeviceGetAttribute(&p.max_blocks, cudaDevAttrMaxGridDimX, device));
     int clusters = 0;
     check("device", cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device));
+    constexpr int kVersions[] = {__CUDA_ARCH_LIST__};
+    const int version = code_version(kVersions, 10 * major + minor);
     // Smaller chips have fewer multiprocessors in what a cluster has to fit into.
-    p.clusters = clusters && (major == 9 || major == 10);
-    p.compute_capability = 10 * major + minor;
+    p.clusters = clusters && version >= 90 && (major == 9 || major == 10);
+    p.compute_capability = version;
   }
   return p;
 }

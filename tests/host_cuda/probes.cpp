@@ -10,6 +10,14 @@ namespace gemma2 {
 namespace cuda {
 namespace {
 
+// What runs where, of the builds "80;90a;100;120", "80" and "90a".
+constexpr int kAll[]{800, 900, 1000, 1200}, kOld[]{800}, kHopper[]{900};
+static_assert(code_version(kAll, 80) == 80 && code_version(kAll, 89) == 80, "");
+static_assert(code_version(kAll, 90) == 90 && code_version(kAll, 103) == 100, "");
+static_assert(code_version(kAll, 110) == 100 && code_version(kAll, 121) == 120, "");
+static_assert(code_version(kOld, 90) == 80 && code_version(kOld, 120) == 80, "");
+static_assert(code_version(kHopper, 90) == 90 && code_version(kOld, 86) == 80, "");
+
 // out (16, 8) = a (16, 16) b^T, b (8, 16), through shared memory, ldmatrix and mma.
 template <class T>
 __global__ void product_kernel(const T* a, const T* b, float* out, bool transposed) {
