@@ -34,6 +34,7 @@ from torch import Tensor
 
 import gemma2_ext
 from gemma2_ext import _C, Gemma2, Gemma2Config, ops, reference
+from gemma2_ext.generate import _race
 
 ROTATED_BYTES = 512 << 20  # more than the second cache of any GPU
 SOFTCAP, WINDOW, HEAD_DIM, HEADS, KV_HEADS = 50.0, 4096, 256, 8, 4
@@ -413,7 +414,7 @@ def decode(bench: Bench) -> None:
 
 
 def decode_step(bench: Bench) -> None:
-    """What a step has beside its products: a token's way into the cache, argmax."""
+    """What a step has beside its products: a token's way into the cache, argmax, a draw."""
     keys = 64 if bench.quick else 512
     options: dict[str, Any] = {"scale": HEAD_DIM**-0.5, "softcap": SOFTCAP}
     lengths = torch.full((1,), keys, device=bench.device)
@@ -444,6 +445,17 @@ def decode_step(bench: Bench) -> None:
     bench.compare(
         "decode", f"argmax of {words}", inputs, calls, calls["torch"], nbytes=4 * words, early=True
     )
+
+    keys = torch.tensor([[1, 2]], dtype=torch.int32, device=bench.device)
+    race = functools.partial(_race, ids=torch.arange(words, device=bench.device).int(), keys=keys)
+
+    def draw(x: Tensor) -> Tensor:
+        out = torch.empty(len(x), dtype=torch.int64, device=x.device)
+        torch.ops.gemma2_ext.draw_out(x, keys, 1.0, out)
+        return out
+
+    calls = {"gemma2_ext": draw, "torch": lambda x: race(x.softmax(-1))}
+    bench.compare("decode", f"a draw of {words}", inputs, calls, None, nbytes=4 * words, early=True)
 
 
 def decode_int8(bench: Bench, batch: int, keys: int, lengths: Tensor) -> None:

@@ -419,6 +419,9 @@ struct ArgmaxParams {
   float* maxima;  // (rows, runs of a row)
   int64_t rows, columns;
   int64_t* out;  // CUDA: (rows,), where the largest is
+  // CUDA: of x, or, where there are keys (rows, 2), of draw_score (draw.h) of it.
+  const int32_t* keys;
+  float inverse_temperature;
 };
 
 // CUDA: the end of a decoding step, in place. A row that runs gets what was drawn, any other `pad`;

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from gemma2_ext.generate import _exponential
+
 pytestmark = pytest.mark.usefixtures("isa")
 
 
@@ -56,6 +58,60 @@ def test_bad_input() -> None:
     for wrong in (out[:1], out.int(), torch.empty(4, dtype=torch.int64)[::2]):
         with pytest.raises(ValueError, match=r"out must be contiguous int64 of shape \(rows,\)"):
             op(x, wrong)
+
+
+def draw(logits: Tensor, keys: Tensor, temperature: float = 1.0) -> Tensor:
+    out = torch.full((len(logits),), -1)
+    torch.ops.gemma2_ext.draw_out(logits, keys, temperature, out)
+    return out
+
+
+def some_keys(rows: int) -> Tensor:
+    return torch.randint(-(1 << 31), 1 << 31, (rows, 2)).int()
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.8, 3.0])
+@pytest.mark.parametrize("columns", [1, 17, 4099])
+def test_a_draw_is_the_race_of_all_tokens(temperature: float, columns: int) -> None:
+    logits, keys = 4 * torch.randn(40, columns), some_keys(40)
+    weights = (logits.double() / temperature).softmax(-1)
+    times = _exponential(keys, torch.arange(columns, dtype=torch.int32)).double()
+    expected = (weights / times.to(weights.device)).argmax(-1)
+    # Two that arrive at the same time, to float32's last bits, may be drawn one for the other.
+    assert (draw(logits, keys, temperature) == expected).float().mean() > 0.97
+    assert torch.equal(draw(logits, keys, temperature), draw(logits, keys, temperature))
+
+
+def test_draws_have_the_probabilities() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, -math.inf, 3.0]])
+    count = 20000
+    drawn = draw(logits.expand(count, -1), some_keys(count), 2.0)
+    shares = torch.bincount(drawn, minlength=5) / count
+    p = (logits[0] / 2.0).softmax(-1).to(shares.device)
+    assert ((shares - p).abs() <= 5 * (p * (1 - p) / count).sqrt()).all()
+
+
+def test_draws_of_what_is_not_a_number() -> None:
+    logits, keys = torch.full((3, 50), -math.inf), some_keys(3)
+    logits[0, 7] = -80.0
+    logits[1, 9] = math.inf
+    logits[2, 11], logits[2, 20] = math.nan, 5.0
+    assert draw(logits, keys).tolist() == [7, 9, 11]
+
+
+def test_draw_refuses_bad_input() -> None:
+    logits, keys, out = torch.randn(2, 8), some_keys(2), torch.empty(2, dtype=torch.int64)
+    op = torch.ops.gemma2_ext.draw_out
+    with pytest.raises(ValueError, match="draw: logits must be float32"):
+        op(logits.double(), keys, 1.0, out)
+    for wrong in (keys[:1], keys.long(), keys[:, :1], keys.t().contiguous().t()):
+        with pytest.raises(ValueError, match=r"draw: keys must be contiguous int32 of shape"):
+            op(logits, wrong, 1.0, out)
+    for temperature in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="draw: temperature must be above 0"):
+            op(logits, keys, temperature, out)
+    with pytest.raises(ValueError, match="draw: out must be contiguous int64"):
+        op(logits, keys, 1.0, out.int())
 
 
 def test_advance() -> None:

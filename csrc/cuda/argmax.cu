@@ -1,11 +1,13 @@
 // out[row] = the place of the largest of x[row], float32: of equals the first, and NaN is larger
-// than any number, as torch has it. Logits in a decoding step.
+// than any number, as torch has it. Logits in a decoding step; with keys the largest of what makes
+// it a draw.
 //
 // A row is a megabyte from the second cache, of which one multiprocessor, at 64 bytes a clock,
 // would read for eight microseconds: a cluster of blocks shares it. Where there are no clusters one
 // block has a row.
 //
 // argmax_kernel: at most 64 registers, 512 bytes of shared memory.
+#include "../draw.h"
 #include "kernels.h"
 #include "vector.cuh"
 
@@ -28,7 +30,7 @@ GEMMA2_DEVICE uint64_t warp_largest(uint64_t key) {
   return key;
 }
 
-template <bool kAligned>
+template <bool kAligned, bool kDraws>
 __global__ void __launch_bounds__(kThreads) argmax_kernel(const ArgmaxParams p, int blocks) {
   constexpr int kSize = kVectorSize<float>, kAtOnce = 4;
   allow_next_kernel();
@@ -38,6 +40,8 @@ __global__ void __launch_bounds__(kThreads) argmax_kernel(const ArgmaxParams p, 
   const int lane = threadIdx.x % kWarpSize;
   const float* const x = p.x + row * p.x_stride;
   const int64_t step = int64_t(blocks) * kThreads * kSize;
+  const uint32_t first_key = kDraws ? p.keys[2 * row] : 0;
+  const uint32_t second_key = kDraws ? p.keys[2 * row + 1] : 0;
   uint64_t best = 0;
   for (int64_t first = (int64_t(rank) * kThreads + threadIdx.x) * kSize; first < p.columns;
        first += kAtOnce * step) {
@@ -52,7 +56,10 @@ __global__ void __launch_bounds__(kThreads) argmax_kernel(const ArgmaxParams p, 
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
         const int64_t at = first + i * step + j;
-        if (at < p.columns) best = larger(best, key_of(values[i][j], uint32_t(at)));
+        if (at >= p.columns) continue;
+        float value = values[i][j];
+        if (kDraws) value = draw_score(value, p.inverse_temperature, first_key, second_key, at);
+        best = larger(best, key_of(value, uint32_t(at)));
       }
     }
   }
@@ -94,8 +101,9 @@ void launch_argmax(const ArgmaxParams& p, cudaStream_t stream) {
   const int blocks = device_properties().clusters ? kCluster : 1;
   if (p.columns > UINT32_MAX || p.rows * blocks > device_properties().max_blocks)
     throw std::invalid_argument("gemma2_ext::argmax: too many elements for CUDA");
-  const auto kernel =
-      is_aligned(p.x, p.x_stride * sizeof(float)) ? argmax_kernel<true> : argmax_kernel<false>;
+  const bool aligned = is_aligned(p.x, p.x_stride * sizeof(float));
+  const auto kernel = p.keys ? (aligned ? argmax_kernel<true, true> : argmax_kernel<false, true>)
+                             : (aligned ? argmax_kernel<true, false> : argmax_kernel<false, false>);
   launch_clusters(op, kernel, blocks, dim3(unsigned(p.rows * blocks)), kThreads,
                   2 * kWarps * int64_t(sizeof(float)), stream, p, blocks);
 }

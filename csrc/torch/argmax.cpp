@@ -1,34 +1,46 @@
-// Bindings of argmax, of logits, and of what ends a decoding step.
+// Bindings of argmax, of logits, of a draw by them, and of what ends a decoding step.
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "../cpu/isa.h"
+#include "../draw.h"
 #include "cuda.h"
 
 namespace gemma2 {
 namespace {
 
-// Of equals the first; NaN is the largest.
-void argmax_out(const Tensor& x, Tensor out) {
-  const char* op = "argmax";
-  if (dtype_of(op, "x", x) != DType::kFloat32 || x.dim() != 2 || x.size(1) == 0)
-    fail(op, "x must be float32 of shape (rows, columns >= 1), got " + to_string(x));
-  check_device(op, "out", out, "x", x);
+// Checked, of x (rows, columns) and out (rows,).
+ArgmaxParams argmax_params(const char* op, const char* name, const Tensor& x, const Tensor& out,
+                           const Rows& rows) {
+  check_device(op, "out", out, name, x);
   if (out.scalar_type() != ScalarType::Long || out.dim() != 1 || out.size(0) != x.size(0) ||
       !out.is_contiguous())
     fail(op, "out must be contiguous int64 of shape (rows,), got " + to_string(out));
-  const Rows rows = as_rows(x);
-  const int64_t columns = x.size(1), runs = (columns + kArgmaxRun - 1) / kArgmaxRun;
   ArgmaxParams p{};
   p.x = static_cast<const float*>(rows.tensor.data_ptr()), p.x_stride = rows.stride;
-  p.rows = x.size(0), p.columns = columns;
-#ifdef GEMMA2_WITH_CUDA
-  if (!x.is_cpu()) {
-    p.out = static_cast<int64_t*>(out.data_ptr());
-    return run_on_cuda(x, launch_argmax, p);
+  p.rows = x.size(0), p.columns = x.size(1);
+  p.out = static_cast<int64_t*>(out.data_ptr());
+  return p;
+}
+
+void check_rows(const char* op, const char* name, const Tensor& x) {
+  if (dtype_of(op, name, x) != DType::kFloat32 || x.dim() != 2 || x.size(1) == 0) {
+    fail(op,
+         std::string(name) + " must be float32 of shape (rows, columns >= 1), got " + to_string(x));
   }
+}
+
+// Of equals the first; NaN is the largest.
+void argmax_out(const Tensor& x, Tensor out) {
+  const char* op = "argmax";
+  check_rows(op, "x", x);
+  const Rows rows = as_rows(x);
+  ArgmaxParams p = argmax_params(op, "x", x, out, rows);
+#ifdef GEMMA2_WITH_CUDA
+  if (!x.is_cpu()) return run_on_cuda(x, launch_argmax, p);
 #endif
+  const int64_t runs = (p.columns + kArgmaxRun - 1) / kArgmaxRun;
   std::vector<float> maxima(p.rows * runs);
   p.maxima = maxima.data();
   const CpuKernels& kernels = cpu_kernels();
@@ -45,8 +57,41 @@ void argmax_out(const Tensor& x, Tensor out) {
       return std::isnan(largest[run]) ? std::isnan(v) : v == largest[run];
     };
     while (!is_it(elements[column])) ++column;
-    static_cast<int64_t*>(out.data_ptr())[row] = column;
+    p.out[row] = column;
   }
+}
+
+// The place of the largest draw_score: a token is drawn with the probability of softmax(logits /
+// temperature), the same one for the same keys.
+void draw_out(const Tensor& logits, const Tensor& keys, double temperature, Tensor out) {
+  const char* op = "draw";
+  check_rows(op, "logits", logits);
+  check_device(op, "keys", keys, "logits", logits);
+  if (keys.scalar_type() != ScalarType::Int || keys.dim() != 2 || keys.size(0) != logits.size(0) ||
+      keys.size(1) != 2 || !keys.is_contiguous())
+    fail(op, "keys must be contiguous int32 of shape (rows, 2), got " + to_string(keys));
+  if (!(temperature > 0))
+    fail(op, "temperature must be above 0, got " + std::to_string(temperature));
+  const Rows rows = as_rows(logits);
+  ArgmaxParams p = argmax_params(op, "logits", logits, out, rows);
+  p.keys = static_cast<const int32_t*>(keys.data_ptr());
+  p.inverse_temperature = float(1 / temperature);
+#ifdef GEMMA2_WITH_CUDA
+  if (!logits.is_cpu()) return run_on_cuda(logits, launch_argmax, p);
+#endif
+  parallel_units(p.rows, p.columns * 32, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      int64_t best = 0;
+      float largest = 0;
+      for (int64_t column = 0; column < p.columns; ++column) {
+        const float score = draw_score(p.x[row * p.x_stride + column], p.inverse_temperature,
+                                       p.keys[2 * row], p.keys[2 * row + 1], uint32_t(column));
+        if (column == 0 || (!(score <= largest) && !std::isnan(largest)))
+          best = column, largest = score;
+      }
+      p.out[row] = best;
+    }
+  });
 }
 
 void check_vector(const char* op, const char* name, const Tensor& t, ScalarType type,
@@ -93,6 +138,7 @@ void advance_out(const Tensor& drawn, const Tensor& stops, int64_t pad, Tensor t
 template <class Library>
 void implement(Library& m) {
   m.impl("argmax_out", TORCH_BOX(&argmax_out));
+  m.impl("draw_out", TORCH_BOX(&draw_out));
   m.impl("advance_out", TORCH_BOX(&advance_out));
 }
 

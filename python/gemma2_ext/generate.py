@@ -30,6 +30,7 @@ RUN = 512
 TOP_RUN = 64  # of the k largest, which lie in the k runs of the largest maxima
 
 _argmax_out = torch.ops.gemma2_ext.argmax_out.default
+_draw_out = torch.ops.gemma2_ext.draw_out.default
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ class Sampler:
             keys = self.keys(logits.shape[0])
         top_p = 1.0 if self.top_p is None else self.top_p
         vocab_size = logits.shape[-1]
+        if logits.is_cuda and self.top_k is None and top_p == 1 and not self.min_p:
+            return _draw(logits, keys, self.temperature)
         if self.top_k is not None:
             largest, ids = _largest(logits, min(self.top_k, vocab_size))
             every = weights = self._weights(largest)
@@ -126,6 +129,13 @@ def _most_probable(logits: Tensor) -> Tensor:
         return logits.argmax(-1)
     tokens = logits.new_empty(len(logits), dtype=torch.int64)
     _argmax_out(logits, tokens)
+    return tokens
+
+
+def _draw(logits: Tensor, keys: Tensor, temperature: float) -> Tensor:
+    """As `_race` of all tokens of softmax(logits / temperature), in one kernel: (batch,)."""
+    tokens = logits.new_empty(len(logits), dtype=torch.int64)
+    _draw_out(logits, keys.to(logits.device), temperature, tokens)
     return tokens
 
 

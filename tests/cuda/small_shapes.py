@@ -53,6 +53,8 @@ def main() -> None:
                 linear(torch.randn(count, 300).to(dtype), packed.data, packed.scales)
         drawn = torch.empty(2, dtype=torch.int64)
         torch.ops.gemma2_ext.argmax_out(torch.randn(2, 5003), drawn)
+        keys = torch.zeros(2, 2, dtype=torch.int32)
+        torch.ops.gemma2_ext.draw_out(torch.randn(2, 5003), keys, 0.7, drawn)
         state = torch.zeros_like(drawn), torch.ones(2, dtype=torch.bool), drawn.clone()
         torch.ops.gemma2_ext.advance_out(drawn, drawn[:1], 0, *state)
         hidden, weight = torch.randn(5, 41).to(dtype), torch.randn(1003, 41).to(dtype)

@@ -1,18 +1,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import gemma2_ext  # noqa: F401  its ops
 from host_cuda.emulator import SCHEDULES, assert_needed, launch, places
 
 # With clusters of blocks and without.
 DEVICES = pytest.mark.parametrize("compute_capability", [80, 90])
 
 
-def argmax(x: Tensor, **options: int | str) -> tuple[Tensor]:
+def argmax(x: Tensor, **options: Any) -> tuple[Tensor]:
     out = torch.full((len(x),), -1)
     launch(
         "argmax",
@@ -57,6 +59,18 @@ def test_rows_off_vectors() -> None:
     x = torch.randn(3, 5001)
     assert torch.equal(argmax(x)[0], x.argmax(-1))
     assert torch.equal(argmax(x[:, 3:])[0], x[:, 3:].argmax(-1))
+
+
+@DEVICES
+@pytest.mark.parametrize("columns", [1, 33, 4097, 40000])
+def test_a_draw(compute_capability: int, columns: int) -> None:
+    logits, keys = 3 * torch.randn(3, columns), torch.randint(-(1 << 31), 1 << 31, (3, 2)).int()
+    expected = torch.full((3,), -1)
+    torch.ops.gemma2_ext.draw_out(logits, keys, 0.7, expected)
+    for schedule in SCHEDULES:
+        options = {"compute_capability": compute_capability, "schedule": schedule}
+        drawn = argmax(logits, keys=keys, inverse_temperature=1 / 0.7, **options)[0]
+        assert torch.equal(drawn, expected)
 
 
 @DEVICES
