@@ -107,7 +107,7 @@ def test_draw_refuses_bad_input() -> None:
     for wrong in (keys[:1], keys.long(), keys[:, :1], keys.t().contiguous().t()):
         with pytest.raises(ValueError, match=r"draw: keys must be contiguous int32 of shape"):
             op(logits, wrong, 1.0, out)
-    for temperature in (0.0, -1.0, math.nan):
+    for temperature in (0.0, -1.0, 1e-40, math.nan):
         with pytest.raises(ValueError, match="draw: temperature must be above 0"):
             op(logits, keys, temperature, out)
     with pytest.raises(ValueError, match="draw: out must be contiguous int64"):

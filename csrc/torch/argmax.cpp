@@ -70,12 +70,15 @@ void draw_out(const Tensor& logits, const Tensor& keys, double temperature, Tens
   if (keys.scalar_type() != ScalarType::Int || keys.dim() != 2 || keys.size(0) != logits.size(0) ||
       keys.size(1) != 2 || !keys.is_contiguous())
     fail(op, "keys must be contiguous int32 of shape (rows, 2), got " + to_string(keys));
-  if (!(temperature > 0))
-    fail(op, "temperature must be above 0, got " + std::to_string(temperature));
+  const float inverse_temperature = float(1 / temperature);
+  if (!(temperature > 0) || !std::isfinite(inverse_temperature)) {
+    fail(op, "temperature must be above 0, and its inverse finite in float32, got " +
+                 std::to_string(temperature));
+  }
   const Rows rows = as_rows(logits);
   ArgmaxParams p = argmax_params(op, "logits", logits, out, rows);
   p.keys = static_cast<const int32_t*>(keys.data_ptr());
-  p.inverse_temperature = float(1 / temperature);
+  p.inverse_temperature = inverse_temperature;
 #ifdef GEMMA2_WITH_CUDA
   if (!logits.is_cpu()) return run_on_cuda(logits, launch_argmax, p);
 #endif

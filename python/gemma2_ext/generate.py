@@ -27,6 +27,7 @@ NUCLEUS_CANDIDATES = 128
 # On a CPU so many tokens or more are drawn from in two steps: a run of them, then one of it.
 TWO_STEPS_FROM = 16384
 RUN = 512
+LEAST_DRAW = 1e-3  # temperature from which logit / temperature is exact enough in float32
 TOP_RUN = 64  # of the k largest, which lie in the k runs of the largest maxima
 
 _argmax_out = torch.ops.gemma2_ext.argmax_out.default
@@ -85,7 +86,8 @@ class Sampler:
             keys = self.keys(logits.shape[0])
         top_p = 1.0 if self.top_p is None else self.top_p
         vocab_size = logits.shape[-1]
-        if logits.is_cuda and self.top_k is None and top_p == 1 and not self.min_p:
+        plain = self.top_k is None and top_p == 1 and not self.min_p
+        if logits.is_cuda and plain and self.temperature >= LEAST_DRAW:
             return _draw(logits, keys, self.temperature)
         if self.top_k is not None:
             largest, ids = _largest(logits, min(self.top_k, vocab_size))
