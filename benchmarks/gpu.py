@@ -503,7 +503,7 @@ def decode_rate(ours: Gemma2, ids: Tensor, tokens: int) -> tuple[float, float]:
     return len(ids[0]) / (first - start), count / (end - second)
 
 
-def prefill_seconds(bench: Bench, ours: Gemma2, tokens: int) -> float:
+def prefill_seconds(ours: Gemma2, tokens: int) -> float:
     """A prompt of random tokens into a cache, up to its last token's logits."""
     ids = torch.randint(3, ours.config.vocab_size, (1, tokens))
     cache = ours.new_cache(1, tokens)
@@ -641,10 +641,9 @@ def model(bench: Bench) -> None:
             bench.rows.append(row)
             bench.print(row)
             prompt = 64 if bench.quick else 8192
-            seconds = prefill_seconds(bench, ours, prompt)
-            # Of products with the layers' weights; attention's come to a tenth of them and more.
-            width = config.hidden_size
-            weights_of_layers = config.num_parameters - config.vocab_size * width
+            seconds = prefill_seconds(ours, prompt)
+            # Of products with the layers' weights alone, without attention's.
+            weights_of_layers = config.num_parameters - config.vocab_size * config.hidden_size
             row = {
                 "group": "prefill",
                 "shape": f"{size} {format}, {prompt}",

@@ -32,18 +32,6 @@ constexpr int kMine = 16 * kWarps;  // rows or keys of a block
 template <int kHeadDim>
 constexpr int kOthersOf = kHeadDim > 128 ? 16 : 32;
 
-// What the softmax of a row needs: its keys, log2 of its denominator, and its term.
-struct RowState {
-  RowKeys seen;
-  float log2_sum, term;
-};
-
-template <class T>
-GEMMA2_DEVICE RowState row_state(const AttentionBackwardParams& b, const Unit<T>& u, int r) {
-  const int64_t at = row_index(b.forward, u, r);
-  return {u.row_keys(b.forward, r), b.forward.lse[at] * kLog2E, b.row_terms[at]};
-}
-
 // p and ds / scale of one product of a query and a key.
 struct Weight {
   float p, ds;

@@ -17,6 +17,18 @@ GEMMA2_DEVICE int64_t row_index(const AttentionParams& p, const Unit<T>& u, int 
   return u.batch * p.lse_batch_stride + u.head(r) * p.lse_head_stride + u.q_offset + u.query(r);
 }
 
+// What the softmax of a row needs: its keys, log2 of its denominator, and its term.
+struct RowState {
+  RowKeys seen;
+  float log2_sum, term;
+};
+
+template <class T>
+GEMMA2_DEVICE RowState row_state(const AttentionBackwardParams& b, const Unit<T>& u, int r) {
+  const int64_t at = row_index(b.forward, u, r);
+  return {u.row_keys(b.forward, r), b.forward.lse[at] * kLog2E, b.row_terms[at]};
+}
+
 // The rows [begin, end) that see some of the unit's keys from `first` to `last`; the unit has all
 // rows of its group.
 template <class T>

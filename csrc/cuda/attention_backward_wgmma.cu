@@ -29,12 +29,6 @@ struct TileMaps {
   bool used;
 };
 
-// What the softmax of a row needs: its keys, log2 of its denominator, and its term.
-struct RowState {
-  RowKeys seen;
-  float log2_sum, term;
-};
-
 // Tiles of a block's own rows or keys (q and grad_out, or k and v), and of those they meet: `a` (k
 // or q) and `b` (v or grad_out), each with its own stages.
 template <int kHeadDim, bool kOfKeys>
@@ -205,11 +199,9 @@ struct Shared {
 
 // Of row r, where it is one before `end`; else of one that sees no key.
 template <class T>
-GEMMA2_DEVICE RowState row_state(const AttentionBackwardParams& b, const Unit<T>& u, int r,
-                                 int end) {
-  if (r >= end) return {{INT_MAX, 0}, 0.0f, 0.0f};
-  const int64_t at = row_index(b.forward, u, r);
-  return {u.row_keys(b.forward, r), b.forward.lse[at] * kLog2E, b.row_terms[at]};
+GEMMA2_DEVICE RowState row_state_before(const AttentionBackwardParams& b, const Unit<T>& u, int r,
+                                        int end) {
+  return r < end ? row_state(b, u, r) : RowState{{INT_MAX, 0}, 0.0f, 0.0f};
 }
 
 template <class T, int kHeadDim, bool kOfKeys>
@@ -255,7 +247,7 @@ GEMMA2_DEVICE void produce(const AttentionBackwardParams& b, const Unit<T>& u, c
   for (int first = range.begin; first < range.end; first += S::kOthers, ++i) {
     wait_for(M::empty_a(i), (i / S::kStagesA & 1) ^ 1);
     if (kOfKeys && thread < S::kOthers)
-      M::states(i)[thread] = row_state(b, u, first + thread, range.end);
+      M::states(i)[thread] = row_state_before(b, u, first + thread, range.end);
     copy_next<kHeadDim, S::kOthers>(M::a(i), walk_a, inside);
     close(M::full_a(i));
     wait_for(M::empty_b(i), (i / S::kStagesB & 1) ^ 1);
@@ -309,7 +301,7 @@ GEMMA2_DEVICE void produce_by_maps(const AttentionBackwardParams& b, const TileM
   int i = 0;
   for (int first = range.begin; first < range.end; first += S::kOthers, ++i) {
     RowState state;
-    if (kOfKeys) state = row_state(b, u, first + thread, range.end);
+    if (kOfKeys) state = row_state_before(b, u, first + thread, range.end);
     mbarrier_wait(M::empty_a(i), (i / S::kStagesA & 1) ^ 1);
     if (thread == 0) copy_others(M::a(i), maps.a, first, M::full_a(i));
     if (kOfKeys) {
@@ -697,7 +689,7 @@ GEMMA2_DEVICE void prepare(const AttentionBackwardParams& b, const Unit<T>& u, b
     }
   }
   if (!kOfKeys && thread < S::kMine) {
-    M::states(0)[thread] = row_state(b, u, thread < u.rows ? thread : u.rows - 1, u.rows);
+    M::states(0)[thread] = row_state(b, u, thread < u.rows ? thread : u.rows - 1);
   }
   __syncthreads();
 }

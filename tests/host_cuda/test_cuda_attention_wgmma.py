@@ -259,12 +259,14 @@ def test_every_schedule_gives_the_same(kernel: str) -> None:
             assert torch.equal(t, first)
 
 
-# By the text of its line: what the emulation orders by itself. Lanes of a warp come together in the
-# products beside these __syncwarp, and both warpgroups clear a tail with the same zeros.
-FREE = ("__syncwarp();", "named_barrier_sync(barrier, kGroupThreads);")
-# The output of warps that are through would fall on rows of Q that another's product still reads;
-# here a warp's product reads its own rows only.
-FREE = (*FREE, "named_barrier_sync(kGroupBarrier + group, kGroupThreads);")
+# Lines that the emulation can do without: lanes of a warp come together in the products beside
+# these __syncwarp; both warpgroups clear a tail with the same zeros; and output of warps that are
+# through may take rows of Q, as here another warp's product reads its own rows only.
+FREE = (
+    "__syncwarp();",
+    "named_barrier_sync(barrier, kGroupThreads);",
+    "named_barrier_sync(kGroupBarrier + group, kGroupThreads);",
+)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
