@@ -687,6 +687,7 @@ GEMMA2_DEVICE void prepare(const AttentionBackwardParams& b, const Unit<T>& u, b
       mbarrier_init(M::full_b(i), by_maps ? 1 : kGroupThreads);
       mbarrier_init(M::empty_b(i), 4 * kConsumers);
     }
+    fence_mbarrier_init();
   }
   if (!kOfKeys && thread < S::kMine) {
     M::states(0)[thread] = row_state(b, u, thread < u.rows ? thread : u.rows - 1);

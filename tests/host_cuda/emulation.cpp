@@ -89,6 +89,7 @@ struct Copy {
     } else {
       memset(shared, 0, bytes);
     }
+    note_write(shared, bytes);
   }
 };
 
@@ -98,6 +99,8 @@ struct Fiber {
   const char* waits = nullptr;  // for what; null: can run
   std::vector<Copy> open;
   std::vector<std::vector<Copy>> groups;
+  std::vector<int64_t> written;           // chunks since its last fence for other instructions
+  std::vector<const uint64_t*> barriers;  // initialized since the last fence for bulk copies
 };
 
 struct Warp {
@@ -111,7 +114,8 @@ struct Warp {
 // Of an mbarrier.
 struct Phases {
   int expected, arrived = 0, complete = 0;
-  int64_t bytes = 0;  // of bulk copies, that are still to come
+  int64_t bytes = 0;    // of bulk copies, that are still to come
+  bool fenced = false;  // bulk copies see that it is initialized
 };
 
 struct BoxCopy {
@@ -140,6 +144,8 @@ struct Block {
   std::vector<unsigned char> memory;
   unsigned char* shared = nullptr;
   int64_t shared_bytes = 0;
+  // Who wrote each 16 bytes, 1 + thread, where wgmma and bulk copies may not have seen it; else 0.
+  std::vector<int> unseen;
   std::string error;
 };
 
@@ -216,6 +222,13 @@ void settle(Phases& phases) {
   }
 }
 
+// That no thread has written there without a fence behind it.
+void check_seen(int64_t at, const char* what) {
+  if (block->unseen[at / 16] == 0) return;
+  fail(std::string(what) + " what thread " + std::to_string(block->unseen[at / 16] - 1) +
+       " wrote, without a fence");
+}
+
 int64_t rows_of(const CUtensorMap& map) {
   int64_t rows = 1;
   for (int i = 1; i < map.rank; ++i) rows *= map.box[i];
@@ -245,6 +258,7 @@ void land(const BoxCopy& copy) {
       }
       int64_t to = copy.shared - block->shared + 128 * row + 16 * chunk;
       to ^= (to >> 7 & 7) << 4;
+      check_seen(to, "a bulk copy writes over");
       memcpy(block->shared + to, values, 16);
     }
   }
@@ -432,6 +446,7 @@ void launch(const char* op, int blocks_of_cluster, dim3 grid, int threads, int64
       block->memory.assign(shared_bytes + 2 * kGuardBytes + 1024, 0xff);
       const uintptr_t start = reinterpret_cast<uintptr_t>(block->memory.data()) + kGuardBytes;
       block->shared = reinterpret_cast<unsigned char*>((start + 1023) / 1024 * 1024);
+      block->unseen.assign((shared_bytes + 15) / 16, 0);
       for (int thread = 0; thread < threads; ++thread) {
         make_context(block->fibers[thread].context, stack_of(int64_t(i) * threads + thread),
                      kStackBytes, run_thread);
@@ -552,6 +567,29 @@ void init_phases(uint64_t* barrier, int arrivals) {
     fail("an mbarrier that is not in shared memory");
   if (!block->phases.emplace(barrier, Phases{arrivals}).second)
     fail("an mbarrier is initialized twice");
+  self().barriers.push_back(barrier);
+}
+
+void fence_phases() {
+  for (const uint64_t* barrier : self().barriers) block->phases[barrier].fenced = true;
+  self().barriers.clear();
+}
+
+void note_write(const void* p, int bytes) {
+  const int64_t begin = static_cast<const unsigned char*>(p) - block->shared;
+  if (begin < 0 || begin + bytes > block->shared_bytes) return;
+  for (int64_t chunk = begin / 16; chunk * 16 < begin + bytes; ++chunk) {
+    if (block->unseen[chunk] == 1 + current) continue;
+    block->unseen[chunk] = 1 + current;
+    self().written.push_back(chunk);
+  }
+}
+
+void fence_writes() {
+  for (int64_t chunk : self().written) {
+    if (block->unseen[chunk] == 1 + current) block->unseen[chunk] = 0;
+  }
+  self().written.clear();
 }
 
 void arrive(uint64_t* barrier, int bytes) {
@@ -577,7 +615,8 @@ void start_box(void* shared, const CUtensorMap& map, const int* at, int rank, ui
   if ((to - block->shared) % 128) fail("a bulk copy's memory is not aligned");
   BoxCopy copy{to, map, {}, barrier};
   std::copy(at, at + rank, copy.at);
-  phases_of(barrier);
+  if (!phases_of(barrier).fenced)
+    fail("a bulk copy that may not see its mbarrier's initialization");
   if (lands_at_once()) {
     land(copy);
   } else {
@@ -637,6 +676,7 @@ const void* element_of_matrix(uint64_t matrix, int row, int column) {
                row % 8 * 128 + column % 64 * 2;
   at ^= (at >> 7 & 7) << 4;
   if (at < 0 || at + 2 > block->shared_bytes) fail("a matrix outside of shared memory");
+  check_seen(at, "a product reads");
   return block->shared + at;
 }
 

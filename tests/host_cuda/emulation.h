@@ -91,6 +91,9 @@ void collective(const char* name, void (*compute)(void* const* lanes), void* min
 void start_copy(void* shared, const void* global, int bytes, bool valid);
 void commit_copies();
 void wait_for_copies(int groups);
+// What stores and copies of the thread have written to shared memory; other accesses of such than
+// by wgmma and bulk copies are not asked about it.
+void note_write(const void* p, int bytes);
 // `bytes` at p are aligned and, where the test has named the memory that may be touched, in it.
 void check_access(const void* p, int bytes);
 
@@ -147,10 +150,12 @@ inline uint32_t load_4_once(const void* p) {
 inline void store_16(void* p, const Vector16& v) {
   emulation::check_access(p, 16);
   memcpy(p, &v, 16);
+  emulation::note_write(p, 16);
 }
 inline void store_8(void* p, const Vector8& v) {
   emulation::check_access(p, 8);
   memcpy(p, &v, 8);
+  emulation::note_write(p, 8);
 }
 
 template <int kBytes>

@@ -2,8 +2,9 @@
 //
 // A product is computed where it is started, where it is waited for, or at either, by schedule: so
 // registers that are read or memory that is written too early show. Bulk copies land as late as
-// some thread can go on without them, or at once. What orders memory for other instructions
-// (wgmma.fence, fence.proxy.async) and numbers of registers have no effect and are not checked.
+// some thread can go on without them, or at once. A product that reads, or a bulk copy that meets,
+// what a thread wrote without a fence behind it is refused (writes by store_8, store_16, cp_async).
+// wgmma.fence and numbers of registers have no effect and are not checked.
 #pragma once
 #include "../../csrc/cuda/ptx.cuh"
 
@@ -21,6 +22,8 @@ namespace emulation {
 void init_phases(uint64_t* barrier, int arrivals);
 void arrive(uint64_t* barrier, int bytes);
 bool is_complete(uint64_t* barrier, int parity);
+void fence_phases();
+void fence_writes();
 void wait_for_phase(uint64_t* barrier, int parity);
 void start_box(void* shared, const CUtensorMap& map, const int* at, int rank, uint64_t* barrier);
 
@@ -94,8 +97,13 @@ inline void mbarrier_wait(uint64_t* barrier, int parity, const char* file = __bu
 inline bool mbarrier_test(uint64_t* barrier, int parity) {
   return emulation::is_complete(barrier, parity);
 }
-inline void fence_mbarrier_init() {}
-inline void fence_shared_for_wgmma() {}
+inline void fence_mbarrier_init(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  if (emulation::reach(file, line)) emulation::fence_phases();
+}
+inline void fence_shared_for_wgmma(const char* file = __builtin_FILE(),
+                                   int line = __builtin_LINE()) {
+  if (emulation::reach(file, line)) emulation::fence_writes();
+}
 inline void copy_box(void* shared, const CUtensorMap* map, int x, int y, int z, int w,
                      uint64_t* barrier) {
   const int at[4]{x, y, z, w};

@@ -91,10 +91,17 @@ __global__ void wgmma_kernel(int mistake, const CUtensorMap a_map, const CUtenso
   if (thread == 0) {
     mbarrier_arrive_and_expect(full, 16384);
     if (mistake == 2) mbarrier_arrive(full), mbarrier_arrive(full);
+    if (mistake == 9) store_16(shared, Vector16{});
     copy_box(shared + (mistake == 3 ? 64 : 0), &a_map, 0, 0, 0, 0, full);
     copy_box(shared + (mistake == 4 ? 16384 : 8192), &b_map, 0, 0, 0, 0, full);
   }
   if (mistake != 6) mbarrier_wait(full, 0);
+  if (mistake == 7) store_16(shared + 16 * thread, load_16(shared + 16 * thread));
+  if (mistake == 8) {
+    cp_async<16>(shared + 16 * thread, a + 8 * thread, true);
+    cp_async_commit();
+    cp_async_wait<0>();
+  }
   if (mistake == 6 || mistake == 4) return;
   float d[2][8][4] = {};
   const uint64_t a_matrix = wgmma_matrix(shared, 16), b_matrix = wgmma_matrix(shared + 8192, 16);

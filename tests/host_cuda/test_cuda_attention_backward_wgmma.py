@@ -156,5 +156,7 @@ def test_waits_are_needed(head_dim: int, heads: tuple[int, int]) -> None:
         pattern = r"GEMMA2_DEVICE (?:static )?[\w ]+[ *]+(\w+)\("
         which = re.findall(pattern, "\n".join(above))[-1], above[-1].strip()
         (needed if emulator.is_needed(run_it, place) else free).append(which)
+    if heads == (3, 1):  # no bulk copy is to see the barriers
+        free.remove(("prepare", "fence_mbarrier_init();"))
     assert set(free) <= FREE
     assert len(needed) >= {128: 11, 256: 17}[head_dim], needed
