@@ -440,22 +440,38 @@ def decode_step(bench: Bench) -> None:
         return out
 
     words = 1000 if bench.quick else 256_000
-    inputs = [(torch.randn(1, words, device=bench.device),) for _ in range(8)]
+    inputs = [(3 * torch.randn(1, words, device=bench.device),) for _ in range(8)]
     calls = {"gemma2_ext": argmax, "torch": functools.partial(torch.argmax, dim=-1)}
     bench.compare(
         "decode", f"argmax of {words}", inputs, calls, calls["torch"], nbytes=4 * words, early=True
     )
 
     keys = torch.tensor([[1, 2]], dtype=torch.int32, device=bench.device)
-    race = functools.partial(_race, ids=torch.arange(words, device=bench.device).int(), keys=keys)
+    all_ids = torch.arange(words, device=bench.device).int()
 
-    def draw(x: Tensor) -> Tensor:
+    def draw(x: Tensor, top_k: int, top_p: float) -> Tensor:
         out = torch.empty(len(x), dtype=torch.int64, device=x.device)
-        torch.ops.gemma2_ext.draw_out(x, keys, 1.0, out)
+        torch.ops.gemma2_ext.draw_out(x, keys, 1.0, top_k, top_p, 0.0, out)
         return out
 
-    calls = {"gemma2_ext": draw, "torch": lambda x: race(x.softmax(-1))}
-    bench.compare("decode", f"a draw of {words}", inputs, calls, None, nbytes=4 * words, early=True)
+    def by_torch(x: Tensor, top_k: int, top_p: float) -> Tensor:
+        if top_k == 0 and top_p == 1:
+            return _race(x.softmax(-1), all_ids, keys)
+        values, ids = x.topk(top_k) if top_k else x.sort(descending=True)
+        p = values.softmax(-1)
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)
+        return ids.gather(-1, _race(p, ids, keys)[:, None])[:, 0]
+
+    for what, top_k, top_p in (
+        (f"a draw of {words}", 0, 1.0),
+        (f"a draw of {words}, top-p 0.95", 0, 0.95),
+        (f"a draw of {words}, top-k 64, top-p 0.95", 64, 0.95),
+    ):
+        calls = {
+            "gemma2_ext": functools.partial(draw, top_k=top_k, top_p=top_p),
+            "torch": functools.partial(by_torch, top_k=top_k, top_p=top_p),
+        }
+        bench.compare("decode", what, inputs, calls, None, nbytes=4 * words, early=True)
 
 
 def decode_int8(bench: Bench, batch: int, keys: int, lengths: Tensor) -> None:

@@ -424,6 +424,18 @@ struct ArgmaxParams {
   float inverse_temperature;
 };
 
+// The largest draw_score (draw.h) of what is left by top_k (0: all), then by top_p and min_p.
+struct DrawParams {
+  const float* logits;  // (rows, columns), last dimension contiguous
+  int64_t logits_stride;
+  int64_t rows, columns;
+  const int32_t* keys;  // (rows, 2)
+  int64_t top_k;
+  float top_p, min_p;
+  int64_t* out;  // (rows,)
+  float inverse_temperature;
+};
+
 // CUDA: the end of a decoding step, in place. A row that runs gets what was drawn, any other `pad`;
 // it runs on unless that is a stop; and it has a key more.
 struct AdvanceParams {

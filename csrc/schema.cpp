@@ -58,7 +58,9 @@ STABLE_TORCH_LIBRARY(gemma2_ext, m) {
       "linear_backward_out(Tensor grad_out, Tensor x, Tensor weight, Tensor(a!)? grad_x, "
       "Tensor(b!)? grad_weight) -> ()");
   m.def("argmax_out(Tensor x, Tensor(a!) out) -> ()");
-  m.def("draw_out(Tensor logits, Tensor keys, float temperature, Tensor(a!) out) -> ()");
+  m.def(
+      "draw_out(Tensor logits, Tensor keys, float temperature, int top_k, float top_p, "
+      "float min_p, Tensor(a!) out) -> ()");
   m.def(
       "advance_out(Tensor drawn, Tensor stops, int pad, Tensor(a!) tokens, Tensor(b!) running, "
       "Tensor(c!) key_lengths) -> ()");

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemma2_ext.generate import _exponential
+from gemma2_ext.generate import Sampler, _exponential
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -60,9 +60,16 @@ def test_bad_input() -> None:
             op(x, wrong)
 
 
-def draw(logits: Tensor, keys: Tensor, temperature: float = 1.0) -> Tensor:
+def draw(
+    logits: Tensor,
+    keys: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> Tensor:
     out = torch.full((len(logits),), -1)
-    torch.ops.gemma2_ext.draw_out(logits, keys, temperature, out)
+    torch.ops.gemma2_ext.draw_out(logits, keys, temperature, top_k, top_p, min_p, out)
     return out
 
 
@@ -103,19 +110,77 @@ def test_draws_of_what_is_not_a_number() -> None:
     assert draw(logits, keys).tolist() == [7, 9, 11]
 
 
+# Filters, each alone and together: top_k, top_p, min_p.
+FILTERS = [
+    (1, 1.0, 0.0),
+    (40, 1.0, 0.0),
+    (4095, 1.0, 0.0),
+    (9999, 1.0, 0.0),
+    (0, 0.9, 0.0),
+    (0, 0.5, 0.0),
+    (0, 1e-6, 0.0),
+    (0, 1.0, 0.05),
+    (0, 1.0, 1.0),
+    (64, 0.95, 0.0),
+    (300, 0.7, 0.01),
+]
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+@pytest.mark.parametrize("deviation", [0.1, 2.0, 5.0])
+def test_a_draw_of_some_is_the_race_of_those(
+    filters: tuple[int, float, float], deviation: float
+) -> None:
+    """As the sampler has it by torch's ops, on the CPU."""
+    top_k, top_p, min_p = filters
+    sampler = Sampler(0.8, top_k or None, top_p, min_p)
+    logits, keys = deviation * torch.randn(30, 4099), some_keys(30)
+    drawn = draw(logits, keys, 0.8, *filters)
+    assert torch.equal(drawn.cpu(), sampler(logits.cpu(), keys.cpu()))
+
+
+def test_of_equal_logits_the_first_are_left() -> None:
+    logits, keys = torch.full((400, 3000), 2.0), some_keys(400)
+    logits[:, 1000] = 1.5
+    assert draw(logits, keys, 1.0, 5).unique().tolist() == list(range(5))
+    assert draw(logits, keys, 1.0, 2000, 0.00149).unique().tolist() == [0, 1, 2]
+    assert draw(logits, keys, 1.0, 0, 0.001).unique().tolist() == [0, 1, 2]
+    logits[:, 500:700] = 3.0
+    assert draw(logits, keys, 1.0, 3).unique().tolist() == [500, 501, 502]
+    drawn = draw(logits, keys, 1.0, 0, 1.0, 0.9)  # min_p leaves all equal ones
+    assert drawn.min() >= 500
+    assert drawn.max() < 700
+    assert len(drawn.unique()) > 100
+
+
+@pytest.mark.parametrize("filters", [(3, 1.0, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.1), (9, 0.5, 0.1)])
+def test_draws_of_some_that_are_not_numbers(filters: tuple[int, float, float]) -> None:
+    logits, keys = torch.full((4, 50), -math.inf), some_keys(4)
+    logits[0, 7] = -80.0
+    logits[1, 9:11] = math.inf
+    logits[2, 11:13], logits[2, 5] = math.nan, 5.0
+    assert draw(logits, keys, 1.0, *filters).tolist() == [7, 9, 11, 0]
+
+
 def test_draw_refuses_bad_input() -> None:
     logits, keys, out = torch.randn(2, 8), some_keys(2), torch.empty(2, dtype=torch.int64)
     op = torch.ops.gemma2_ext.draw_out
+    every = 0, 1.0, 0.0
     with pytest.raises(ValueError, match="draw: logits must be float32"):
-        op(logits.double(), keys, 1.0, out)
+        op(logits.double(), keys, 1.0, *every, out)
     for wrong in (keys[:1], keys.long(), keys[:, :1], keys.t().contiguous().t()):
         with pytest.raises(ValueError, match=r"draw: keys must be contiguous int32 of shape"):
-            op(logits, wrong, 1.0, out)
+            op(logits, wrong, 1.0, *every, out)
     for temperature in (0.0, -1.0, 1e-40, math.nan):
         with pytest.raises(ValueError, match="draw: temperature must be above 0"):
-            op(logits, keys, temperature, out)
+            op(logits, keys, temperature, *every, out)
     with pytest.raises(ValueError, match="draw: out must be contiguous int64"):
-        op(logits, keys, 1.0, out.int())
+        op(logits, keys, 1.0, *every, out.int())
+    for filters in ((-1, 1.0, 0.0), (0, 0.0, 0.0), (0, 1.1, 0.0), (0, 1.0, -0.1), (0, 1.0, 1.1)):
+        with pytest.raises(ValueError, match=r"draw: top_k must be at least 0, top_p in \(0, 1\]"):
+            op(logits, keys, 1.0, *filters, out)
+    with pytest.raises(ValueError, match="draw: top_k must be at least 0"):
+        op(logits, keys, 1.0, 0, math.nan, 0.0, out)
 
 
 def test_advance() -> None:

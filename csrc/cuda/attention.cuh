@@ -15,7 +15,6 @@
 namespace gemma2 {
 namespace cuda {
 
-constexpr float kLog2E = 0x1.715476p+0f;
 constexpr float kLn2 = 0x1.62e43p-1f;
 constexpr int kMaxHeadDim = 256;
 constexpr int kLaneDims = kMaxHeadDim / kWarpSize;  // a lane's dimensions are lane + 32 i

@@ -10,7 +10,6 @@ constexpr float kGeluCube = 0.044715f;
 
 // s = 1 / (1 + exp(-2u)), u = sqrt(2/pi) (g + 0.044715 g^3).
 GEMMA2_DEVICE float gelu_sigmoid(float g) {
-  constexpr float kLog2E = 1.4426950408889634f;
   const float u = g + kGeluCube * g * g * g;
   return reciprocal_approx(1.0f + exp2_approx(-2.0f * kGeluScale * kLog2E * u));
 }

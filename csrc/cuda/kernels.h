@@ -23,6 +23,7 @@ namespace gemma2 {
   X(embedding_int8, EmbeddingParams)          \
   X(embedding_int4, EmbeddingParams)          \
   X(argmax, ArgmaxParams)                     \
+  X(draw, DrawParams)                         \
   X(advance, AdvanceParams)                   \
   X(linear_loss_sums, LossSumsParams)         \
   X(linear_loss_result, LossResultParams)     \

@@ -20,6 +20,7 @@ struct Half {
 
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
+constexpr float kLog2E = 0x1.715476p+0f;  // log2(e)
 
 // 16 bytes: what one thread moves at best.
 struct alignas(16) Vector16 {

@@ -1,6 +1,7 @@
 // Bindings of argmax, of logits, of a draw by them, and of what ends a decoding step.
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "../cpu/isa.h"
@@ -61,9 +62,49 @@ void argmax_out(const Tensor& x, Tensor out) {
   }
 }
 
+// What is left of a row, the largest draw_score of it wins.
+int64_t draw_row(const DrawParams& p, int64_t row) {
+  const float* x = p.logits + row * p.logits_stride;
+  const auto before = [&](int64_t a, int64_t b) {
+    if (std::isnan(x[a]) != std::isnan(x[b])) return std::isnan(x[a]);
+    return x[a] > x[b] || (!(x[a] < x[b]) && a < b);
+  };
+  std::vector<int64_t> left(p.columns);
+  std::iota(left.begin(), left.end(), 0);
+  const int64_t first = *std::min_element(left.begin(), left.end(), before);
+  if (!std::isfinite(x[first])) return first;
+  if (p.top_k > 0 && p.top_k < p.columns) {
+    std::nth_element(left.begin(), left.begin() + p.top_k, left.end(), before);
+    left.resize(p.top_k);
+  }
+  const auto weight = [&](int64_t column) {
+    return std::exp((double(x[column]) - x[first]) * p.inverse_temperature);
+  };
+  if (p.top_p < 1) {
+    std::sort(left.begin(), left.end(), before);
+    double sum = 0, above = 0;
+    for (int64_t column : left) sum += weight(column);
+    size_t count = 0;
+    while (count == 0 || (count < left.size() && above < p.top_p * sum))
+      above += weight(left[count++]);
+    left.resize(count);
+  }
+  int64_t best = first;
+  float largest = -INFINITY;
+  for (int64_t column : left) {
+    if (weight(column) < p.min_p) continue;
+    const float score = draw_score(x[column], p.inverse_temperature, p.keys[2 * row],
+                                   p.keys[2 * row + 1], uint32_t(column));
+    if (score > largest || (score == largest && column < best)) best = column, largest = score;
+  }
+  return best;
+}
+
 // The place of the largest draw_score: a token is drawn with the probability of softmax(logits /
-// temperature), the same one for the same keys.
-void draw_out(const Tensor& logits, const Tensor& keys, double temperature, Tensor out) {
+// temperature), the same one for the same keys. Of what is left by top_k (0: all), then by top_p
+// and by min_p; of equal logits the first ones.
+void draw_out(const Tensor& logits, const Tensor& keys, double temperature, int64_t top_k,
+              double top_p, double min_p, Tensor out) {
   const char* op = "draw";
   check_rows(op, "logits", logits);
   check_device(op, "keys", keys, "logits", logits);
@@ -75,25 +116,21 @@ void draw_out(const Tensor& logits, const Tensor& keys, double temperature, Tens
     fail(op, "temperature must be above 0, and its inverse finite in float32, got " +
                  std::to_string(temperature));
   }
+  if (top_k < 0 || !(top_p > 0 && top_p <= 1) || !(min_p >= 0 && min_p <= 1)) {
+    fail(op, "top_k must be at least 0, top_p in (0, 1], min_p in [0, 1], got " +
+                 std::to_string(top_k) + ", " + std::to_string(top_p) + ", " +
+                 std::to_string(min_p));
+  }
   const Rows rows = as_rows(logits);
-  ArgmaxParams p = argmax_params(op, "logits", logits, out, rows);
-  p.keys = static_cast<const int32_t*>(keys.data_ptr());
-  p.inverse_temperature = inverse_temperature;
+  const ArgmaxParams a = argmax_params(op, "logits", logits, out, rows);
+  const DrawParams p{
+      a.x,   a.x_stride,   a.rows,       a.columns, static_cast<const int32_t*>(keys.data_ptr()),
+      top_k, float(top_p), float(min_p), a.out,     inverse_temperature};
 #ifdef GEMMA2_WITH_CUDA
-  if (!logits.is_cpu()) return run_on_cuda(logits, launch_argmax, p);
+  if (!logits.is_cpu()) return run_on_cuda(logits, launch_draw, p);
 #endif
   parallel_units(p.rows, p.columns * 32, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      int64_t best = 0;
-      float largest = 0;
-      for (int64_t column = 0; column < p.columns; ++column) {
-        const float score = draw_score(p.x[row * p.x_stride + column], p.inverse_temperature,
-                                       p.keys[2 * row], p.keys[2 * row + 1], uint32_t(column));
-        if (column == 0 || (!(score <= largest) && !std::isnan(largest)))
-          best = column, largest = score;
-      }
-      p.out[row] = best;
-    }
+    for (int64_t row = begin; row < end; ++row) p.out[row] = draw_row(p, row);
   });
 }
 

@@ -86,9 +86,11 @@ class Sampler:
             keys = self.keys(logits.shape[0])
         top_p = 1.0 if self.top_p is None else self.top_p
         vocab_size = logits.shape[-1]
-        plain = self.top_k is None and top_p == 1 and not self.min_p
-        if logits.is_cuda and plain and self.temperature >= LEAST_DRAW:
-            return _draw(logits, keys, self.temperature)
+        if logits.is_cuda and self.temperature >= LEAST_DRAW:
+            tokens = logits.new_empty(len(logits), dtype=torch.int64)
+            filters = self.top_k or 0, top_p, self.min_p or 0.0
+            _draw_out(logits, keys.to(logits.device), self.temperature, *filters, tokens)
+            return tokens
         if self.top_k is not None:
             largest, ids = _largest(logits, min(self.top_k, vocab_size))
             every = weights = self._weights(largest)
@@ -131,13 +133,6 @@ def _most_probable(logits: Tensor) -> Tensor:
         return logits.argmax(-1)
     tokens = logits.new_empty(len(logits), dtype=torch.int64)
     _argmax_out(logits, tokens)
-    return tokens
-
-
-def _draw(logits: Tensor, keys: Tensor, temperature: float) -> Tensor:
-    """As `_race` of all tokens of softmax(logits / temperature), in one kernel: (batch,)."""
-    tokens = logits.new_empty(len(logits), dtype=torch.int64)
-    _draw_out(logits, keys.to(logits.device), temperature, tokens)
     return tokens
 
 

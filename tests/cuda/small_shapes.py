@@ -54,7 +54,8 @@ def main() -> None:
         drawn = torch.empty(2, dtype=torch.int64)
         torch.ops.gemma2_ext.argmax_out(torch.randn(2, 5003), drawn)
         keys = torch.zeros(2, 2, dtype=torch.int32)
-        torch.ops.gemma2_ext.draw_out(torch.randn(2, 5003), keys, 0.7, drawn)
+        for filters in ((0, 1.0, 0.0), (40, 0.9, 0.01), (3000, 1.0, 0.0)):
+            torch.ops.gemma2_ext.draw_out(torch.randn(2, 5003), keys, 0.7, *filters, drawn)
         state = torch.zeros_like(drawn), torch.ones(2, dtype=torch.bool), drawn.clone()
         torch.ops.gemma2_ext.advance_out(drawn, drawn[:1], 0, *state)
         hidden, weight = torch.randn(5, 41).to(dtype), torch.randn(1003, 41).to(dtype)

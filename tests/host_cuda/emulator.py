@@ -242,10 +242,11 @@ def places(run: Callable[..., tuple[Tensor, ...]]) -> list[str]:
     return library().emulation_places().decode().split()
 
 
-def line_of(place: str) -> str:
-    """The source at a place."""
+def line_of(place: str, behind: int = 0) -> str:
+    """The source at a place, or so many lines behind it."""
     file, number = place.split(":")
-    return (ROOT / "csrc" / "cuda" / file).read_text().splitlines()[int(number) - 1].strip()
+    lines = (ROOT / "csrc" / "cuda" / file).read_text().splitlines()
+    return lines[int(number) - 1 + behind].strip()
 
 
 def is_needed(run: Callable[..., tuple[Tensor, ...]], place: str) -> bool:
