@@ -34,7 +34,6 @@ from torch import Tensor
 
 import gemma2_ext
 from gemma2_ext import _C, Gemma2, Gemma2Config, ops, reference
-from gemma2_ext.generate import _race
 
 ROTATED_BYTES = 512 << 20  # more than the second cache of any GPU
 SOFTCAP, WINDOW, HEAD_DIM, HEADS, KV_HEADS = 50.0, 4096, 256, 8, 4
@@ -447,7 +446,6 @@ def decode_step(bench: Bench) -> None:
     )
 
     keys = torch.tensor([[1, 2]], dtype=torch.int32, device=bench.device)
-    all_ids = torch.arange(words, device=bench.device).int()
 
     def draw(x: Tensor, top_k: int, top_p: float) -> Tensor:
         out = torch.empty(len(x), dtype=torch.int64, device=x.device)
@@ -456,11 +454,13 @@ def decode_step(bench: Bench) -> None:
 
     def by_torch(x: Tensor, top_k: int, top_p: float) -> Tensor:
         if top_k == 0 and top_p == 1:
-            return _race(x.softmax(-1), all_ids, keys)
+            p = x.softmax(-1)
+            return (p / torch.empty_like(p).exponential_()).argmax(-1)
         values, ids = x.topk(top_k) if top_k else x.sort(descending=True)
         p = values.softmax(-1)
         p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)
-        return ids.gather(-1, _race(p, ids, keys)[:, None])[:, 0]
+        place = (p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True)
+        return ids.gather(-1, place)[:, 0]
 
     for what, top_k, top_p in (
         (f"a draw of {words}", 0, 1.0),

@@ -6,7 +6,7 @@
 #ifdef __CUDACC__
 #define GEMMA2_ANYWHERE __host__ __device__ inline
 #else
-#define GEMMA2_ANYWHERE inline
+#define GEMMA2_ANYWHERE static inline
 #endif
 
 namespace gemma2 {

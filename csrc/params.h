@@ -436,6 +436,27 @@ struct DrawParams {
   float inverse_temperature;
 };
 
+// CPU: an element in falling order, where of equal ones the first comes first.
+struct DrawElement {
+  float value;
+  int64_t place;
+};
+// CPU: what a draw's kernels do with one row, by runs of kArgmaxRun.
+struct DrawWork {
+  DrawParams p;  // its logits are of all rows
+  const float* x;
+  const int32_t* keys;   // (2,)
+  const float* maxima;   // of the runs
+  float largest, least;  // of the row; elements below `least` are left out
+  DrawElement bound;     // those that do not come before it, too
+  DrawElement winner;    // a score, and where it is, that a race has to beat
+  float* sums;           // of each run
+  DrawElement* winners;
+  const int32_t* runs;  // whose elements are to be found
+  int32_t* found;       // kArgmaxRun of each
+  int64_t* counts;
+};
+
 // CUDA: the end of a decoding step, in place. A row that runs gets what was drawn, any other `pad`;
 // it runs on unless that is a stop; and it has a key more.
 struct AdvanceParams {

@@ -307,31 +307,6 @@ def test_keys_come_one_by_one_or_many_at_once() -> None:
     assert torch.equal(torch.get_rng_state(), state)  # greedy draws nothing
 
 
-def test_hashed_noise_is_exponential() -> None:
-    """Every decile of the distribution, its far ends, over tokens and over draws."""
-    from gemma2_ext.generate import _exponential
-
-    sampler = Sampler(temperature=1.0, generator=torch.Generator().manual_seed(0))
-    for keys, ids in (
-        (sampler.keys(4), torch.arange(250_000)),
-        (sampler.keys(250_000), torch.tensor([0, 1, 5, 1 << 17])),
-    ):
-        noise = _exponential(keys, ids)
-        assert (noise > 0).all()
-        uniform = (-noise.double()).exp()
-        n = uniform.numel()
-        counts = torch.histc(uniform, 1000, 0, 1)
-        chi_square = ((counts - n / 1000) ** 2 / (n / 1000)).sum().item()
-        assert abs(chi_square - 999) < 5 * math.sqrt(2 * 999)
-        assert noise.min() * n < 20
-        # Neighbours are not alike.
-        for axis in (0, 1):
-            if uniform.shape[axis] > 4:
-                a, b = uniform.narrow(axis, 0, 249_999), uniform.narrow(axis, 1, 249_999)
-                correlation = torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]
-                assert abs(correlation) < 5 / math.sqrt(a.numel())
-
-
 @pytest.mark.parametrize("vocab_size", [16383, 16384, 20_001])
 def test_tokens_of_a_large_vocabulary_have_their_frequencies(vocab_size: int) -> None:
     """A few likely tokens, at the edges of runs among others, and all the rest together."""

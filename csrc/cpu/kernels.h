@@ -42,6 +42,9 @@ namespace gemma2 {
   X(embed_int8_rows, EmbeddingParams)                        \
   X(embed_int4_rows, EmbeddingParams)                        \
   X(argmax_runs, ArgmaxParams)                               \
+  X(draw_sums, DrawWork)                                     \
+  X(draw_races, DrawWork)                                    \
+  X(draw_finds, DrawWork)                                    \
   X(probe_memory, ProbeParams)                               \
   X(probe_multiply, ProbeParams)                             \
   X(attention_backward_rows, AttentionBackwardWork)          \

@@ -201,7 +201,8 @@ __global__ void __launch_bounds__(kRowThreads) draw_kernel(const DrawParams p, i
       uint64_t best = 0;
       row.for_each([&](float value, uint32_t column) {
         if (key_of(value, column) < floor || !(weight(value) >= p.min_p)) return;
-        const float score = draw_score(value, p.inverse_temperature, first_key, second_key, column);
+        const float score =
+            draw_score(value - largest, p.inverse_temperature, first_key, second_key, column);
         best = larger(best, key_of(score, column));
       });
       winner = row.blocks.largest(best);
@@ -224,12 +225,14 @@ void launch_draw(const DrawParams& p, cudaStream_t stream) {
   using namespace cuda;
   const char* op = "draw";
   if (p.rows == 0) return;
-  if (p.top_k == 0 && p.top_p == 1.0f && p.min_p == 0.0f) {
-    ArgmaxParams of_all{};
-    of_all.x = p.logits, of_all.x_stride = p.logits_stride;
-    of_all.rows = p.rows, of_all.columns = p.columns, of_all.out = p.out;
-    of_all.keys = p.keys, of_all.inverse_temperature = p.inverse_temperature;
-    return launch_argmax(of_all, stream);
+  // Where logit / temperature is exact enough without the largest logit taken off.
+  constexpr float kExact = 1000.0f;
+  const bool of_all = p.top_k == 0 && p.top_p == 1.0f && p.min_p == 0.0f;
+  if (of_all && p.inverse_temperature <= kExact) {
+    ArgmaxParams a{};
+    a.x = p.logits, a.x_stride = p.logits_stride, a.rows = p.rows, a.columns = p.columns;
+    a.keys = p.keys, a.inverse_temperature = p.inverse_temperature, a.out = p.out;
+    return launch_argmax(a, stream);
   }
   const int blocks = row_blocks(op, p.rows, p.columns);
   const bool aligned = is_aligned(p.logits, p.logits_stride * sizeof(float));

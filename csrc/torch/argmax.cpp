@@ -1,6 +1,9 @@
 // Bindings of argmax, of logits, of a draw by them, and of what ends a decoding step.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <functional>
+#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -32,6 +35,24 @@ void check_rows(const char* op, const char* name, const Tensor& x) {
   }
 }
 
+int64_t runs_of(int64_t columns) { return (columns + kArgmaxRun - 1) / kArgmaxRun; }
+
+template <class F>
+void parallel_row_runs(int64_t runs, const F& f) {
+  parallel_units(runs, kArgmaxRun * sizeof(float), f);
+}
+
+// Of equals the first; NaN is the largest.
+int64_t place_of_largest(const float* x, const float* maxima, int64_t runs) {
+  int64_t run = 0;
+  for (int64_t i = 1; i < runs && !std::isnan(maxima[run]); ++i)
+    if (!(maxima[i] <= maxima[run])) run = i;
+  const float largest = maxima[run];
+  int64_t place = run * kArgmaxRun;
+  while (std::isnan(largest) ? !std::isnan(x[place]) : x[place] != largest) ++place;
+  return place;
+}
+
 // Of equals the first; NaN is the largest.
 void argmax_out(const Tensor& x, Tensor out) {
   const char* op = "argmax";
@@ -41,63 +62,102 @@ void argmax_out(const Tensor& x, Tensor out) {
 #ifdef GEMMA2_WITH_CUDA
   if (!x.is_cpu()) return run_on_cuda(x, launch_argmax, p);
 #endif
-  const int64_t runs = (p.columns + kArgmaxRun - 1) / kArgmaxRun;
+  const int64_t runs = runs_of(p.columns);
   std::vector<float> maxima(p.rows * runs);
   p.maxima = maxima.data();
   const CpuKernels& kernels = cpu_kernels();
-  parallel_units(x.size(0) * runs, kArgmaxRun * sizeof(float),
-                 [&](int64_t begin, int64_t end) { kernels.argmax_runs(p, begin, end); });
-  for (int64_t row = 0; row < p.rows; ++row) {
-    const float* largest = maxima.data() + row * runs;
-    int64_t run = 0;
-    for (int64_t i = 1; i < runs && !std::isnan(largest[run]); ++i)
-      if (!(largest[i] <= largest[run])) run = i;
-    const float* elements = p.x + row * p.x_stride;
-    int64_t column = run * kArgmaxRun;
-    const auto is_it = [&](float v) {
-      return std::isnan(largest[run]) ? std::isnan(v) : v == largest[run];
-    };
-    while (!is_it(elements[column])) ++column;
-    p.out[row] = column;
-  }
+  parallel_row_runs(p.rows * runs,
+                    [&](int64_t begin, int64_t end) { kernels.argmax_runs(p, begin, end); });
+  for (int64_t row = 0; row < p.rows; ++row)
+    p.out[row] = place_of_largest(p.x + row * p.x_stride, maxima.data() + row * runs, runs);
 }
 
-// What is left of a row, the largest draw_score of it wins.
+// A bound behind the k-th largest element of a row, in falling order, of equals the first ones
+// first.
+DrawElement bound_of_largest(DrawWork& w, int64_t k, int64_t runs) {
+  const int64_t columns = w.p.columns;
+  if (k <= runs) {  // no less than k runs have their largest from there on
+    std::vector<float> maxima(w.maxima, w.maxima + runs);
+    std::nth_element(maxima.begin(), maxima.begin() + (k - 1), maxima.end(), std::greater<>());
+    w.least = maxima[k - 1];
+  } else {  // by the upper halves of numbers that rise with the elements
+    const auto rising = [](float x) {
+      uint32_t bits;
+      std::memcpy(&bits, &x, sizeof bits);
+      return bits >> 31 ? ~bits : bits | 0x80000000u;
+    };
+    std::vector<uint32_t> counts(1 << 16);
+    for (int64_t i = 0; i < columns; ++i) ++counts[rising(w.x[i]) >> 16];
+    uint32_t half = 0xffff;
+    for (int64_t left = k - counts[half]; left > 0; left -= counts[half]) --half;
+    const uint32_t bits = half >> 15 ? half << 16 & 0x7fffffff : ~(half << 16);
+    std::memcpy(&w.least, &bits, sizeof bits);
+    if (std::isnan(w.least)) w.least = -INFINITY;  // of the half that has -inf it is the last one
+  }
+  std::vector<int32_t> chosen;
+  for (int64_t run = 0; run < runs; ++run)
+    if (w.maxima[run] >= w.least) chosen.push_back(int32_t(run));
+  const int64_t count = int64_t(chosen.size());
+  const std::unique_ptr<int32_t[]> found(new int32_t[count * kArgmaxRun]);
+  std::vector<int64_t> counts(count);
+  w.runs = chosen.data(), w.found = found.get(), w.counts = counts.data();
+  parallel_row_runs(count,
+                    [&](int64_t begin, int64_t end) { cpu_kernels().draw_finds(w, begin, end); });
+  std::vector<int32_t> places;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t* of_run = found.get() + i * kArgmaxRun;
+    places.insert(places.end(), of_run, of_run + counts[i]);
+  }
+  const auto kth = places.begin() + (k - 1);
+  std::nth_element(places.begin(), kth, places.end(), [&](int32_t a, int32_t b) {
+    return w.x[a] > w.x[b] || (w.x[a] == w.x[b] && a < b);
+  });
+  return {w.x[*kth], *kth + 1};
+}
+
+// See csrc/cuda/draw.cu: the race of all elements, and again of those above a winner that is none
+// of those that are left.
 int64_t draw_row(const DrawParams& p, int64_t row) {
-  const float* x = p.logits + row * p.logits_stride;
-  const auto before = [&](int64_t a, int64_t b) {
-    if (std::isnan(x[a]) != std::isnan(x[b])) return std::isnan(x[a]);
-    return x[a] > x[b] || (!(x[a] < x[b]) && a < b);
+  const CpuKernels& kernels = cpu_kernels();
+  const int64_t runs = runs_of(p.columns);
+  std::vector<float> maxima(runs), sums(runs);
+  std::vector<DrawElement> winners(runs);
+  DrawWork w{};
+  w.p = p, w.x = p.logits + row * p.logits_stride, w.keys = p.keys + 2 * row;
+  w.maxima = maxima.data(), w.sums = sums.data(), w.winners = winners.data();
+  ArgmaxParams a{};
+  a.x = w.x, a.rows = 1, a.columns = p.columns, a.maxima = maxima.data();
+  parallel_row_runs(runs, [&](int64_t begin, int64_t end) { kernels.argmax_runs(a, begin, end); });
+  const int64_t first = place_of_largest(w.x, maxima.data(), runs);
+  w.largest = w.x[first];
+  if (!std::isfinite(w.largest)) return first;
+
+  const auto sum_before = [&](const DrawElement& bound) {
+    DrawWork part = w;
+    part.bound = bound;
+    parallel_row_runs(runs,
+                      [&](int64_t begin, int64_t end) { kernels.draw_sums(part, begin, end); });
+    return std::accumulate(sums.begin(), sums.end(), 0.0);
   };
-  std::vector<int64_t> left(p.columns);
-  std::iota(left.begin(), left.end(), 0);
-  const int64_t first = *std::min_element(left.begin(), left.end(), before);
-  if (!std::isfinite(x[first])) return first;
-  if (p.top_k > 0 && p.top_k < p.columns) {
-    std::nth_element(left.begin(), left.begin() + p.top_k, left.end(), before);
-    left.resize(p.top_k);
+  const bool of_some = p.top_k > 0 && p.top_k < p.columns;
+  w.bound = of_some ? bound_of_largest(w, p.top_k, runs) : DrawElement{-INFINITY, INT32_MAX};
+  const double wanted = p.top_p < 1 ? p.top_p * sum_before(w.bound) : 0;
+  w.least = w.largest + std::log(p.min_p) / p.inverse_temperature;
+  const auto key = [&](int i) { return uint32_t(w.keys[i]); };
+  w.winner = {draw_score(0, p.inverse_temperature, key(0), key(1), uint32_t(first)), first};
+  while (true) {
+    parallel_row_runs(runs, [&](int64_t begin, int64_t end) { kernels.draw_races(w, begin, end); });
+    DrawElement winner = w.winner;
+    for (const DrawElement& e : winners) {
+      const bool earlier = e.value == winner.value && e.place < winner.place;
+      if (e.value > winner.value || earlier) winner = e;
+    }
+    if (p.top_p >= 1) return winner.place;
+    const DrawElement element{w.x[winner.place], winner.place};
+    const double before = sum_before(element);
+    if (before == 0 || before < wanted) return winner.place;
+    w.bound = element;
   }
-  const auto weight = [&](int64_t column) {
-    return std::exp((double(x[column]) - x[first]) * p.inverse_temperature);
-  };
-  if (p.top_p < 1) {
-    std::sort(left.begin(), left.end(), before);
-    double sum = 0, above = 0;
-    for (int64_t column : left) sum += weight(column);
-    size_t count = 0;
-    while (count == 0 || (count < left.size() && above < p.top_p * sum))
-      above += weight(left[count++]);
-    left.resize(count);
-  }
-  int64_t best = first;
-  float largest = -INFINITY;
-  for (int64_t column : left) {
-    if (weight(column) < p.min_p) continue;
-    const float score = draw_score(x[column], p.inverse_temperature, p.keys[2 * row],
-                                   p.keys[2 * row + 1], uint32_t(column));
-    if (score > largest || (score == largest && column < best)) best = column, largest = score;
-  }
-  return best;
 }
 
 // The place of the largest draw_score: a token is drawn with the probability of softmax(logits /
@@ -129,9 +189,12 @@ void draw_out(const Tensor& logits, const Tensor& keys, double temperature, int6
 #ifdef GEMMA2_WITH_CUDA
   if (!logits.is_cpu()) return run_on_cuda(logits, launch_draw, p);
 #endif
-  parallel_units(p.rows, p.columns * 32, [&](int64_t begin, int64_t end) {
+  if (p.columns > INT32_MAX) fail(op, "a row has 2^31 elements at most");
+  const auto draw = [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) p.out[row] = draw_row(p, row);
-  });
+  };
+  if (p.rows < 4) return draw(0, p.rows);  // its runs are shared out
+  parallel_units(p.rows, p.columns * sizeof(float), draw);
 }
 
 void check_vector(const char* op, const char* name, const Tensor& t, ScalarType type,

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import KVCache
@@ -21,14 +20,7 @@ if TYPE_CHECKING:
 # <eos> and <end_of_turn>: Gemma 2 ends an answer with either.
 STOP_IDS = (1, 107)
 PAD_ID = 0
-# Nucleus sampling looks at this many tokens, and at all where they do not carry the asked
-# probability.
-NUCLEUS_CANDIDATES = 128
-# On a CPU so many tokens or more are drawn from in two steps: a run of them, then one of it.
-TWO_STEPS_FROM = 16384
-RUN = 512
-LEAST_DRAW = 1e-3  # temperature from which logit / temperature is exact enough in float32
-TOP_RUN = 64  # of the k largest, which lie in the k runs of the largest maxima
+LEAST_TEMPERATURE = 1e-30  # 1 / temperature is to be a float32; of less the draws are the same
 
 _argmax_out = torch.ops.gemma2_ext.argmax_out.default
 _draw_out = torch.ops.gemma2_ext.draw_out.default
@@ -84,47 +76,11 @@ class Sampler:
             return _most_probable(logits)
         if keys is None:
             keys = self.keys(logits.shape[0])
-        top_p = 1.0 if self.top_p is None else self.top_p
-        vocab_size = logits.shape[-1]
-        if logits.is_cuda and self.temperature >= LEAST_DRAW:
-            tokens = logits.new_empty(len(logits), dtype=torch.int64)
-            filters = self.top_k or 0, top_p, self.min_p or 0.0
-            _draw_out(logits, keys.to(logits.device), self.temperature, *filters, tokens)
-            return tokens
-        if self.top_k is not None:
-            largest, ids = _largest(logits, min(self.top_k, vocab_size))
-            every = weights = self._weights(largest)
-        else:
-            every = self._weights(logits)
-            if top_p == 1:
-                return _first(self._filter(every), keys)
-            if logits.is_cuda:  # to ask whether fewer do would wait for the GPU
-                weights, ids = every.sort(dim=-1, descending=True)
-            else:
-                weights, ids = _largest(every, min(NUCLEUS_CANDIDATES, vocab_size))
-        wanted = top_p * every.sum(-1, keepdim=True)
-        flat = weights.sum(-1) < wanted[:, 0] if weights.shape[-1] < every.shape[-1] else None
-        if top_p < 1:
-            before = weights.cumsum(-1) - weights
-            weights.masked_fill_(before >= wanted, 0.0)
-        tokens = ids.gather(-1, _race(self._filter(weights), ids, keys)[:, None])[:, 0]
-        for row in [] if flat is None else flat.nonzero()[:, 0].tolist():
-            _keep_nucleus(every[row], wanted[row])
-            kept, key = self._filter(every[row : row + 1]), keys[row : row + 1]
-            ids = kept[0].nonzero()[:, 0]
-            few = 0 < len(ids) < TWO_STEPS_FROM
-            tokens[row] = ids[_race(kept[:, ids], ids, key)] if few else _first(kept, key)
+        tokens = logits.new_empty(len(logits), dtype=torch.int64)
+        filters = self.top_k or 0, 1.0 if self.top_p is None else self.top_p, self.min_p or 0.0
+        temperature = max(self.temperature, LEAST_TEMPERATURE)
+        _draw_out(logits, keys.to(logits.device), temperature, *filters, tokens)
         return tokens
-
-    def _weights(self, logits: Tensor) -> Tensor:
-        """Probabilities by the temperature, as multiples of the largest one; a new tensor."""
-        return (logits - logits.amax(-1, keepdim=True)).div_(self.temperature).exp_()
-
-    def _filter(self, weights: Tensor) -> Tensor:
-        """The same tensor with zeros for what min_p does not leave."""
-        if self.min_p is not None and self.min_p > 0:
-            weights.masked_fill_(weights < self.min_p * weights.amax(-1, keepdim=True), 0.0)
-        return weights
 
 
 def _most_probable(logits: Tensor) -> Tensor:
@@ -134,89 +90,6 @@ def _most_probable(logits: Tensor) -> Tensor:
     tokens = logits.new_empty(len(logits), dtype=torch.int64)
     _argmax_out(logits, tokens)
     return tokens
-
-
-def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of each row, falling, and their places; of equals any."""
-    vocab_size = logits.shape[-1]
-    on_cpu = logits.device.type == "cpu"
-    if not on_cpu or vocab_size % TOP_RUN or 2 * TOP_RUN * count > vocab_size:
-        values, ids = logits.topk(count, dim=-1)
-        return values, ids
-    runs = logits.unflatten(-1, (-1, TOP_RUN)).amax(-1).topk(count, dim=-1, sorted=False).indices
-    ids = (TOP_RUN * runs[..., None] + torch.arange(TOP_RUN)).flatten(1)
-    values, places = logits.gather(-1, ids).topk(count, dim=-1)
-    return values, ids.gather(-1, places)
-
-
-def _keep_nucleus(weights: Tensor, wanted: Tensor) -> None:
-    """Zeros for all but the largest of `weights` (n,) that together carry `wanted` (1,), the one
-    that reaches it included; of equals any. On the CPU.
-
-    Sums by the upper half of a float's bits, which says where among 16000 runs of values it lies:
-    only the values of the run in which `wanted` is reached are sorted.
-    """
-    runs = (weights.view(torch.int32) >> 16).bitwise_and_(0x7FFF)  # a NaN's sign is not a place
-    carried = torch.bincount(runs, weights=weights).flip(0).cumsum(0)  # from the largest on
-    reached = min(int((carried < wanted).sum()), len(carried) - 1)
-    run = len(carried) - 1 - reached
-    inside = (runs == run).nonzero()[:, 0]
-    values, order = weights[inside].sort(descending=True)
-    before = values.cumsum(0) - values
-    if reached > 0:
-        before += carried[reached - 1]
-    weights.masked_fill_(runs < run, 0.0)
-    weights[inside[order[before >= wanted]]] = 0.0
-
-
-def _race(probabilities: Tensor, ids: Tensor, keys: Tensor) -> Tensor:
-    """Which of the tokens `ids`, (n,) or (batch, n), of these probabilities (batch, n), or of
-    multiples of them.
-
-    Where each arrives after a time of mean 1 / probability, each is the first with its probability.
-    Times that depend on the draw and the token alone, not on what else is probable, let two
-    distributions that are alike draw alike.
-    """
-    return (probabilities / _exponential(keys, ids)).argmax(-1)
-
-
-def _first(probabilities: Tensor, keys: Tensor) -> Tensor:
-    """As `_race` of all tokens: (batch, vocab_size) -> (batch,).
-
-    On a CPU a large vocabulary's runs of tokens race, with their sums and as ids below 0, then the
-    tokens of the run that came first: a number for each token would take it several milliseconds.
-    """
-    batch, vocab_size = probabilities.shape
-    if vocab_size < TWO_STEPS_FROM or probabilities.device.type != "cpu":
-        ids = torch.arange(vocab_size, dtype=torch.int32, device=probabilities.device)
-        return _race(probabilities, ids, keys)
-    if missing := -vocab_size % RUN:
-        probabilities = F.pad(probabilities, (0, missing))
-    runs = probabilities.view(batch, -1, RUN)
-    run = _race(runs.sum(-1), -1 - torch.arange(runs.shape[1]), keys)
-    ids = RUN * run[:, None] + torch.arange(RUN)
-    token = _race(runs[torch.arange(batch), run], ids, keys)
-    return ids.gather(-1, token[:, None])[:, 0]
-
-
-def _exponential(keys: Tensor, ids: Tensor) -> Tensor:
-    """Exponentially distributed float32 numbers (batch, n) of mean 1, a hash of keys and ids.
-
-    Source: the finalizer of MurmurHash3, with the second key inside.
-    """
-    first, second = keys.to(ids.device)[:, :1], keys.to(ids.device)[:, 1:]
-    x = (ids.int() + first).mul_(-0x61C88647)  # odd, near 2^32 / the golden ratio
-
-    def fold(bits: int) -> None:
-        x.bitwise_xor_((x >> bits).bitwise_and_((1 << (32 - bits)) - 1))
-
-    fold(16)
-    x.add_(second).mul_(-0x7A143595)
-    fold(13)
-    x.mul_(-0x3D4D51CB)
-    fold(16)
-    # |x + 1/2| / 2^31 is uniform in (0, 1], and as fine near 0, where the first arrive, as x is.
-    return x.float().add_(0.5).abs_().mul_(-(2.0**-31)).log1p_().neg_()
 
 
 def generate(
