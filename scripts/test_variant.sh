@@ -21,7 +21,7 @@ tests=()
 for op in python/gemma2_ext/ops/[a-z]*.py; do
   tests+=("tests/test_$(basename "$op")")
 done
-tests+=(tests/test_isa.py)
+tests+=(tests/test_argmax.py tests/test_draw.py tests/test_isa.py)
 environment=(PYTHONPATH="$package")
 select=()
 if [[ $variant == sanitize ]]; then

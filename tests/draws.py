@@ -63,6 +63,10 @@ def scores(
     if top_p < 1:
         left &= before < top_p * total
     left[:, 0] = True
-    times = arrivals(keys, torch.arange(logits.shape[-1])).double().gather(-1, order)
+    times = (
+        arrivals(keys, torch.arange(logits.shape[-1], device=keys.device))
+        .double()
+        .gather(-1, order)
+    )
     falling = (falling - falling[:, :1] - times.log()).masked_fill(~left, -math.inf)
     return torch.empty_like(falling).scatter_(-1, order, falling)

@@ -74,7 +74,7 @@ void argmax_out(const Tensor& x, Tensor out) {
 
 // A bound behind the k-th largest element of a row, in falling order, of equals the first ones
 // first.
-DrawElement bound_of_largest(DrawWork& w, int64_t k, int64_t runs) {
+DrawElement bound_of_largest(DrawWork w, int64_t k, int64_t runs) {
   const int64_t columns = w.p.columns;
   if (k <= runs) {  // no less than k runs have their largest from there on
     std::vector<float> maxima(w.maxima, w.maxima + runs);
@@ -115,8 +115,8 @@ DrawElement bound_of_largest(DrawWork& w, int64_t k, int64_t runs) {
   return {w.x[*kth], *kth + 1};
 }
 
-// See csrc/cuda/draw.cu: the race of all elements, and again of those above a winner that is none
-// of those that are left.
+// All elements race, and where the winner is none of those that are left, those above it do: see
+// csrc/cuda/draw.cu.
 int64_t draw_row(const DrawParams& p, int64_t row) {
   const CpuKernels& kernels = cpu_kernels();
   const int64_t runs = runs_of(p.columns);
@@ -189,7 +189,7 @@ void draw_out(const Tensor& logits, const Tensor& keys, double temperature, int6
 #ifdef GEMMA2_WITH_CUDA
   if (!logits.is_cpu()) return run_on_cuda(logits, launch_draw, p);
 #endif
-  if (p.columns > INT32_MAX) fail(op, "a row has 2^31 elements at most");
+  if (p.columns > INT32_MAX - kArgmaxRun) fail(op, "a row has fewer than 2^31 - 1024 elements");
   const auto draw = [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) p.out[row] = draw_row(p, row);
   };

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import gemma2_ext
+from draws import EVERY, some_keys
 from gemma2_ext import Gemma2, Gemma2Config, ops, reference
 from gemma2_ext.decode_graph import DecodeGraph, StepGraphs
 from gemma2_ext.models import shipped_model
@@ -41,6 +42,17 @@ def test_gpu_has_the_same_tokens_as_the_cpu(models: tuple[Gemma2, Gemma2]) -> No
     assert list(gpu.stream(ids[:1], max_new_tokens=9)) == list(
         cpu.stream(ids[:1], max_new_tokens=9)
     )
+
+
+@pytest.mark.parametrize("filters", [EVERY, (64, 0.95, 0.0), (3000, 1.0, 0.0), (0, 0.9, 0.001)])
+def test_gpu_draws_what_the_cpu_draws(filters: tuple[int, float, float]) -> None:
+    logits, keys = 3 * torch.randn(20, 256_000), some_keys(20)
+    drawn = []
+    for device in ("cpu", "cuda"):
+        out = torch.empty(20, dtype=torch.int64, device=device)
+        torch.ops.gemma2_ext.draw_out(logits.to(device), keys.to(device), 0.8, *filters, out)
+        drawn.append(out.cpu())
+    assert torch.equal(*drawn)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
