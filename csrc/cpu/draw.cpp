@@ -1,9 +1,9 @@
 // Draws from a row of logits, by runs of kArgmaxRun elements whose maxima are known: sums of
-// weights, and races. A unit is a run of those that DrawWork names.
+// weights, races, and the places of the largest. A unit is a run.
 //
-// An element's weight is exp((x - largest) / temperature). It wins a race before `best` only if its
-// arrival (draw.h) is below weight * exp(-best); arrivals are no less than the uniform number that
-// they are made of. So only the few that this leaves are looked at with logarithms.
+// An element's weight is exp((x - largest) / temperature). It beats a score only if its arrival
+// (see draw.h) is below weight * exp(-score), and arrivals are no less than the uniform number that
+// they are made of. So only the few elements that this leaves are looked at with logarithms.
 #include "../draw.h"
 
 #include "kernels.h"
@@ -13,7 +13,7 @@ namespace gemma2 {
 namespace GEMMA2_ISA {
 namespace {
 
-// The elements of a run by vectors; f(values, their places) may read `left` of them.
+// f(values, their places) for the vectors of a run; -inf behind the row's end.
 template <class F>
 GEMMA2_INLINE void for_each(const DrawWork& w, int64_t run, F f) {
   const int64_t first = run * kArgmaxRun, rest = w.p.columns - first;
@@ -62,6 +62,7 @@ void draw_races(const DrawWork& w, int64_t begin, int64_t end) {
       float limit = __builtin_expf(-winner.value) * 1.001f;
       for_each(w, unit, [&](VecF x, VecI places) __attribute__((always_inline)) {
         const VecF weight = exp((x - set(w.largest)) * set(scale));
+        // As `arrival` has it.
         VecU bits = ((VecU)places + first) * 0x9e3779b9u;
         bits = ((bits ^ bits >> 16) + second) * 0x85ebca6bu;
         bits = (bits ^ bits >> 13) * 0xc2b2ae35u;
