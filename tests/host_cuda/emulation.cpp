@@ -107,7 +107,8 @@ struct Warp {
   const char* function;  // that `arrived` lanes have reached
   void* lanes[kWarpSize];
   int arrived = 0;
-  std::vector<Product> open;  // since the last commit
+  bool fenced[kWarpSize] = {};  // the lane's registers, since its last wait for products
+  std::vector<Product> open;    // since the last commit
   std::vector<std::vector<Product>> groups;
 };
 
@@ -626,6 +627,7 @@ void start_box(void* shared, const CUtensorMap& map, const int* at, int rank, ui
 
 void start_product(void (*compute)(const Product&), float* d, const uint32_t* a, uint64_t a_matrix,
                    uint64_t b_matrix, bool add) {
+  if (!own_warp().fenced[lane()]) fail("a product without a fence of its registers");
   Product mine{compute, {}, {}, a_matrix, b_matrix, add, current / kWarpSize % 4};
   mine.d[0] = d, mine.a[0] = a;
   collective<Product>(
@@ -646,6 +648,8 @@ void start_product(void (*compute)(const Product&), float* d, const uint32_t* a,
       &mine);
 }
 
+void fence_registers() { own_warp().fenced[lane()] = true; }
+
 void commit_products() {
   char nothing;
   collective<char>(
@@ -659,6 +663,7 @@ void commit_products() {
 }
 
 void wait_for_products(int groups) {
+  own_warp().fenced[lane()] = false;
   collective<int>(
       "wgmma_wait",
       [](int* const* lanes) {

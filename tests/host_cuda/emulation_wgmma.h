@@ -3,8 +3,9 @@
 // A product is computed where it is started, where it is waited for, or at either, by schedule: so
 // registers that are read or memory that is written too early show. Bulk copies land as late as
 // some thread can go on without them, or at once. A product that reads, or a bulk copy that meets,
-// what a thread wrote without a fence behind it is refused (writes by store_8, store_16, cp_async).
-// wgmma.fence and numbers of registers have no effect and are not checked.
+// what a thread wrote without a fence behind it is refused (writes by store_8, store_16, cp_async);
+// so is a product behind a wait without a fence of registers between them. Numbers of registers
+// have no effect and are not checked.
 #pragma once
 #include "../../csrc/cuda/ptx.cuh"
 
@@ -39,6 +40,7 @@ struct Product {
 // A lane's part; of the first lane's the rest counts.
 void start_product(void (*compute)(const Product&), float* d, const uint32_t* a, uint64_t a_matrix,
                    uint64_t b_matrix, bool add);
+void fence_registers();
 void commit_products();
 void wait_for_products(int groups);
 
@@ -122,7 +124,9 @@ void take_registers() {}
 
 // ---- wgmma
 
-inline void wgmma_fence() {}
+inline void wgmma_fence(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  if (emulation::reach(file, line)) emulation::fence_registers();
+}
 inline void wgmma_commit() { emulation::commit_products(); }
 template <int kGroups>
 void wgmma_wait(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {

@@ -162,6 +162,7 @@ def test_products_of_a_warpgroup(schedule: int) -> None:
         7: "a product reads what thread",
         8: "a product reads what thread",
         9: "a bulk copy writes over what thread 0",
+        10: "a product without a fence of its registers",
     }.items():
         assert message in warpgroup(64, number, schedule)[0]
 
@@ -172,7 +173,8 @@ def test_what_a_warpgroup_leaves_on_its_way_is_found() -> None:
     assert any("a block ends before its bulk copies" in error for error in errors[6])
     warpgroup(64)
     places = library().emulation_places().decode().split()
-    assert len(places) == 4  # the barrier's initialization, its fence, the copies, the products
+    # The barrier's initialization, its fence, the copies, the registers' fence, the products.
+    assert len(places) == 5
     for place in places:
         results = [warpgroup(64, 0, schedule, place) for schedule in SCHEDULES]
         assert any(error or not torch.allclose(out, right) for error, out, right in results)
