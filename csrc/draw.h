@@ -11,8 +11,8 @@
 
 namespace gemma2 {
 
-// Exponentially distributed, of mean 1: the time after which a token arrives. generate.py has the
-// same. Source: the finalizer of MurmurHash3, with the second key inside.
+// Exponentially distributed, of mean 1: the time after which a token arrives. tests/draws.py has
+// the same. Source: the finalizer of MurmurHash3, with the second key inside.
 GEMMA2_ANYWHERE float arrival(uint32_t first, uint32_t second, uint32_t token) {
   uint32_t x = (token + first) * 0x9e3779b9u;
   x = ((x ^ x >> 16) + second) * 0x85ebca6bu;

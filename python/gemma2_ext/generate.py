@@ -30,7 +30,9 @@ _draw_out = torch.ops.gemma2_ext.draw_out.default
 class Sampler:
     """Draws a token from logits.
 
-    Filters apply in this order: temperature, top_k, top_p, min_p, as in transformers.
+    Filters apply in this order: temperature, top_k, top_p, min_p, as in transformers. Of equal
+    logits the first count as the more probable. Where the largest logit is NaN or infinite, its
+    first token is drawn.
 
     Args:
         temperature: logits are divided by it; 0 takes the largest logit, whatever else is set.
