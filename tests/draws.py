@@ -70,3 +70,28 @@ def scores(
     )
     falling = (falling - falling[:, :1] - times.log()).masked_fill(~left, -math.inf)
     return torch.empty_like(falling).scatter_(-1, order, falling)
+
+
+def keys_at_the_edge(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+) -> Tensor:
+    """Two keys (2, 2) for a row (n,): the first draws the last token that the filters leave, the
+    second would draw the one behind it, were it left. Some others where none is found."""
+    filters = top_k, top_p, min_p
+    left = scores(logits[None], some_keys(1).to(logits.device), temperature, *filters)[0]
+    order = logits.sort(descending=True, stable=True).indices
+    count = int((left[order] > -math.inf).sum())
+    parts = (logits[order] - logits[order[0]]).double() / temperature
+    found, missing = some_keys(2), {0, 1}
+    for _ in range(3):
+        if not missing:
+            break
+        keys = some_keys(1000)
+        times = arrivals(keys, order[: count + 1].cpu()).double()
+        race = parts[: count + 1].cpu() - times.log()
+        for i, number in enumerate((count, count + 1)):
+            wins = (race[:, :number].argmax(-1) == number - 1).nonzero()[:, 0]
+            if len(wins):
+                found[i] = keys[wins[0]]
+                missing.discard(i)
+    return found

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import gemma2_ext  # noqa: F401  its ops
-from draws import EVERY, FILTERS, arrivals, scores, some_keys
+from draws import EVERY, FILTERS, arrivals, keys_at_the_edge, scores, some_keys
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -48,6 +48,15 @@ def test_a_draw_is_the_race_of_what_is_left(
     drawn = draw(logits, keys, temperature, *filters)
     assert_wins(drawn, logits, keys, temperature, *filters)
     assert torch.equal(draw(logits, keys, temperature, *filters), drawn)
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+@pytest.mark.parametrize("deviation", [0.1, 1.0])
+def test_the_edge_of_what_is_left(deviation: float, filters: tuple[int, float, float]) -> None:
+    logits = deviation * torch.randn(4099)
+    keys = keys_at_the_edge(logits, 1.0, *filters)
+    both = logits.expand(2, -1)
+    assert_wins(draw(both, keys, 1.0, *filters), both, keys, 1.0, *filters)
 
 
 @pytest.mark.parametrize("deviation", [0.1, 1.0, 5.0])

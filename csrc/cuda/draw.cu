@@ -10,8 +10,8 @@
 //   each block ranks them all. Where they do not fit, the k-th is found bit by bit.
 //
 // As for argmax a cluster of blocks shares a row. Sums are added up in an order that depends on the
-// device alone. Bound by the ways over the row, each of some 2 us by eight multiprocessors, and by
-// a barrier of the cluster behind each.
+// device alone. Bound by the ways over the row, each of some 2 us (counted) by eight
+// multiprocessors, and by a barrier of the cluster behind each.
 //
 // draw_kernel: at most 64 registers, 35 KiB of shared memory.
 #include "../draw.h"

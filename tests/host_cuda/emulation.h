@@ -91,8 +91,8 @@ void collective(const char* name, void (*compute)(void* const* lanes), void* min
 void start_copy(void* shared, const void* global, int bytes, bool valid);
 void commit_copies();
 void wait_for_copies(int groups);
-// What stores and copies of the thread have written to shared memory; other accesses of such than
-// by wgmma and bulk copies are not asked about it.
+// This thread wrote there; if to shared memory, it is to fence that before wgmma or bulk copies
+// come.
 void note_write(const void* p, int bytes);
 // `bytes` at p are aligned and, where the test has named the memory that may be touched, in it.
 void check_access(const void* p, int bytes);

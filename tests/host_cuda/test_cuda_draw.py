@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import gemma2_ext  # noqa: F401  its ops
-from draws import EVERY, some_keys
+from draws import EVERY, keys_at_the_edge, scores, some_keys
 from host_cuda.emulator import SCHEDULES, is_needed, launch, line_of, places
 
 # With clusters of blocks and without.
@@ -34,11 +34,8 @@ def draw(
     return (out,)
 
 
-def on_cpu(logits: Tensor, keys: Tensor, filters: tuple[int, float, float]) -> Tensor:
-    """The same by the CPU's op, which sorts."""
-    out = torch.full((len(logits),), -1)
-    torch.ops.gemma2_ext.draw_out(logits, keys, 0.7, *filters, out)
-    return out
+def right(logits: Tensor, keys: Tensor, filters: tuple[int, float, float]) -> Tensor:
+    return scores(logits, keys, 0.7, *filters).argmax(-1)
 
 
 @DEVICES
@@ -46,7 +43,7 @@ def on_cpu(logits: Tensor, keys: Tensor, filters: tuple[int, float, float]) -> T
 @pytest.mark.parametrize("columns", [1, 33, 4097, 40000])
 def test_a_draw(compute_capability: int, columns: int, filters: tuple[int, float, float]) -> None:
     logits, keys = 3 * torch.randn(3, columns), some_keys(3)
-    expected = on_cpu(logits, keys, filters)
+    expected = right(logits, keys, filters)
     for schedule in SCHEDULES:
         options = {"compute_capability": compute_capability, "schedule": schedule}
         assert torch.equal(draw(logits, keys, filters, **options)[0], expected)
@@ -67,11 +64,12 @@ ROWS = {
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("top_k", [1, 7, 64, 256, 257, 2048, 2049, 9999])
 def test_the_k_largest(compute_capability: int, kind: str, top_k: int) -> None:
-    """Whatever is drawn is among them, and the same as of them alone."""
-    logits = ROWS[kind](5000)[None]
-    keys, filters = some_keys(1), (top_k, 0.9, 0.0)
-    drawn = draw(logits, keys, filters, compute_capability=compute_capability)[0]
-    assert torch.equal(drawn, on_cpu(logits, keys, filters))
+    """The last of them can be drawn, the one behind it not; with top-p besides, too."""
+    logits = ROWS[kind](5000)[None].expand(2, -1)
+    for filters in ((top_k, 1.0, 0.0), (top_k, 0.9, 0.0)):
+        keys = keys_at_the_edge(logits[0], 0.7, *filters)
+        drawn = draw(logits, keys, filters, compute_capability=compute_capability)[0]
+        assert torch.equal(drawn, right(logits, keys, filters))
 
 
 @DEVICES
@@ -79,7 +77,7 @@ def test_what_top_p_throws_away_is_drawn_anew(compute_capability: int) -> None:
     """Of little that is left, most races are won by others at first."""
     logits, keys = torch.randn(6, 3000), some_keys(6)
     for filters in ((0, 0.02, 0.0), (500, 0.05, 0.0), (0, 1e-9, 0.0)):
-        expected = on_cpu(logits, keys, filters)
+        expected = right(logits, keys, filters)
         drawn = draw(logits, keys, filters, compute_capability=compute_capability)[0]
         assert torch.equal(drawn, expected)
 
@@ -100,7 +98,7 @@ def test_draws_of_what_is_not_a_number(
 def test_draws_of_rows_off_vectors() -> None:
     logits, keys, filters = torch.randn(3, 5001), some_keys(3), (40, 0.9, 0.01)
     for rows in (logits, logits[:, 3:]):
-        assert torch.equal(draw(rows, keys, filters)[0], on_cpu(rows, keys, filters))
+        assert torch.equal(draw(rows, keys, filters)[0], right(rows, keys, filters))
 
 
 def test_every_barrier_of_a_draw_is_needed() -> None:
