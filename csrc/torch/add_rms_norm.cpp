@@ -163,9 +163,9 @@ void add_rms_norm_backward_out(const Tensor& grad_residual_out, const Tensor& gr
 
 template <class Library>
 void implement(Library& m) {
-  m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
-  m.impl("add_rms_norm_out", TORCH_BOX(&add_rms_norm_out));
-  m.impl("add_rms_norm_backward_out", TORCH_BOX(&add_rms_norm_backward_out));
+  m.impl("add_rms_norm", GEMMA2_BOX(&add_rms_norm));
+  m.impl("add_rms_norm_out", GEMMA2_BOX(&add_rms_norm_out));
+  m.impl("add_rms_norm_backward_out", GEMMA2_BOX(&add_rms_norm_backward_out));
 }
 
 }  // namespace

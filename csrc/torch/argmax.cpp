@@ -240,9 +240,9 @@ void advance_out(const Tensor& drawn, const Tensor& stops, int64_t pad, Tensor t
 
 template <class Library>
 void implement(Library& m) {
-  m.impl("argmax_out", TORCH_BOX(&argmax_out));
-  m.impl("draw_out", TORCH_BOX(&draw_out));
-  m.impl("advance_out", TORCH_BOX(&advance_out));
+  m.impl("argmax_out", GEMMA2_BOX(&argmax_out));
+  m.impl("draw_out", GEMMA2_BOX(&draw_out));
+  m.impl("advance_out", GEMMA2_BOX(&advance_out));
 }
 
 }  // namespace

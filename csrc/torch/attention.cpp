@@ -849,18 +849,18 @@ Tensor attention_paged(const Tensor& q, const Tensor& k_pages, const Tensor& v_p
 
 template <class Library>
 void implement(Library& m) {
-  m.impl("attention", TORCH_BOX(&attention));
-  m.impl("attention_out", TORCH_BOX(&attention_out));
-  m.impl("attention_backward_out", TORCH_BOX(&attention_backward_out));
-  m.impl("attention_varlen_backward_out", TORCH_BOX(&attention_varlen_backward_out));
-  m.impl("attention_varlen", TORCH_BOX(&attention_varlen));
-  m.impl("attention_varlen_out", TORCH_BOX(&attention_varlen_out));
-  m.impl("attention_cache", TORCH_BOX(&attention_cache));
-  m.impl("attention_cache_out", TORCH_BOX(&attention_cache_out));
-  m.impl("attention_append_cache", TORCH_BOX(&attention_append_cache));
-  m.impl("attention_append_cache_out", TORCH_BOX(&attention_append_cache_out));
-  m.impl("attention_paged", TORCH_BOX(&attention_paged));
-  m.impl("attention_paged_out", TORCH_BOX(&attention_paged_out));
+  m.impl("attention", GEMMA2_BOX(&attention));
+  m.impl("attention_out", GEMMA2_BOX(&attention_out));
+  m.impl("attention_backward_out", GEMMA2_BOX(&attention_backward_out));
+  m.impl("attention_varlen_backward_out", GEMMA2_BOX(&attention_varlen_backward_out));
+  m.impl("attention_varlen", GEMMA2_BOX(&attention_varlen));
+  m.impl("attention_varlen_out", GEMMA2_BOX(&attention_varlen_out));
+  m.impl("attention_cache", GEMMA2_BOX(&attention_cache));
+  m.impl("attention_cache_out", GEMMA2_BOX(&attention_cache_out));
+  m.impl("attention_append_cache", GEMMA2_BOX(&attention_append_cache));
+  m.impl("attention_append_cache_out", GEMMA2_BOX(&attention_append_cache_out));
+  m.impl("attention_paged", GEMMA2_BOX(&attention_paged));
+  m.impl("attention_paged_out", GEMMA2_BOX(&attention_paged_out));
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // What every binding needs: checks with one form of message, dtypes, row views, threads.
 //
-// Errors are std::invalid_argument, which torch turns into ValueError with the text as it is.
+// Errors are std::invalid_argument; GEMMA2_BOX makes ValueError of them, with the text as it is.
 #pragma once
 #include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
@@ -16,6 +16,7 @@
 #include "../calls.h"
 #include "../params.h"
 #include "../shares.h"
+#include "value_error.h"
 
 namespace gemma2 {
 
@@ -31,6 +32,19 @@ inline std::string to_string(const Tensor& t) {
   for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
   return s + (t.dim() == 1 ? ",)" : ")");
 }
+
+template <auto boxed>
+void boxed_with_value_errors(StableIValue* stack, uint64_t num_args, uint64_t num_outputs) {
+  try {
+    boxed(stack, num_args, num_outputs);
+  } catch (const std::invalid_argument& error) {
+    throw_value_error(error.what());
+  }
+}
+
+// TORCH_BOX, whose std::invalid_argument is ValueError up to torch 2.14 only: 2.15 lets nothing but
+// pybind11's exceptions keep their type, and makes RuntimeError of others.
+#define GEMMA2_BOX(func) (&gemma2::boxed_with_value_errors<&TORCH_BOX(func)>)
 
 // kOrFloat64: of the ops that have kernels in float64, for checks of their gradients.
 enum class Dtypes { kCommon, kOrFloat64 };

@@ -84,9 +84,9 @@ void geglu_backward_out(const Tensor& grad_out, const Tensor& gate, const Tensor
 
 template <class Library>
 void implement(Library& m) {
-  m.impl("geglu", TORCH_BOX(&geglu));
-  m.impl("geglu_out", TORCH_BOX(&geglu_out));
-  m.impl("geglu_backward_out", TORCH_BOX(&geglu_backward_out));
+  m.impl("geglu", GEMMA2_BOX(&geglu));
+  m.impl("geglu_out", GEMMA2_BOX(&geglu_out));
+  m.impl("geglu_backward_out", GEMMA2_BOX(&geglu_backward_out));
 }
 
 }  // namespace

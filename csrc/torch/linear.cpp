@@ -302,13 +302,13 @@ Tensor logits(const Tensor& hidden, const Tensor& weight, std::optional<double> 
 
 template <class Library>
 void implement(Library& m) {
-  m.impl("linear", TORCH_BOX(&linear));
-  m.impl("linear_out", TORCH_BOX(&linear_out));
-  m.impl("linear_backward_out", TORCH_BOX(&linear_backward_out));
-  m.impl("linear_geglu", TORCH_BOX(&linear_geglu));
-  m.impl("linear_geglu_out", TORCH_BOX(&linear_geglu_out));
-  m.impl("logits", TORCH_BOX(&logits));
-  m.impl("logits_out", TORCH_BOX(&logits_out));
+  m.impl("linear", GEMMA2_BOX(&linear));
+  m.impl("linear_out", GEMMA2_BOX(&linear_out));
+  m.impl("linear_backward_out", GEMMA2_BOX(&linear_backward_out));
+  m.impl("linear_geglu", GEMMA2_BOX(&linear_geglu));
+  m.impl("linear_geglu_out", GEMMA2_BOX(&linear_geglu_out));
+  m.impl("logits", GEMMA2_BOX(&logits));
+  m.impl("logits_out", GEMMA2_BOX(&logits_out));
 }
 
 }  // namespace

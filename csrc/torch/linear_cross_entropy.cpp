@@ -88,10 +88,10 @@ void linear_cross_entropy_backward_out(const Tensor& grad, const Tensor& hidden,
 
 template <class Library>
 void implement(Library& m) {
-  m.impl("linear_cross_entropy", TORCH_BOX(&linear_cross_entropy));
-  m.impl("linear_cross_entropy_out", TORCH_BOX(&linear_cross_entropy_out));
-  m.impl("linear_cross_entropy_forward", TORCH_BOX(&linear_cross_entropy_forward));
-  m.impl("linear_cross_entropy_backward_out", TORCH_BOX(&linear_cross_entropy_backward_out));
+  m.impl("linear_cross_entropy", GEMMA2_BOX(&linear_cross_entropy));
+  m.impl("linear_cross_entropy_out", GEMMA2_BOX(&linear_cross_entropy_out));
+  m.impl("linear_cross_entropy_forward", GEMMA2_BOX(&linear_cross_entropy_forward));
+  m.impl("linear_cross_entropy_backward_out", GEMMA2_BOX(&linear_cross_entropy_backward_out));
 }
 
 }  // namespace

@@ -304,15 +304,15 @@ void linear_distillation_topk_backward_out(
 
 template <class Library>
 void implement(Library& m) {
-  m.impl("linear_distillation", TORCH_BOX(&linear_distillation));
-  m.impl("linear_distillation_out", TORCH_BOX(&linear_distillation_out));
-  m.impl("linear_distillation_forward", TORCH_BOX(&linear_distillation_forward));
-  m.impl("linear_distillation_backward_out", TORCH_BOX(&linear_distillation_backward_out));
-  m.impl("linear_distillation_topk", TORCH_BOX(&linear_distillation_topk));
-  m.impl("linear_distillation_topk_out", TORCH_BOX(&linear_distillation_topk_out));
-  m.impl("linear_distillation_topk_forward", TORCH_BOX(&linear_distillation_topk_forward));
+  m.impl("linear_distillation", GEMMA2_BOX(&linear_distillation));
+  m.impl("linear_distillation_out", GEMMA2_BOX(&linear_distillation_out));
+  m.impl("linear_distillation_forward", GEMMA2_BOX(&linear_distillation_forward));
+  m.impl("linear_distillation_backward_out", GEMMA2_BOX(&linear_distillation_backward_out));
+  m.impl("linear_distillation_topk", GEMMA2_BOX(&linear_distillation_topk));
+  m.impl("linear_distillation_topk_out", GEMMA2_BOX(&linear_distillation_topk_out));
+  m.impl("linear_distillation_topk_forward", GEMMA2_BOX(&linear_distillation_topk_forward));
   m.impl("linear_distillation_topk_backward_out",
-         TORCH_BOX(&linear_distillation_topk_backward_out));
+         GEMMA2_BOX(&linear_distillation_topk_backward_out));
 }
 
 }  // namespace

@@ -316,16 +316,16 @@ void embedding_int4_out(const Tensor& ids, const Tensor& data, const Tensor& sca
 
 template <class Library>
 void implement(Library& m) {
-  m.impl("linear_int8", TORCH_BOX(&linear_int8));
-  m.impl("linear_int8_out", TORCH_BOX(&linear_int8_out));
-  m.impl("linear_int4", TORCH_BOX(&linear_int4));
-  m.impl("linear_int4_out", TORCH_BOX(&linear_int4_out));
-  m.impl("logits_int8", TORCH_BOX(&logits_int8));
-  m.impl("logits_int8_out", TORCH_BOX(&logits_int8_out));
-  m.impl("logits_int4", TORCH_BOX(&logits_int4));
-  m.impl("logits_int4_out", TORCH_BOX(&logits_int4_out));
-  m.impl("embedding_int8_out", TORCH_BOX(&embedding_int8_out));
-  m.impl("embedding_int4_out", TORCH_BOX(&embedding_int4_out));
+  m.impl("linear_int8", GEMMA2_BOX(&linear_int8));
+  m.impl("linear_int8_out", GEMMA2_BOX(&linear_int8_out));
+  m.impl("linear_int4", GEMMA2_BOX(&linear_int4));
+  m.impl("linear_int4_out", GEMMA2_BOX(&linear_int4_out));
+  m.impl("logits_int8", GEMMA2_BOX(&logits_int8));
+  m.impl("logits_int8_out", GEMMA2_BOX(&logits_int8_out));
+  m.impl("logits_int4", GEMMA2_BOX(&logits_int4));
+  m.impl("logits_int4_out", GEMMA2_BOX(&logits_int4_out));
+  m.impl("embedding_int8_out", GEMMA2_BOX(&embedding_int8_out));
+  m.impl("embedding_int4_out", GEMMA2_BOX(&embedding_int4_out));
 }
 
 }  // namespace
@@ -334,6 +334,6 @@ void implement(Library& m) {
 GEMMA2_REGISTER(gemma2::implement)
 
 STABLE_TORCH_LIBRARY_IMPL(gemma2_ext, CPU, m) {
-  m.impl("quantize_int8_out", TORCH_BOX(&gemma2::quantize_int8_out));
-  m.impl("quantize_int4_out", TORCH_BOX(&gemma2::quantize_int4_out));
+  m.impl("quantize_int8_out", GEMMA2_BOX(&gemma2::quantize_int8_out));
+  m.impl("quantize_int4_out", GEMMA2_BOX(&gemma2::quantize_int4_out));
 }

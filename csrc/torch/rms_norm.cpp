@@ -90,9 +90,9 @@ void rms_norm_backward_out(const Tensor& grad_out, const Tensor& x, const Tensor
 
 template <class Library>
 void implement(Library& m) {
-  m.impl("rms_norm", TORCH_BOX(&rms_norm));
-  m.impl("rms_norm_out", TORCH_BOX(&rms_norm_out));
-  m.impl("rms_norm_backward_out", TORCH_BOX(&rms_norm_backward_out));
+  m.impl("rms_norm", GEMMA2_BOX(&rms_norm));
+  m.impl("rms_norm_out", GEMMA2_BOX(&rms_norm_out));
+  m.impl("rms_norm_backward_out", GEMMA2_BOX(&rms_norm_backward_out));
 }
 
 }  // namespace

@@ -256,11 +256,11 @@ Tensor rope_append_cache(const Tensor& q, const Tensor& k, const Tensor& v, cons
 
 template <class Library>
 void implement(Library& m) {
-  m.impl("rope", TORCH_BOX(&rope));
-  m.impl("rope_out", TORCH_BOX(&rope_out));
-  m.impl("rope_backward_out", TORCH_BOX(&rope_backward_out));
-  m.impl("rope_append_cache", TORCH_BOX(&rope_append_cache));
-  m.impl("rope_append_cache_out", TORCH_BOX(&rope_append_cache_out));
+  m.impl("rope", GEMMA2_BOX(&rope));
+  m.impl("rope_out", GEMMA2_BOX(&rope_out));
+  m.impl("rope_backward_out", GEMMA2_BOX(&rope_backward_out));
+  m.impl("rope_append_cache", GEMMA2_BOX(&rope_append_cache));
+  m.impl("rope_append_cache_out", GEMMA2_BOX(&rope_append_cache_out));
 }
 
 }  // namespace
