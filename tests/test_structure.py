@@ -112,6 +112,13 @@ def test_only_bindings_know_torch() -> None:
         assert stable, f"{path} includes what is not of the stable ABI: {of_torch}"
 
 
+def test_every_op_raises_value_errors() -> None:
+    """Torch 2.15 and later make RuntimeError of what TORCH_BOX lets through."""
+    for path in (ROOT / "csrc" / "torch").glob("*.cpp"):
+        ops = re.findall(r"m\.impl\(\s*\"\w+\",\s*(\w+)\(", path.read_text())
+        assert set(ops) <= {"GEMMA2_BOX"}, path
+
+
 def test_only_one_header_has_ptx() -> None:
     """So that every kernel can run in emulation; and shared memory comes from one place."""
     for path in (ROOT / "csrc" / "cuda").iterdir():
