@@ -7,7 +7,7 @@ import torch
 
 import tiny
 from gemma2_ext import Gemma2Config, KVCache
-from gemma2_ext.cache import cache_bytes, layer_capacity, ring_slack
+from gemma2_ext.cache import MAX_TOKENS, cache_bytes, layer_capacity, ring_slack
 
 
 def test_sizes() -> None:
@@ -122,6 +122,37 @@ def test_rows_have_lengths_of_their_own() -> None:
     step = torch.tensor([[True], [False], [True]])
     with pytest.raises(ValueError, match="row 1 of attention_mask holds no token"):
         model(ids[:, :1], step, cache=cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("most", [1, 25, 50, 10**6])
+def test_rows_in_groups(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, most: int) -> None:
+    """Rows that go through the model group by group, against one after another."""
+    monkeypatch.setattr("gemma2_ext.cache.MAX_TOKENS", most)
+    model = tiny.small_model()
+    counts = [12, 1, 7, 12, 3]
+    ids = tiny.random_ids(model.config, 5, 12)
+    mask = torch.arange(12)[None] < torch.tensor(counts)[:, None]
+    cache = KVCache(model.config, 5, 64, dtype=dtype)
+    prompt = model(ids, mask, cache=cache, last_only=True)
+    more = model(ids[:, :9], cache=cache)
+    assert cache.lengths.tolist() == [count + 9 for count in counts]
+    # Sums in another order; an element of int8 may then take the next step, as said above.
+    bound = 1e-5 if dtype == torch.float32 else 1e-3
+    for row, count in enumerate(counts):
+        alone = KVCache(model.config, 1, 64, dtype=dtype)
+        expected = model(ids[row : row + 1, :count], cache=alone, last_only=True)
+        assert tiny.relative_error(prompt[row : row + 1], expected) < bound
+        expected = model(ids[row : row + 1, :9], cache=alone)
+        assert tiny.relative_error(more[row : row + 1], expected) < bound
+
+
+def test_groups_are_even() -> None:
+    cache = KVCache(tiny.small_model().config, 9, 64)
+    per_row = MAX_TOKENS // 4  # at most 4 rows together: 3 groups
+    assert cache.row_groups(per_row) == [slice(0, 3), slice(3, 6), slice(6, 9)]
+    assert cache.row_groups(1) == [slice(0, 9)]
+    assert cache.row_groups(2 * MAX_TOKENS) == [slice(i, i + 1) for i in range(9)]
 
 
 @pytest.mark.parametrize("back", [0, 1, 5, 16])

@@ -33,6 +33,15 @@ def test_strides(isa: str, layout: str) -> None:
     assert ops.linear_geglu(x.view(2, 3, 41), weight).shape == (2, 3, 5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [512, 513, 1100])
+def test_slices_of_rows(isa: str, dtype: torch.dtype, rows: int) -> None:
+    x, weight = tensors(rows, 41, 5, dtype)
+    assert_accurate(ops.linear_geglu(x, weight), reference.linear_geglu, x, weight, roundings=2)
+    beside = torch.cat([x, x], dim=1)[:, :41]
+    assert torch.equal(ops.linear_geglu(beside, weight), ops.linear_geglu(x, weight))
+
+
 def test_the_same_as_its_parts() -> None:
     x, weight = tensors(3, 64, 24, torch.bfloat16)
     gate, up = ops.linear(x, weight).chunk(2, dim=-1)

@@ -54,6 +54,13 @@ def test_the_reference(isa: str) -> None:
     torch.testing.assert_close(ops.linear_int4(*args), reference.linear_int4(*args))
 
 
+@pytest.mark.parametrize("rows", [512, 513, 1100])
+def test_slices_of_rows(isa: str, rows: int) -> None:
+    weight, x = packed(19, 70, "int4"), exact_x(rows, 70, torch.bfloat16)
+    beside = torch.zeros(rows, 3, dtype=x.dtype)
+    assert_exact(ops.linear(torch.cat([x, beside], dim=1)[:, :70], weight), x, weight)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides(isa: str, layout: str) -> None:
     weight, x = packed(30, 41, "int4"), torch.randn(2, 3, 41)

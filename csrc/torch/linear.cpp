@@ -89,7 +89,7 @@ void many_rows(LinearParams p, const Tensor& x) {
   }
 }
 
-void linear_then_geglu(const Tensor& x, const Tensor& weight, const Tensor& out);
+void linear_then_geglu(const Tensor& x, const Tensor& weight, const Tensor& out, int64_t rows);
 
 // softcap 0: none; geglu: `out` is of the two halves of weight. `name` is the input's name in the
 // op's schema.
@@ -130,7 +130,7 @@ void run(const char* op, const char* name, const Tensor& x, const Tensor& weight
 
   const int64_t rows = out.numel() / out_features;
   if (geglu && (x.is_cpu() || dtype == DType::kFloat32 || rows > kLinearCudaRows))
-    return linear_then_geglu(x, weight, out);
+    return linear_then_geglu(x, weight, out, rows);
   if (x.is_cpu() && dtype == DType::kFloat64) {
     torch_mm_out(as_matrix(x, rows), torch::stable::transpose(weight, 0, 1), out, rows);
     double* y = static_cast<double*>(out.data_ptr());
@@ -259,15 +259,25 @@ void linear_backward_out(const Tensor& grad_out, const Tensor& x, const Tensor& 
   }
 }
 
-void linear_then_geglu(const Tensor& x, const Tensor& weight, const Tensor& out) {
-  Tensor both = linear(x, weight);
-  const int64_t columns = weight.size(0) / 2, last = both.dim() - 1;
+// On a CPU in slices of rows: the products of all would leave the processor's caches in between.
+void linear_then_geglu(const Tensor& x, const Tensor& weight, const Tensor& out, int64_t rows) {
+  constexpr int64_t kMostRows = 512;
+  Tensor all_x = as_matrix(x, rows), all_out = as_matrix(out, rows);
+  const int64_t slice = x.is_cpu() ? divide_up(rows, divide_up(rows, kMostRows)) : rows;
+  const int64_t columns = weight.size(0) / 2;
+  Tensor both = torch::stable::new_empty(x, {slice, 2 * columns});
+  using torch::stable::narrow;
   using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(torch::stable::narrow(both, last, 0, columns)),
-                                    from(torch::stable::narrow(both, last, columns, columns)),
-                                    from(out)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("gemma2_ext::geglu_out", "", stack.data(), TORCH_ABI_VERSION));
+  for (int64_t first = 0; first < rows; first += slice) {
+    const int64_t count = std::min(slice, rows - first);
+    Tensor products = narrow(both, 0, 0, count);
+    linear_out(narrow(all_x, 0, first, count), weight, products);
+    std::array<StableIValue, 3> stack{from(narrow(products, 1, 0, columns)),
+                                      from(narrow(products, 1, columns, columns)),
+                                      from(narrow(all_out, 0, first, count))};
+    TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("gemma2_ext::geglu_out", "", stack.data(), TORCH_ABI_VERSION));
+  }
 }
 
 void linear_geglu_out(const Tensor& x, const Tensor& weight, Tensor out) {

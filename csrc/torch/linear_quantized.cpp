@@ -6,6 +6,7 @@
 #include "../cpu/linear.h"
 #include "../cpu/quantized.h"
 #include "cuda.h"
+#include "gemm.h"
 
 namespace gemma2 {
 namespace {
@@ -110,6 +111,29 @@ void linear_on_cuda(const Format& format, const LinearParams& p, const Tensor& x
 }
 #endif
 
+// Slices of rows that, packed, stay in the processor's caches while all weights pass by.
+void run_on_cpu(const Format& format, LinearParams p, const Tensor& x) {
+  constexpr int64_t kMostRows = 512;
+  const int64_t rows = p.rows, slice = divide_up(rows, divide_up(rows, kMostRows));
+  const int64_t packed_bytes = slice * piece_count(p.in_features) * kQuantPackedBytes;
+  const Tensor packed = torch::stable::new_empty(x, {&packed_bytes, 1}, ScalarType::Byte);
+  p.packed_x = packed.data_ptr();
+  const int64_t unit_rows = kQuantUnitBlocks * kQuantRows;
+  const int64_t unit_bytes = unit_rows * piece_count(p.in_features) * format.row_bytes;
+  const CpuKernels& kernels = cpu_kernels();
+  for (int64_t first = 0; first < rows; first += slice) {
+    LinearParams part = p;
+    part.rows = std::min(slice, rows - first);
+    part.x = offset(p.x, first * p.x_stride, p.dtype);
+    part.out = offset(p.out, first * p.out_stride, p.out_dtype);
+    parallel_units(part.rows, p.in_features * 8,
+                   [&](int64_t begin, int64_t end) { (kernels.*format.pack)(part, begin, end); });
+    // Many rows carry more work a byte.
+    parallel_units(divide_up(p.out_features, unit_rows), unit_bytes * (1 + part.rows / 16),
+                   [&](int64_t begin, int64_t end) { (kernels.*format.units)(part, begin, end); });
+  }
+}
+
 void run(const char* op, const char* name, const Format& format, const Tensor& x,
          const Tensor& data, const Tensor& scales, double softcap, Tensor out,
          ScalarType out_type) {
@@ -132,6 +156,7 @@ void run(const char* op, const char* name, const Format& format, const Tensor& x
                  torch::headeronly::toString(out.scalar_type()));
   }
   if (!out.is_contiguous()) fail(op, "out must be contiguous");
+  prepare_memory(out);
   if (out.numel() == 0) return;
   if (in_features == 0) {
     torch::stable::zero_(out);
@@ -155,17 +180,7 @@ void run(const char* op, const char* name, const Format& format, const Tensor& x
 #ifdef GEMMA2_WITH_CUDA
   if (!x.is_cpu()) return linear_on_cuda(format, p, x, out);
 #endif
-  const int64_t packed_bytes = p.rows * piece_count(in_features) * kQuantPackedBytes;
-  const Tensor packed = torch::stable::new_empty(x, {&packed_bytes, 1}, ScalarType::Byte);
-  p.packed_x = packed.data_ptr();
-  const CpuKernels& kernels = cpu_kernels();
-  parallel_units(p.rows, in_features * 8,
-                 [&](int64_t begin, int64_t end) { (kernels.*format.pack)(p, begin, end); });
-  // Many rows carry more work a byte.
-  const int64_t unit_rows = kQuantUnitBlocks * kQuantRows;
-  const int64_t unit_bytes = unit_rows * piece_count(in_features) * format.row_bytes;
-  parallel_units((out_features + unit_rows - 1) / unit_rows, unit_bytes * (1 + p.rows / 16),
-                 [&](int64_t begin, int64_t end) { (kernels.*format.units)(p, begin, end); });
+  run_on_cpu(format, p, x);
 }
 
 void check_softcap(const char* op, const std::optional<double>& softcap) {

@@ -25,10 +25,11 @@ from torch import Tensor
 from .config import Gemma2Config
 
 # Most tokens of a row that go through the model at once: wide enough for the matrix products,
-# narrow enough that the rings' slack and the activations stay small. On a GPU more, as long as all
-# rows have no more than so many together: 512 tokens of 2B took an H200 ten times as long as their
-# products would, with 200 calls of the host's.
-MAX_CHUNK, MAX_CHUNK_CUDA, MAX_CHUNK_ROWS = 512, 2048, 8192
+# narrow enough that the rings' slack and the activations stay small. On a GPU more: 512 tokens of
+# 2B took an H200 ten times as long as their products would, with 200 calls of the host's.
+MAX_CHUNK, MAX_CHUNK_CUDA = 512, 2048
+# Most tokens of all rows together; more in a batch go through in groups of rows.
+MAX_TOKENS, MAX_TOKENS_CUDA = 512, 8192
 # Least slack: what speculative decoding may take back where the window is tiny.
 MIN_SLACK = 16
 HUGE_PAGE = 2 << 20
@@ -131,8 +132,8 @@ class KVCache:
         self.config = config
         self.batch_size = batch_size
         self.max_length = max_length
-        self._slack = ring_slack(config, device)
-        self.chunk_size = min(self._slack, max(MAX_CHUNK, MAX_CHUNK_ROWS // batch_size))
+        self.chunk_size = ring_slack(config, device)
+        self._max_tokens = MAX_TOKENS_CUDA if device.type == "cuda" else MAX_TOKENS
         # Not inference tensors, wherever the cache is made: later writes may come from outside
         # inference mode. Left uninitialized: no slot is read before it is written.
         with torch.inference_mode(False):
@@ -185,6 +186,12 @@ class KVCache:
             return {}
         return {"k_scales": self.key_scales[layer], "v_scales": self.value_scales[layer]}
 
+    def row_groups(self, seqlen: int) -> list[slice]:
+        """Rows that go through the model together where each brings `seqlen` tokens."""
+        groups = min(max(-(-self.batch_size * seqlen // self._max_tokens), 1), self.batch_size)
+        size = -(-self.batch_size // groups)
+        return [slice(i, i + size) for i in range(0, self.batch_size, size)]
+
     def check_room(self, counts: Sequence[int]) -> list[int]:
         """Whether `counts` more tokens fit, one count a row.
 
@@ -222,8 +229,7 @@ class KVCache:
 
         Raises:
             ValueError: n is negative, a row holds fewer tokens, or a ring has already lost keys
-                that the shorter sequence needs (more than `chunk_size` tokens back; a large batch
-                on a GPU keeps some more than that).
+                that the shorter sequence needs (more than `chunk_size` tokens back).
         """
         counts = torch.as_tensor(n).expand(self.batch_size).tolist()
         if min(counts) < 0:
@@ -241,7 +247,7 @@ class KVCache:
                 if written - capacity > max(length - config.sliding_window + 1, 0):
                     raise ValueError(
                         f"KVCache: cannot take back {n} tokens: local layers keep "
-                        f"{config.sliding_window} positions and {self._slack} more"
+                        f"{config.sliding_window} positions and {self.chunk_size} more"
                     )
             break  # all rings are alike
         self._held = lengths

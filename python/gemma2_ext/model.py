@@ -350,21 +350,32 @@ class Gemma2(nn.Module):
             hidden = calls.run(self, input_ids, positions, ends)
         else:
             places, lengths = (_on_device(numbers, self.device) for numbers in (positions, ends))
-            hidden = self._decode(input_ids, places, lengths, cache)
+            hidden = torch.cat(
+                [
+                    self._decode(input_ids[rows], places[rows], lengths[rows], cache, rows)
+                    for rows in cache.row_groups(seqlen)
+                ]
+            )
         cache.commit(counts)
         return hidden
 
     def _decode(
-        self, input_ids: Tensor, positions: Tensor | None, key_lengths: Tensor, cache: KVCache
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None,
+        key_lengths: Tensor,
+        cache: KVCache,
+        rows: slice = slice(None),
     ) -> Tensor:
-        """The layers over tokens at these places of the cache; touches nothing on the host.
+        """The layers over tokens at these places of the cache's rows; touches nothing on the host.
 
         Without positions they are the last of each row's key_lengths.
         """
         config, theta = self.config, self.config.rope_theta
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values, scales = cache.keys[layer], cache.values[layer], cache.scales(layer)
+            keys, values = cache.keys[layer][rows], cache.values[layer][rows]
+            scales = {name: scale[rows] for name, scale in cache.scales(layer).items()}
             options: dict[str, Any] = {
                 "scale": config.softmax_scale,
                 "softcap": config.attn_logit_softcapping,
