@@ -3,8 +3,8 @@
     perplexity = exp(nll / tokens),  bits per byte = nll / (ln 2 * bytes)
 
 A window holds at most `context` tokens; the next one starts so that it scores the following
-`stride` tokens, and sees at least `context - stride` before each of them. Windows go through the
-model in pieces whose logits stay below LOGITS_BYTES, whatever the vocabulary.
+`stride` tokens, and sees at least `context - stride` before each of them. Logits never stand whole:
+those of a packed embedding are made in pieces below LOGITS_BYTES, whatever the vocabulary.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from . import ops
+
 if TYPE_CHECKING:
     from .cache import KVCache
     from .config import Gemma2Config
     from .model import Gemma2
 
-# 131 rows of a vocabulary of 256000: enough rows to keep the products busy. The logarithm of the
-# sum of exponentials needs as much again.
+# 131 rows of a vocabulary of 256000: enough rows to keep the products busy.
 LOGITS_BYTES = 1 << 27
 
 
@@ -146,13 +147,26 @@ def windows(num_tokens: int, context: int, stride: int) -> Iterator[tuple[int, i
 
 def _nll(model: Gemma2, cache: KVCache, inputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
     """Negative log-likelihoods of `targets`, which the last len(targets) of `inputs` predict."""
-    scored, targets = len(targets), targets.to(model.device)
+    inputs, targets = inputs.to(model.device), targets.to(model.device)
+    unscored = len(inputs) - len(targets)
+    for begin, hidden in model._chunks(inputs[None], [len(inputs)], cache):
+        first = max(begin, unscored)  # of this chunk
+        scored = hidden[0, first - begin :]
+        if len(scored):
+            yield _losses(model, scored, targets[first - unscored :][: len(scored)])
+
+
+def _losses(model: Gemma2, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Of each row of hidden states."""
+    weight, softcap = model.embed_tokens.weight, model.config.final_logit_softcapping
+    if isinstance(weight, Tensor):
+        return ops.linear_cross_entropy(hidden, weight, targets, softcap=softcap, reduction="none")
     rows = max(1, LOGITS_BYTES // (4 * model.config.vocab_size))
-    unscored = len(inputs) - scored
-    if unscored:
-        model(inputs[None, :unscored], cache=cache, last_only=True)
-    for start in range(0, scored, rows):
-        piece = slice(start, start + rows)
-        logits = model(inputs[unscored:][None, piece], cache=cache)[0]
-        target_logits = logits.gather(-1, targets[piece, None])[:, 0]
-        yield logits.logsumexp(-1) - target_logits
+    losses = []
+    for some, target in zip(hidden.split(rows), targets.split(rows), strict=True):
+        logits = ops.logits(some, weight, softcap)
+        # In place: torch's logsumexp takes as much memory again.
+        logits -= logits.amax(-1, keepdim=True)
+        of_target = logits.gather(-1, target[:, None])[:, 0]
+        losses.append(logits.exp_().sum(-1).log() - of_target)
+    return torch.cat(losses)

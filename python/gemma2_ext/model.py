@@ -319,12 +319,9 @@ class Gemma2(nn.Module):
         Rows are right-aligned, `counts` tokens each.
         """
         batch, seqlen = input_ids.shape
-        cache.check_room(counts)  # before the first chunk is written
         logits = None
-        for begin in range(0, seqlen, cache.chunk_size):
-            end = min(begin + cache.chunk_size, seqlen)
-            here = [min(max(count - (seqlen - end), 0), end - begin) for count in counts]
-            hidden = self._chunk(input_ids[:, begin:end], here, cache)
+        for begin, hidden in self._chunks(input_ids, counts, cache):
+            end = begin + hidden.shape[1]
             if last_only:
                 if end == seqlen:
                     logits = self._logits(hidden, last_only=True)
@@ -337,6 +334,17 @@ class Gemma2(nn.Module):
                 logits[:, begin:end] = self._logits(hidden, last_only=False)
         assert logits is not None
         return logits
+
+    def _chunks(
+        self, input_ids: Tensor, counts: list[int], cache: KVCache
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Each chunk's first column and hidden states behind the final norm."""
+        cache.check_room(counts)  # before the first chunk is written
+        seqlen = input_ids.shape[1]
+        for begin in range(0, seqlen, cache.chunk_size):
+            end = min(begin + cache.chunk_size, seqlen)
+            here = [min(max(count - (seqlen - end), 0), end - begin) for count in counts]
+            yield begin, self._chunk(input_ids[:, begin:end], here, cache)
 
     def _chunk(self, input_ids: Tensor, counts: list[int], cache: KVCache) -> Tensor:
         """Runs the layers over a chunk, of whose columns the last `counts` (batch,) are tokens."""
