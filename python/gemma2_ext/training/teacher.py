@@ -114,13 +114,15 @@ def _words(
     The drawn ones share what all others have together; -inf where that is nothing.
     """
     top = logits.topk(best, sorted=True)
-    total = logits.logsumexp(-1, keepdim=True)
-    log_probs = top.values - total
+    largest = top.values[:, :1]
+    others = (logits - largest).exp_()
+    total = others.sum(-1, keepdim=True)
+    log_probs = top.values - largest - total.log()
     if drawn == 0:
         return top.indices, log_probs
-    others = (logits - total).exp_().scatter_(-1, top.indices, 0.0)
+    others.scatter_(-1, top.indices, 0.0)
     share = others.sum(-1, keepdim=True)
     others.masked_fill_(share == 0, 1.0)  # any will do: they are marked absent
     ids = torch.multinomial(others, drawn, replacement=True, generator=generator)
-    each = (share / drawn).log().expand(-1, drawn)
+    each = (share / total / drawn).log().expand(-1, drawn)
     return torch.cat([top.indices, ids], -1), torch.cat([log_probs, each], -1)
