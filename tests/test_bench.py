@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from dataclasses import replace
@@ -287,6 +288,12 @@ def test_the_model(
     assert cli.main(["bench", "model", *options, *quantized, "--phase", "decode"]) == 0
     out = capsys.readouterr().out
     assert "decode" in out and "prefill" not in out
+    assert cli.main(["bench", "model", *options, *quantized, "--batch", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "2b, 2 layers, 3 x 9 tokens" in out
+    assert "2b, 2 layers, after 3 x 9 tokens" in out
+    if importlib.util.find_spec("llama_cpp"):
+        assert "it is measured with one sequence only" in out
 
 
 def test_a_captured_step_gives_the_same_tokens() -> None:
@@ -359,6 +366,7 @@ def test_command_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
         ("logits", "--phase", "training"): "no case has that phase and shape",
         ("linear", "--quantize", "int4", "--phase", "training"): "no case has that phase",
         ("--layers", "2"): "--layers is for `bench model`",
+        ("rope", "--batch", "2"): "--batch is for `bench model`",
         ("model", "--shape", "1 x"): "the model is one case",
         ("model", "--phase", "training"): "model has no phase 'training'; it has prefill, decode",
     }.items():

@@ -218,6 +218,9 @@ def add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
         "--prompt", type=whole_number(1), metavar="N", help="of the model's prefill; default 512"
     )
     command.add_argument(
+        "--batch", type=whole_number(1), metavar="N", help="the model's sequences; default 1"
+    )
+    command.add_argument(
         "--quantize", choices=FORMATS, help="weights, of the model, linear and logits"
     )
     command.add_argument("--layers", type=whole_number(1), metavar="N", help="fewer in the model")
@@ -543,6 +546,7 @@ _MEASURING = (
     "device",
     "threads",
     "rounds",
+    "batch",
     "prompt",
     "quantize",
     "layers",
@@ -560,7 +564,7 @@ def run_bench(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"bench: there is no op {name!r}; there are {', '.join(OPS)}, and model"
             )
-    for option in ("prompt", "layers"):
+    for option in ("batch", "prompt", "layers"):
         if getattr(args, option) is not None and "model" not in args.ops:
             raise ValueError(f"bench: --{option} is for `bench model`")
     if args.load:
@@ -597,6 +601,7 @@ def run_bench(args: argparse.Namespace) -> None:
                 dtype=getattr(torch, args.dtype),
                 device=args.device,
                 quantize=args.quantize,
+                batch=args.batch or 1,
                 prompt=args.prompt or 512,
                 new_tokens=args.rounds,
                 layers=args.layers,

@@ -47,7 +47,8 @@ class ModelSettings:
         dtype: of the weights, and of activations.
         device: "cpu" or "cuda".
         quantize: the format of packed weights, or None.
-        prompt: tokens of the prefill.
+        batch: sequences that go through the model together.
+        prompt: tokens of each in the prefill.
         new_tokens: that are decoded after it.
         rounds: of the prefill.
         layers: fewer than the model's, for a quick look; None: all.
@@ -62,6 +63,7 @@ class ModelSettings:
     dtype: torch.dtype = torch.bfloat16
     device: str = "cpu"
     quantize: Format | None = None
+    batch: int = 1
     prompt: int = 512
     new_tokens: int = 20
     rounds: int = 3
@@ -83,7 +85,7 @@ class _Ours:
         self._length = length
 
     def prefill(self, ids: Tensor) -> Tensor:
-        self._cache = self._model.new_cache(1, self._length)
+        self._cache = self._model.new_cache(len(ids), self._length)
         return self._model(ids, cache=self._cache, last_only=True)[:, -1]
 
     def decode(self, ids: Tensor) -> Tensor:
@@ -192,7 +194,7 @@ def run_model(
     """Measures prefill, then decode.
 
     Returns:
-        A result for each phase; seconds are those of the whole prompt, and of one token.
+        A result for each phase; seconds are those of all prompts, and of a token of each sequence.
 
     Raises:
         RuntimeError: this package's logits are not those of transformers.
@@ -220,7 +222,7 @@ def run_model(
     sides.append(ours_kind(Gemma2(config, weights).to(device), length))
     peers: dict[str, Callable[[], Any]] = {
         _Transformers.name: lambda: _Transformers(config, weights, length, device),
-        LlamaCpp.name: lambda: _llama_cpp(config, weights, length, device),
+        LlamaCpp.name: lambda: _llama_cpp(settings, config, weights, length),
     }
     for name, make in peers.items() if settings.peers else ():
         try:
@@ -231,7 +233,7 @@ def run_model(
     kind = "float32" if settings.dtype != torch.bfloat16 else "bfloat16"
     if settings.quantize:
         kind = "int8"
-    ids = torch.randint(3, config.vocab_size, (1, settings.prompt)).to(device)
+    ids = torch.randint(3, config.vocab_size, (settings.batch, settings.prompt)).to(device)
 
     def seconds(call: Callable[[], Tensor]) -> tuple[float, Tensor]:
         """Of the call with all that it started on a GPU."""
@@ -268,8 +270,9 @@ def run_model(
             for name, shape in parameter_shapes(config).items()
             if name.startswith("layers.")
         )
+        head = config.vocab_size * config.hidden_size
         prefill = _result(settings, config, "prefill", taken, verdicts, missing)
-        prefill.operations = 2 * multiplied * settings.prompt
+        prefill.operations = 2 * multiplied * settings.batch * settings.prompt
         prefill.peak = statistics.median(peaks)
         if prefill.peak:
             prefill.limit_seconds = prefill.operations / prefill.peak
@@ -292,18 +295,23 @@ def run_model(
         decode = _result(settings, config, "decode", taken, verdicts, missing)
         decode.bytes = size
         decode.bandwidth = statistics.median(bandwidths)
-        decode.limit_seconds = size / decode.bandwidth
-        decode.bound = "memory"
+        decode.operations = 2 * settings.batch * (multiplied + head)
+        decode.peak = prefill.peak
+        decode.limit_seconds, decode.bound = size / decode.bandwidth, "memory"
+        if decode.peak and decode.operations / decode.peak > decode.limit_seconds:
+            decode.limit_seconds, decode.bound = decode.operations / decode.peak, "arithmetic"
         results.append(decode)
         show(decode)
     return results
 
 
 def _llama_cpp(
-    config: Gemma2Config, weights: dict[str, Any], length: int, device: torch.device
+    settings: ModelSettings, config: Gemma2Config, weights: dict[str, Any], length: int
 ) -> LlamaCpp:
-    if device.type != "cpu":
+    if settings.device != "cpu":
         raise Unavailable("it is measured on the CPU only")
+    if settings.batch > 1:
+        raise Unavailable("it is measured with one sequence only")
     return LlamaCpp(config, weights, length)
 
 
@@ -321,7 +329,8 @@ def _result(
     verdicts: dict[str, str],
     missing: list[Side],
 ) -> Result:
-    what = f"{settings.prompt} tokens" if phase == "prefill" else f"after {settings.prompt} tokens"
+    rows = f"{settings.batch} x " if settings.batch > 1 else ""
+    what = f"{'' if phase == 'prefill' else 'after '}{rows}{settings.prompt} tokens"
     return Result(
         op="model",
         shape=f"{settings.size}, {config.num_hidden_layers} layers, {what}",
