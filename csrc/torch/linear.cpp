@@ -259,24 +259,28 @@ void linear_backward_out(const Tensor& grad_out, const Tensor& x, const Tensor& 
   }
 }
 
+void geglu_of_halves(Tensor products, const Tensor& out) {
+  const int64_t last = products.dim() - 1, columns = products.size(last) / 2;
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(torch::stable::narrow(products, last, 0, columns)),
+                                    from(torch::stable::narrow(products, last, columns, columns)),
+                                    from(out)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("gemma2_ext::geglu_out", "", stack.data(), TORCH_ABI_VERSION));
+}
+
 // On a CPU in slices of rows: the products of all would leave the processor's caches in between.
 void linear_then_geglu(const Tensor& x, const Tensor& weight, const Tensor& out, int64_t rows) {
   constexpr int64_t kMostRows = 512;
+  if (!x.is_cpu() || rows <= kMostRows) return geglu_of_halves(linear(x, weight), out);
+  const int64_t slice = divide_up(rows, divide_up(rows, kMostRows));
   Tensor all_x = as_matrix(x, rows), all_out = as_matrix(out, rows);
-  const int64_t slice = x.is_cpu() ? divide_up(rows, divide_up(rows, kMostRows)) : rows;
-  const int64_t columns = weight.size(0) / 2;
-  Tensor both = torch::stable::new_empty(x, {slice, 2 * columns});
-  using torch::stable::narrow;
-  using torch::stable::detail::from;
+  Tensor products = torch::stable::new_empty(x, {slice, weight.size(0)});
   for (int64_t first = 0; first < rows; first += slice) {
     const int64_t count = std::min(slice, rows - first);
-    Tensor products = narrow(both, 0, 0, count);
-    linear_out(narrow(all_x, 0, first, count), weight, products);
-    std::array<StableIValue, 3> stack{from(narrow(products, 1, 0, columns)),
-                                      from(narrow(products, 1, columns, columns)),
-                                      from(narrow(all_out, 0, first, count))};
-    TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("gemma2_ext::geglu_out", "", stack.data(), TORCH_ABI_VERSION));
+    const Tensor part = torch::stable::narrow(products, 0, 0, count);
+    linear_out(torch::stable::narrow(all_x, 0, first, count), weight, part);
+    geglu_of_halves(part, torch::stable::narrow(all_out, 0, first, count));
   }
 }
 

@@ -358,12 +358,11 @@ class Gemma2(nn.Module):
             hidden = calls.run(self, input_ids, positions, ends)
         else:
             places, lengths = (_on_device(numbers, self.device) for numbers in (positions, ends))
-            hidden = torch.cat(
-                [
-                    self._decode(input_ids[rows], places[rows], lengths[rows], cache, rows)
-                    for rows in cache.row_groups(seqlen)
-                ]
-            )
+            groups = [
+                self._decode(input_ids[rows], places[rows], lengths[rows], cache, rows)
+                for rows in cache.row_groups(seqlen)
+            ]
+            hidden = torch.cat(groups) if len(groups) > 1 else groups[0]
         cache.commit(counts)
         return hidden
 
@@ -380,10 +379,13 @@ class Gemma2(nn.Module):
         Without positions they are the last of each row's key_lengths.
         """
         config, theta = self.config, self.config.rope_theta
+        whole = len(input_ids) == cache.batch_size
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = cache.keys[layer][rows], cache.values[layer][rows]
-            scales = {name: scale[rows] for name, scale in cache.scales(layer).items()}
+            keys, values, scales = cache.keys[layer], cache.values[layer], cache.scales(layer)
+            if not whole:
+                keys, values = keys[rows], values[rows]
+                scales = {name: scale[rows] for name, scale in scales.items()}
             options: dict[str, Any] = {
                 "scale": config.softmax_scale,
                 "softcap": config.attn_logit_softcapping,
