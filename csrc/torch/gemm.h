@@ -9,6 +9,10 @@ namespace gemma2 {
 constexpr int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Many rows go through a kernel in even slices of at most 512, so that what is made of them for it
+// stays in the processor's caches: the rows of a slice.
+constexpr int64_t rows_of_slice(int64_t rows) { return divide_up(rows, divide_up(rows, 512)); }
+
 inline int64_t element_size(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }

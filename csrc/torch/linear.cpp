@@ -269,11 +269,9 @@ void geglu_of_halves(Tensor products, const Tensor& out) {
       torch_call_dispatcher("gemma2_ext::geglu_out", "", stack.data(), TORCH_ABI_VERSION));
 }
 
-// On a CPU in slices of rows: the products of all would leave the processor's caches in between.
 void linear_then_geglu(const Tensor& x, const Tensor& weight, const Tensor& out, int64_t rows) {
-  constexpr int64_t kMostRows = 512;
-  if (!x.is_cpu() || rows <= kMostRows) return geglu_of_halves(linear(x, weight), out);
-  const int64_t slice = divide_up(rows, divide_up(rows, kMostRows));
+  const int64_t slice = rows_of_slice(rows);
+  if (!x.is_cpu() || slice == rows) return geglu_of_halves(linear(x, weight), out);
   Tensor all_x = as_matrix(x, rows), all_out = as_matrix(out, rows);
   Tensor products = torch::stable::new_empty(x, {slice, weight.size(0)});
   for (int64_t first = 0; first < rows; first += slice) {

@@ -111,10 +111,8 @@ void linear_on_cuda(const Format& format, const LinearParams& p, const Tensor& x
 }
 #endif
 
-// Slices of rows that, packed, stay in the processor's caches while all weights pass by.
 void run_on_cpu(const Format& format, LinearParams p, const Tensor& x) {
-  constexpr int64_t kMostRows = 512;
-  const int64_t rows = p.rows, slice = divide_up(rows, divide_up(rows, kMostRows));
+  const int64_t rows = p.rows, slice = rows_of_slice(rows);
   const int64_t packed_bytes = slice * piece_count(p.in_features) * kQuantPackedBytes;
   const Tensor packed = torch::stable::new_empty(x, {&packed_bytes, 1}, ScalarType::Byte);
   p.packed_x = packed.data_ptr();

@@ -187,8 +187,9 @@ class KVCache:
         return {"k_scales": self.key_scales[layer], "v_scales": self.value_scales[layer]}
 
     def row_groups(self, seqlen: int) -> list[slice]:
-        """Rows that go through the model together where each brings `seqlen` tokens."""
-        groups = min(max(-(-self.batch_size * seqlen // self._max_tokens), 1), self.batch_size)
+        """Rows that go through the model together where each brings `seqlen` tokens, at least 1."""
+        most = max(1, self._max_tokens // seqlen)
+        groups = -(-self.batch_size // most)
         size = -(-self.batch_size // groups)
         return [slice(i, i + size) for i in range(0, self.batch_size, size)]
 
