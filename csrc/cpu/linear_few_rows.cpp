@@ -26,9 +26,10 @@ constexpr int group_columns(int rows) { return rows <= (kRegisters == 32 ? 6 : 2
 constexpr int64_t kBlock = kRegisters == 32 ? 1152 : 2304;
 
 // One row goes by kStreams streams of whole rows of weight, one row behind the other. With AVX-512
-// a single one, fetched kStreamAhead bytes ahead, comes fastest, and serves up to kStreamRows rows
-// too where all of x stays in the first-level cache: kStreamBytes. Below, the processor's own
-// prefetcher makes more of a few long streams.
+// a single one, fetched kStreamAhead bytes ahead (one row's not where the processor does that
+// better), comes fastest, and serves up to kStreamRows rows too where all of x stays in the
+// first-level cache: kStreamBytes. Below, the processor's own prefetcher makes more of a few long
+// streams.
 constexpr int kStreams = kRegisters == 32 ? 1 : 6;
 constexpr int64_t kStreamAhead = kRegisters == 32 ? 6144 : 0;
 constexpr int kStreamRows = kRegisters == 32 ? 6 : 1;
@@ -187,7 +188,7 @@ void dot_group(const LinearParams& p, int64_t first_row, int64_t begin, int64_t 
 
 // The first kRows rows with columns [begin, end), by kStreams streams of whole rows of weight, one
 // row behind the other.
-template <class T, int kRows>
+template <class T, int kRows, bool kFetch>
 void dot_streams(const LinearParams& p, int64_t begin, int64_t end,
                  VecF (*sums)[kLinearFewColumns]) {
   const int64_t length = (end - begin) / kStreams;
@@ -196,9 +197,9 @@ void dot_streams(const LinearParams& p, int64_t begin, int64_t end,
     VecF tile[kRows][kCount] = {};
     const T* w = (const T*)p.weight + (begin + column) * p.weight_stride;
     for (int64_t k = 0; k < p.in_features; k += kBlock) {
-      dot_tile<T, kRows, kCount, kStreamAhead != 0>(
-          w + k, w + k + kStreamAhead / int64_t(sizeof(T)), length * p.weight_stride,
-          packed_at<T>(p, 0, kRows, k), min_of(kBlock, p.in_features - k), tile);
+      dot_tile<T, kRows, kCount, kFetch>(w + k, w + k + kStreamAhead / int64_t(sizeof(T)),
+                                         length * p.weight_stride, packed_at<T>(p, 0, kRows, k),
+                                         min_of(kBlock, p.in_features - k), tile);
     }
     for (int r = 0; r < kRows; ++r)
       for (int s = 0; s < kCount; ++s) sums[r][column + s * length] = tile[r][s];
@@ -213,8 +214,14 @@ void dot_columns(const LinearParams& p, int64_t begin, int64_t end) {
   memset(sums, 0, divide_up(p.rows * kLinearFewColumns, kLanes) * sizeof(VecF[kLanes]));
   const int64_t first = stream_rows<T>(p);
   if (first) {
-    dispatch_rows<1, kStreamRows>(
-        first, [&](auto rows) { dot_streams<T, decltype(rows)::value>(p, begin, end, sums); });
+    constexpr bool kFetch = kStreamAhead != 0;
+    if (kFetch && p.rows == 1 && p.follows_streams) {
+      dot_streams<T, 1, false>(p, begin, end, sums);
+    } else {
+      dispatch_rows<1, kStreamRows>(first, [&](auto rows) {
+        dot_streams<T, decltype(rows)::value, kFetch>(p, begin, end, sums);
+      });
+    }
   }
   // A split's groups find their weights in a cache, and fetch none.
   const auto add_groups = [&](auto split) {

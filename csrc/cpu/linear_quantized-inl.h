@@ -68,8 +68,17 @@ GEMMA2_INLINE void quantize_pieces(const T* x, int64_t n, const F& f) {
 
 // s|s| of both groups of int4, of kLanes rows of a block.
 GEMMA2_INLINE VecI16 join_squares(const int8_t* s) {
+#if defined(__AVX512BW__) && GEMMA2_LANES == 16
+  static constexpr int16_t kJoined[] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                        21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                        11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i groups = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)s));
+  const __m512i squares = _mm512_mullo_epi16(groups, _mm512_abs_epi16(groups));
+  return (VecI16)_mm512_permutexvar_epi16(_mm512_loadu_si512(kJoined), squares);
+#else
   const VecI16 both = join_words(load_bytes(s), load_bytes(s + kQuantRows)), sign = both >> 15;
   return both * ((both ^ sign) - sign);
+#endif
 }
 
 GEMMA2_INLINE int64_t piece_count(const LinearParams& p) {

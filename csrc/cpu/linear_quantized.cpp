@@ -289,14 +289,22 @@ GEMMA2_INLINE GroupScales load_squares(const int8_t* s) {
 GEMMA2_INLINE VecI scale_groups(VecI first, VecI second, const GroupScales& scales) {
   return first * scales.s[0] + second * scales.s[1];
 }
+// Numbers 0..15 of the second group, times 1 << kHighBits.
+constexpr int kHighBits = 0;
+GEMMA2_INLINE VecQuads high_quads(VecU bits) { return (VecQuads)((VecU8)bits >> 4); }
 
 #else
 
 using GroupScales = VecI16;
 GEMMA2_INLINE GroupScales load_squares(const int8_t* s) { return join_squares(s); }
-// Both sums are below 2^14.
+// Numbers 0..15 of the second group, times 1 << kHighBits: what a factor of 16 costs no instruction
+// to take out again.
+constexpr int kHighBits = 4;
+GEMMA2_INLINE VecQuads high_quads(VecU bits) { return (VecQuads)(bits & 0xf0f0f0f0u); }
+// Both groups' sums are below 2^14, the second's before its factor.
 GEMMA2_INLINE VecI scale_groups(VecI first, VecI second, GroupScales scales) {
-  return multiply_add_words(join_words(first, second), scales);
+  const VecI words = second << (16 - kHighBits) | (first & 0xffff);
+  return multiply_add_words((VecI16)words, scales);
 }
 
 #endif
@@ -452,7 +460,9 @@ struct Int4 {
   using Scale = int8_t;
   struct X {
     int8_t q[kQuantDepth];
-    int32_t offset[2];  // -8 times each group's sum: makes numbers 0..15 those from -8 to 7
+    // -8 times each group's sum, the second's times 1 << kHighBits: makes numbers 0..15 those from
+    // -8 to 7.
+    int32_t offset[2];
     float scale;
   };
   struct Scales {
@@ -466,7 +476,7 @@ struct Int4 {
   static GEMMA2_INLINE X pack(const Quantized& from) {
     X x;
     memcpy(x.q, from.q, sizeof x.q);
-    for (int g = 0; g < 2; ++g) x.offset[g] = -8 * from.sums[g];
+    for (int g = 0; g < 2; ++g) x.offset[g] = from.sums[g] * -(8 << g * kHighBits);
     x.scale = from.scale;
     return x;
   }
@@ -484,7 +494,7 @@ struct Int4 {
     for (int i = 0; i < 4; ++i) {
       const VecU bits = load_bits(data + i * kQuadBytes);
       w.w[i] = (VecQuads)(bits & 0x0f0f0f0fu);
-      w.w[4 + i] = (VecQuads)(bits >> 4 & 0x0f0f0f0fu);
+      w.w[4 + i] = high_quads(bits);
     }
     w.scale = scales.s[vector];
     return w;
@@ -511,7 +521,7 @@ struct Int4 {
         const uint8_t* quads = data + i * kQuadBytes + v * kLanes * 4;
         const VecU a = load_bits(quads), b = load_bits(quads + kQuadBytes);
         total[0][v].add((VecQuads)(a & 0x0f0f0f0fu), (VecQuads)(b & 0x0f0f0f0fu), low);
-        total[1][v].add((VecQuads)((VecU8)a >> 4), (VecQuads)((VecU8)b >> 4), high);
+        total[1][v].add(high_quads(a), high_quads(b), high);
       }
     }
     GEMMA2_UNROLL
@@ -544,7 +554,7 @@ struct Int4 {
       for (int v = 0; v < kVectors; ++v) {
         const VecU bits = load_bits(data[v] + i * kQuadBytes);
         total[0][v] = dot_quads(total[0][v], (VecQuads)(bits & 0x0f0f0f0fu), low);
-        total[1][v] = dot_quads(total[1][v], (VecQuads)(bits >> 4 & 0x0f0f0f0fu), high);
+        total[1][v] = dot_quads(total[1][v], high_quads(bits), high);
       }
     }
     GEMMA2_UNROLL
@@ -587,8 +597,7 @@ struct Int4 {
     GEMMA2_UNROLL
     for (int i = 0; i < 4; ++i) {
       const VecU bits = load_bits(data + i * kQuadBytes);
-      const VecQuads low = (VecQuads)(bits & 0x0f0f0f0fu),
-                     high = (VecQuads)(bits >> 4 & 0x0f0f0f0fu);
+      const VecQuads low = (VecQuads)(bits & 0x0f0f0f0fu), high = high_quads(bits);
       GEMMA2_UNROLL
       for (int r = 0; r < kRows; ++r) {
         if (i == 0) {
@@ -749,17 +758,34 @@ void dot_blocks(const Block<F>& first, int64_t pieces, int64_t begin, int64_t en
 // Up to this many rows meet a block at once, with all their sums in registers.
 constexpr int kFewRows = int(kQuantFewRows);
 
+// Who fetches the weights of few rows.
+enum class Fetch {
+  kFar,   // the kernel, kPrefetchBytes ahead
+  kNear,  // the kernel, half as far, into the first cache
+  kNone,  // the processor
+};
+// Where the processor follows streams: int8 leaves room for its prefetcher, while int4 of one row
+// has too much work a byte.
+template <class F>
+GEMMA2_INLINE Fetch fetch_of(const LinearParams& p) {
+  constexpr bool kInt8 = F::kRowBytes == kInt8RowBytes;
+  if (!p.follows_streams || p.rows > (kInt8 ? 2 : 1)) return Fetch::kFar;
+  return kInt8 ? Fetch::kNone : Fetch::kNear;
+}
+
 // The sums of kRows rows of x with a whole block. One block after the other is one stream through
 // memory, which comes faster than two or more side by side.
-template <class F, int kRows>
+template <class F, int kRows, Fetch kFetch>
 void dot_few_rows(const Block<F>& block, int64_t pieces, const typename F::X* x,
                   VecF (*to)[kBlockVectors]) {
   const uint8_t *data = block.data, *scales = block.scales;
   VecF sums[kRows] = {};
   for (int64_t i = 0; i < pieces; ++i, x += kRows) {
     GEMMA2_UNROLL
-    for (int64_t line = 0; line < kQuantRows * F::kRowBytes; line += 64)
-      prefetch(data + kPrefetchBytes + line);
+    for (int64_t line = 0; line < kQuantRows * F::kRowBytes; line += 64) {
+      if (kFetch == Fetch::kFar) prefetch(data + kPrefetchBytes + line);
+      if (kFetch == Fetch::kNear) prefetch_near(data + kPrefetchBytes / 2 + line);
+    }
     F::template dot_rows<kRows>(data, F::load_scales(scales), x, sums);
     data += kQuantRows * F::kRowBytes;
     scales += kQuantRows * F::kScaleBytes;
@@ -826,9 +852,21 @@ void dot_units(const LinearParams& p, int64_t begin, int64_t end) {
 #if defined(GEMMA2_DOT_QUADS) && GEMMA2_LANES == 16
   for (; p.rows <= kFewRows && (b + 1) * kQuantRows <= p.out_features && b < end; ++b) {
     const Block<F> block(p, b);
-    dispatch_rows<1, kFewRows>(p.rows, [&](auto rows) {
-      dot_few_rows<F, decltype(rows)::value>(block, pieces, packed_chunk<F>(p, 0), sums);
-    });
+    const auto* x = packed_chunk<F>(p, 0);
+    switch (fetch_of<F>(p)) {
+      case Fetch::kFar:
+        dispatch_rows<1, kFewRows>(p.rows, [&](auto rows) {
+          dot_few_rows<F, decltype(rows)::value, Fetch::kFar>(block, pieces, x, sums);
+        });
+        break;
+      case Fetch::kNear:
+        dot_few_rows<F, 1, Fetch::kNear>(block, pieces, x, sums);
+        break;
+      case Fetch::kNone:
+        dispatch_rows<1, 2>(p.rows, [&](auto rows) {
+          dot_few_rows<F, decltype(rows)::value, Fetch::kNone>(block, pieces, x, sums);
+        });
+    }
     finish_block<F>(p, block, b * kQuantRows, 0, p.rows, sums);
   }
   VecF wide[kQuantChunk][kBlocksAtOnce];
