@@ -31,6 +31,9 @@ constexpr int64_t kBlock = kRegisters == 32 ? 1152 : 2304;
 // first-level cache: kStreamBytes. Below, the processor's own prefetcher makes more of a few long
 // streams.
 constexpr int kStreams = kRegisters == 32 ? 1 : 6;
+// Where the processor follows streams by itself, and x and a row of weight are more than
+// kStreamBytes, so that one drives the other out of the first-level cache, as many share x.
+constexpr int kSharingStreams = 4;
 constexpr int64_t kStreamAhead = kRegisters == 32 ? 6144 : 0;
 constexpr int kStreamRows = kRegisters == 32 ? 6 : 1;
 constexpr int64_t kStreamBytes = 24 << 10;
@@ -43,13 +46,18 @@ constexpr int64_t kSplitBytes = 4 << 20;
 template <class T>
 constexpr bool kSplits = kRegisters == 32 && Math<T>::kPerFactor == 2;
 
+// A row of packed x.
+template <class T>
+GEMMA2_INLINE int64_t row_bytes(const LinearParams& p) {
+  return p.in_features * sizeof(typename Math<T>::Factor) / Math<T>::kPerFactor;
+}
 // The first rows of x, which go as streams; the others are in groups.
 template <class T>
 GEMMA2_INLINE int64_t stream_rows(const LinearParams& p) {
-  const int64_t row_bytes = p.in_features * sizeof(typename Math<T>::Factor) / Math<T>::kPerFactor;
-  if (p.rows == 1 || (p.rows <= kStreamRows && p.rows * row_bytes <= kStreamBytes)) return p.rows;
+  const int64_t bytes = row_bytes<T>(p);
+  if (p.rows == 1 || (p.rows <= kStreamRows && p.rows * bytes <= kStreamBytes)) return p.rows;
   const bool splits = kSplits<T> && p.rows <= kSplitRows + kGroupRows<T> &&
-                      kSplitRows * row_bytes <= kStreamBytes &&
+                      kSplitRows * bytes <= kStreamBytes &&
                       p.out_features * p.weight_stride * int64_t(sizeof(T)) >= kSplitBytes;
   return splits ? kSplitRows : 0;
 }
@@ -186,26 +194,26 @@ void dot_group(const LinearParams& p, int64_t first_row, int64_t begin, int64_t 
   walk(Count<1>{});
 }
 
-// The first kRows rows with columns [begin, end), by kStreams streams of whole rows of weight, one
+// The first kRows rows with columns [begin, end), by kCount streams of whole rows of weight, one
 // row behind the other.
-template <class T, int kRows, bool kFetch>
+template <class T, int kRows, int kCount, bool kFetch>
 void dot_streams(const LinearParams& p, int64_t begin, int64_t end,
                  VecF (*sums)[kLinearFewColumns]) {
-  const int64_t length = (end - begin) / kStreams;
+  const int64_t length = (end - begin) / kCount;
   const auto walk = [&](auto streams, int64_t column) {
-    constexpr int kCount = decltype(streams)::value;
-    VecF tile[kRows][kCount] = {};
+    constexpr int kBeside = decltype(streams)::value;
+    VecF tile[kRows][kBeside] = {};
     const T* w = (const T*)p.weight + (begin + column) * p.weight_stride;
     for (int64_t k = 0; k < p.in_features; k += kBlock) {
-      dot_tile<T, kRows, kCount, kFetch>(w + k, w + k + kStreamAhead / int64_t(sizeof(T)),
-                                         length * p.weight_stride, packed_at<T>(p, 0, kRows, k),
-                                         min_of(kBlock, p.in_features - k), tile);
+      dot_tile<T, kRows, kBeside, kFetch>(w + k, w + k + kStreamAhead / int64_t(sizeof(T)),
+                                          length * p.weight_stride, packed_at<T>(p, 0, kRows, k),
+                                          min_of(kBlock, p.in_features - k), tile);
     }
     for (int r = 0; r < kRows; ++r)
-      for (int s = 0; s < kCount; ++s) sums[r][column + s * length] = tile[r][s];
+      for (int s = 0; s < kBeside; ++s) sums[r][column + s * length] = tile[r][s];
   };
-  for (int64_t c = 0; c < length; ++c) walk(Count<kStreams>{}, c);
-  for (int64_t c = length * kStreams; c < end - begin; ++c) walk(Count<1>{}, c);
+  for (int64_t c = 0; c < length; ++c) walk(Count<kCount>{}, c);
+  for (int64_t c = length * kCount; c < end - begin; ++c) walk(Count<1>{}, c);
 }
 
 template <class T>
@@ -216,10 +224,12 @@ void dot_columns(const LinearParams& p, int64_t begin, int64_t end) {
   if (first) {
     constexpr bool kFetch = kStreamAhead != 0;
     if (kFetch && p.rows == 1 && p.follows_streams) {
-      dot_streams<T, 1, false>(p, begin, end, sums);
+      const bool share = row_bytes<T>(p) + p.in_features * int64_t(sizeof(T)) > kStreamBytes;
+      (share ? dot_streams<T, 1, kSharingStreams, false>
+             : dot_streams<T, 1, kStreams, false>)(p, begin, end, sums);
     } else {
       dispatch_rows<1, kStreamRows>(first, [&](auto rows) {
-        dot_streams<T, decltype(rows)::value, kFetch>(p, begin, end, sums);
+        dot_streams<T, decltype(rows)::value, kStreams, kFetch>(p, begin, end, sums);
       });
     }
   }
