@@ -251,7 +251,7 @@ struct LinearParams {
   int64_t unit_columns, range_columns, range_units;
   void* packed_x;        // CPU: x in the kernel's own layout, shared by all threads
   float* scratch;        // CPU: of one thread
-  bool follows_streams;  // CPU: as cpu/isa.h says
+  bool zen4;  // CPU: as cpu/isa.h says
   // CUDA: weight is (2 * out_features, in_features), and out = gelu_tanh(first half) * second half
   bool geglu;
 };

@@ -20,7 +20,7 @@ namespace {
 
 // ---- few rows
 
-template <class T, class K>
+template <class T, class K, class Fetch>
 struct Stream {
   using Word = typename Packed<K>::Word;
   const AttentionWork& w;
@@ -84,8 +84,8 @@ struct Stream {
   template <int kRows, class Rows, class Heads>
   void meet(int64_t r, int64_t first, int64_t n, const Rows& k, const Rows& v, const Heads& k_heads,
             const Heads& v_heads) {
-    dot_keys<kRows>(Word{}, q + r * kQueryStride, k, n, p.head_dim / kPerWord<Word>, s + first,
-                    k_heads);
+    dot_keys<kRows, Fetch>(Word{}, q + r * kQueryStride, k, n, p.head_dim / kPerWord<Word>,
+                           s + first, k_heads);
     for (int64_t h = 0; h < k_heads.count; ++h) {
       float* scores = s + h * k_heads.rows * kScoreStride;
       for (int i = 0; kScaled<K> && i < kRows; ++i)
@@ -95,14 +95,15 @@ struct Stream {
       for (int i = 0; kScaled<K> && i < kRows; ++i)
         multiply_row(scores + i * kScoreStride, v_factors);
     }
-    add_values<kRows>(Word{}, s, v, first, n, p.head_dim, o + r * o_stride, o_stride, v_heads);
+    add_values<kRows, Fetch>(Word{}, s, v, first, n, p.head_dim, o + r * o_stride, o_stride,
+                             v_heads);
   }
 
 #if defined(GEMMA2_ISA_avx512_bf16)
   template <int kRows>
   void block_in_integers(int64_t r, int64_t first, int64_t n, const KeyRows<int8_t>& k,
                          const KeyRows<int8_t>& v) {
-    dot_keys<kRows>(q + r * kQueryStride, k, n, p.head_dim, s + first);
+    dot_keys<kRows, Fetch>(q + r * kQueryStride, k, n, p.head_dim, s + first);
     for (int i = 0; i < kRows; ++i) {
       multiply_row(s + i * kScoreStride, k_factors, q_factors[r + i]);
     }
@@ -121,7 +122,7 @@ struct Stream {
     }
     constexpr int kAtOnce = kRows < 2 ? 1 : 2;  // with their sums in registers
     for (int i = 0; i < kRows; i += kAtOnce)
-      add_values<kAtOnce>(w + i, v, first, n, p.head_dim, o + (r + i) * o_stride, o_stride);
+      add_values<kAtOnce, Fetch>(w + i, v, first, n, p.head_dim, o + (r + i) * o_stride, o_stride);
   }
 #endif
 
@@ -206,7 +207,7 @@ struct Stream {
       list_rows(k, n, k_rows), list_rows(v, n, v_rows);
       const bool far = row_end - row_begin > 4 &&
                        4 * heads * kKeyBlock * p.head_dim * int64_t(sizeof(K)) <= kFarRoom;
-      const int64_t ahead = far ? kKeyBlock : kAhead<K>;
+      const int64_t ahead = far ? kKeyBlock : Fetch::template kAhead<K>;
       blocks(row_begin, row_end, first, n, ListedRows<K>{k_rows, 0, ahead},
              ListedRows<K>{v_rows, 0, ahead});
     } else {
@@ -221,13 +222,13 @@ struct Stream {
   }
 };
 
-template <class T, class K>
+template <class T, class K, class Fetch>
 void stream_unit(const AttentionWork& w, const Unit& u, [[maybe_unused]] bool fetch) {
   using Word = typename Packed<K>::Word;
   constexpr int kPart = kParts<Word, K>;
   const AttentionParams& p = w.p;
   constexpr bool kSteps = kPerWord<Word> == 2;  // whether rows are taken in steps
-  Stream<T, K> stream{w, u};
+  Stream<T, K, Fetch> stream{w, u};
   for (int64_t i = 0; i < stream.rows; ++i) stream.largest[i] = -INFINITY;
   for (float* at = stream.o; at < stream.o + stream.rows * stream.o_stride; at += kLanes)
     store(at, zero());
@@ -294,7 +295,12 @@ void units(const AttentionWork& w, int64_t begin, int64_t end) {
     Unit u;
     if (!make_unit<K>(w, index, u)) continue;
     if (w.stream) {
-      stream_unit<T, K>(w, u, u.split == 0 || *w.next != index);
+      const bool fetch = u.split == 0 || *w.next != index;
+#if defined(GEMMA2_ISA_avx512_bf16)
+      (w.zen4 ? stream_unit<T, K, FetchFar> : stream_unit<T, K, FetchNear>)(w, u, fetch);
+#else
+      stream_unit<T, K, FetchNear>(w, u, fetch);
+#endif
       *w.next = index + 1;
     } else {
       tile_unit<T, K>(w, u);

@@ -39,6 +39,7 @@ constexpr int64_t attention_padded_dim(int64_t head_dim) { return (head_dim + 63
 struct AttentionWork {
   AttentionParams p;
   bool stream;         // few rows: keys are read where they lie
+  bool zen4;           // as isa.h says
   int64_t block_rows;  // rows a block, for one key head
   int64_t unit_heads;  // key heads of a unit, a divisor of num_kv_heads; > 1 only in streams
   int64_t row_blocks;  // blocks for each key head (of the longest sequence)

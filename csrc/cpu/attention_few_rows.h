@@ -14,19 +14,31 @@ constexpr int kSideBySide = 4;
 template <class T>
 constexpr int kShares = kScaled<T> || kLanes >= 16 ? 1 : kSideBySide;
 
+// Where later rows are fetched to, and how many rows ahead.
+struct FetchNear {
+  template <class T>
+  static constexpr int64_t kAhead = kScaled<T> ? 16 : 8;
+  static constexpr int64_t kKeysInIntegers = 32;
+  static GEMMA2_INLINE void line(const void* p) { prefetch_near(p); }
+};
+// A Zen 4's first cache takes few lines at a time from memory, its second cache many.
+struct FetchFar {
+  template <class T>
+  static constexpr int64_t kAhead = 16;
+  static constexpr int64_t kKeysInIntegers = 64;
+  static GEMMA2_INLINE void line(const void* p) { prefetch(p); }
+};
 // Fetches a later row: whole, or, where a step of so many bytes takes a line or half of one, step
 // by step. Below AVX-512 the processor's own prefetcher does better, but for several rows, which
 // keep arithmetic at work (kBusy).
-template <class T>
-constexpr int64_t kAhead = kScaled<T> ? 16 : 8;
 template <class T>
 GEMMA2_INLINE void prefetch_row(const T* row, int64_t n) {
   if (!kScaled<T>) return;
   for (int64_t d = 0; d < n; d += 64 / int64_t(sizeof(T))) prefetch(row + d);
 }
-template <int64_t kBytes, bool kBusy = false, class T>
+template <class Fetch, int64_t kBytes, bool kBusy = false, class T>
 GEMMA2_INLINE void prefetch_step(const T* row, int64_t d) {
-  if (kBytes >= 32 && (kLanes >= 16 || kBusy)) prefetch_near(row + d);
+  if (kBytes >= 32 && (kLanes >= 16 || kBusy)) Fetch::line(row + d);
 }
 
 // Key heads whose rows lie side by side are taken together: each meets some keys before any meets
@@ -85,7 +97,7 @@ GEMMA2_INLINE const T* next_row(const KeyRows<T>& rows, const T* before, int64_t
 }
 // What is fetched in the order of memory: parts of a row of all heads that are taken together, then
 // of the next row. (Where a ring ends it goes on behind it, in vain, up to the end of a block.)
-template <class Rows, class T>
+template <class Fetch, class Rows, class T>
 struct RowsAhead {
   const Rows& rows;
   const T* row;
@@ -113,7 +125,7 @@ struct RowsAhead {
   GEMMA2_INLINE void fetch() {
     const T* part = next(n);
     GEMMA2_UNROLL
-    for (int64_t i = 0; i < n; i += kLineBytes / int64_t(sizeof(T))) prefetch_near(part + i);
+    for (int64_t i = 0; i < n; i += kLineBytes / int64_t(sizeof(T))) Fetch::line(part + i);
   }
   // Whether steps of `step` elements of so many rows take a head's rows, and parts as large as
   // those a row of all heads, without a rest: then as much is fetched as is read.
@@ -126,7 +138,7 @@ struct RowsAhead {
 
 // s[r, j] = q[r] . k[j] for kRows rows of `depth` words and the n keys. kKeys keys together fill
 // whole vectors of sums.
-template <int kRows, class T, class Heads>
+template <int kRows, class Fetch, class T, class Heads>
 void dot_keys(float, const float* first_q, const ListedRows<T>& first_k, int64_t n, int64_t depth,
               float* first_s, const Heads& heads) {
   constexpr int kVecs = kLanes < 8 ? 2 : 1, kKeys = kVecs * kLanes / kRows;
@@ -138,7 +150,7 @@ void dot_keys(float, const float* first_q, const ListedRows<T>& first_k, int64_t
   constexpr bool kBusy = kRows == 4 && Heads::kOne;
   const int64_t whole = depth / kStep * kStep, share = (n + kParted - 1) / kParted;
   static_assert(kParted + kOfShare + kKeyBlock < kRowsBehind, "");
-  RowsAhead<ListedRows<T>, T> ahead(first_k, first_k.ahead, heads, depth);
+  RowsAhead<Fetch, ListedRows<T>, T> ahead(first_k, first_k.ahead, heads, depth);
   const bool in_order = kInOrder<T, kRows> && ahead.fits(heads, depth, kStep, kAtOnce);
   for (int64_t j = 0; j < share; j += kOfShare) {
     for (int64_t h = 0; h < heads.count; ++h) {
@@ -165,7 +177,7 @@ void dot_keys(float, const float* first_q, const ListedRows<T>& first_k, int64_t
             ahead.template fetch<kAtOnce * kStep>();
           } else {
             GEMMA2_UNROLL
-            for (int i = 0; i < kAtOnce; ++i) prefetch_step<kBytes, kBusy>(later[i], d);
+            for (int i = 0; i < kAtOnce; ++i) prefetch_step<Fetch, kBytes, kBusy>(later[i], d);
           }
           GEMMA2_UNROLL
           for (int r = 0; r < kRows * kPart; ++r)
@@ -212,10 +224,10 @@ void dot_keys(float, const float* first_q, const ListedRows<T>& first_k, int64_t
 
 // o[r] += the sum over kKeys keys of w[r, key] v[key]: kNeighbours from j on, as many at j + apart,
 // and so on.
-template <int kRows, int kKeys, int kNeighbours, bool kBusy, class T>
+template <int kRows, int kKeys, int kNeighbours, bool kBusy, class Fetch, class T>
 GEMMA2_INLINE void add_some_values(const float* w, const ListedRows<T>& v, int64_t j, int64_t apart,
                                    int64_t head_dim, float* o, int64_t o_stride, bool in_order,
-                                   RowsAhead<ListedRows<T>, T>& ahead) {
+                                   RowsAhead<Fetch, ListedRows<T>, T>& ahead) {
   constexpr int kPart = kParts<float, T>, kStep = kPart * kLanes;
   constexpr int64_t kBytes = kStep * sizeof(T);
   const T *rows[kKeys], *later[kKeys];
@@ -235,7 +247,7 @@ GEMMA2_INLINE void add_some_values(const float* w, const ListedRows<T>& v, int64
       ahead.template fetch<kKeys * kStep>();
     } else {
       GEMMA2_UNROLL
-      for (int i = 0; i < kKeys; ++i) prefetch_step<kBytes, kBusy>(later[i], d);
+      for (int i = 0; i < kKeys; ++i) prefetch_step<Fetch, kBytes, kBusy>(later[i], d);
     }
     GEMMA2_UNROLL
     for (int i = 0; i < kKeys; ++i) load_parts<float>(rows[i], d, end, value[i]);
@@ -256,7 +268,7 @@ GEMMA2_INLINE void add_some_values(const float* w, const ListedRows<T>& v, int64
 
 // o[r] += sum over the n keys of w[r, first + j] v[j], for kRows rows; o's elements lie as
 // load_parts gives them. The order of additions is the same for any number of rows.
-template <int kRows, class T, class Heads>
+template <int kRows, class Fetch, class T, class Heads>
 GEMMA2_INLINE void add_values(float, const float* first_w, const ListedRows<T>& first_v,
                               int64_t first, int64_t n, int64_t head_dim, float* first_o,
                               int64_t o_stride, const Heads& heads) {
@@ -265,7 +277,7 @@ GEMMA2_INLINE void add_values(float, const float* first_w, const ListedRows<T>& 
   constexpr bool kBusy = kRows == 4 && Heads::kOne;
   const int64_t share = n / kKeys * kNeighbours;
   constexpr int kPart = kParts<float, T>, kStep = kPart * kLanes;
-  RowsAhead<ListedRows<T>, T> ahead(first_v, first_v.ahead, heads, head_dim);
+  RowsAhead<Fetch, ListedRows<T>, T> ahead(first_v, first_v.ahead, heads, head_dim);
   const bool in_order = kInOrder<T, kRows> && ahead.fits(heads, head_dim, kStep, kKeys);
   for (int64_t j = 0; j < share; j += kNeighbours) {
     for (int64_t h = 0; h < heads.count; ++h) {
@@ -295,7 +307,8 @@ GEMMA2_INLINE void add_values(float, const float* first_w, const ListedRows<T>& 
 
 #if defined(GEMMA2_BFLOAT16_PAIRS)
 
-using PairsAhead = RowsAhead<KeyRows<BFloat16>, BFloat16>;
+template <class Fetch>
+using PairsAhead = RowsAhead<Fetch, KeyRows<BFloat16>, BFloat16>;
 
 // s[r, j], s[r, j + 1], ... of the n keys: the dot products (kRows, kLanes / kRows).
 template <int kRows>
@@ -313,12 +326,12 @@ GEMMA2_INLINE void store_dots(VecF dots, float* s, int64_t j, int64_t n) {
 }
 
 // The same of pairs, a key at a time: so keys come in the order of memory.
-template <int kRows, class Heads>
+template <int kRows, class Fetch, class Heads>
 GEMMA2_INLINE void dot_keys(Pair, const float* first_q, const KeyRows<BFloat16>& first_k, int64_t n,
                             int64_t depth, float* first_s, const Heads& heads) {
   constexpr int kKeys = kLanes / kRows;
   const int64_t whole = depth / kLanes * kLanes;
-  PairsAhead ahead(first_k, kAhead<BFloat16>, heads, 2 * depth);
+  PairsAhead<Fetch> ahead(first_k, Fetch::template kAhead<BFloat16>, heads, 2 * depth);
   for (int64_t j = 0; j < n; j += kKeys) {
     for (int64_t h = 0; h < heads.count; ++h) {
       const KeyRows<BFloat16> k = of_head(first_k, heads, h);
@@ -334,7 +347,7 @@ GEMMA2_INLINE void dot_keys(Pair, const float* first_q, const KeyRows<BFloat16>&
           GEMMA2_UNROLL
           for (int r = 0; r < kRows; ++r) part_sum[r] = zero();
           const auto step = [&](int64_t d, int64_t words) __attribute__((always_inline)) {
-            prefetch_step<64>(later, 2 * d);
+            prefetch_step<Fetch, 64>(later, 2 * d);
             const VecF key = load_words(Pair{}, row, d, words);
             GEMMA2_UNROLL
             for (int r = 0; r < kRows; ++r)
@@ -362,10 +375,12 @@ alignas(64) constexpr BFloat16 kNoValue[256] = {};
 
 // As add_values, with kPairs pairs of weights w[r] for the values j, j + 1, ..., of which those
 // outside [0, n) are not read.
-template <int kRows, int kPairs, bool kAllHeads>
+template <int kRows, int kPairs, bool kAllHeads, class Fetch>
 GEMMA2_INLINE void add_pairs(const Pair* w, const KeyRows<BFloat16>& v, int64_t j, int64_t n,
-                             int64_t head_dim, float* o, int64_t o_stride, PairsAhead& ahead) {
+                             int64_t head_dim, float* o, int64_t o_stride,
+                             PairsAhead<Fetch>& ahead) {
   constexpr int64_t kStep = kPairs * 4 * kLanes;
+  constexpr int64_t kAhead = Fetch::template kAhead<BFloat16>;
   const int64_t depth = head_dim / 2;
   const auto add = [&](const auto& row_of, const auto& later_of,
                        const auto& weight_of) __attribute__((always_inline)) {
@@ -380,10 +395,10 @@ GEMMA2_INLINE void add_pairs(const Pair* w, const KeyRows<BFloat16>& v, int64_t 
     }
     const auto step = [&](int64_t d, int64_t words) __attribute__((always_inline)) {
       if (kAllHeads) {
-        ahead.fetch<kStep>();
+        ahead.template fetch<kStep>();
       } else {
         GEMMA2_UNROLL
-        for (int i = 0; i < 2 * kPairs; ++i) prefetch_step<64>(later_of(i), 2 * d);
+        for (int i = 0; i < 2 * kPairs; ++i) prefetch_step<Fetch, 64>(later_of(i), 2 * d);
       }
       VecF lower[kPairs], upper[kPairs];
       GEMMA2_UNROLL
@@ -409,26 +424,26 @@ GEMMA2_INLINE void add_pairs(const Pair* w, const KeyRows<BFloat16>& v, int64_t 
     if (whole < depth) step(whole, depth);
   };
   if (j >= 0 && j + 2 * kPairs <= n && v.in_line(j, 2 * kPairs)) {
-    const BFloat16 *first = v.row(j), *later = v.row(j + kAhead<BFloat16>);
+    const BFloat16 *first = v.row(j), *later = v.row(j + kAhead);
     add([&](int i) { return first + i * v.stride; }, [&](int i) { return later + i * v.stride; },
         [&](int r, int i) { return w[r * kScoreStride + i]; });
   } else {
     const BFloat16* later[2 * kPairs];
-    for (int i = 0; i < 2 * kPairs; ++i) later[i] = v.row(j + i + kAhead<BFloat16>);
+    for (int i = 0; i < 2 * kPairs; ++i) later[i] = v.row(j + i + kAhead);
     add([&](int i) { return j + i >= 0 && j + i < n ? v.row(j + i) : kNoValue; },
         [&](int i) { return later[i]; },
         [&](int r, int i) { return j + 2 * i < n ? w[r * kScoreStride + i] : Pair{}; });
   }
 }
 
-template <int kRows, class Heads>
+template <int kRows, class Fetch, class Heads>
 GEMMA2_INLINE void add_values(Pair, const float* w, const KeyRows<BFloat16>& v, int64_t first,
                               int64_t n, int64_t head_dim, float* o, int64_t o_stride,
                               const Heads& heads) {
   const Pair* pairs = (const Pair*)w + first / 2;
   int64_t j = -(first & 1);                   // the first pair's first key
   constexpr int kPairs = kRows <= 2 ? 4 : 2;  // with their weights in registers
-  PairsAhead ahead(v, j + kAhead<BFloat16>, heads, head_dim);
+  PairsAhead<Fetch> ahead(v, j + Fetch::template kAhead<BFloat16>, heads, head_dim);
   const auto add = [&](auto all_heads) __attribute__((always_inline)) {
     for (; j < n; j += 2 * kPairs, pairs += kPairs) {
       for (int64_t h = 0; h < heads.count; ++h) {

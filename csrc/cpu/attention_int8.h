@@ -26,7 +26,6 @@ constexpr bool kInIntegers<Half, int8_t> = true;
 constexpr int64_t kBytes = 4 * kLanes;    // of a vector
 constexpr int64_t kLowBytes = 256;        // where a query's low bytes begin; the high ones at 0
 constexpr float kLeastSplit = 0x1p-100f;  // 65535 over less than this may be no number
-constexpr int64_t kKeysAhead = 32;        // that are fetched
 static_assert(2 * kLowBytes <= 4 * kQueryStride, "");
 
 // The first n bytes of a vector, n < kBytes, the others 0.
@@ -68,7 +67,7 @@ GEMMA2_INLINE float split_query(const T* row, int64_t n, uint8_t* to) {
 }
 
 // s[r, j] = q[r] . k[j] over q's factor, for kRows rows of split_query and the n keys.
-template <int kRows>
+template <int kRows, class Fetch>
 GEMMA2_INLINE void dot_keys(const float* q, const KeyRows<int8_t>& k, int64_t n, int64_t head_dim,
                             float* s) {
   constexpr int kKeys = kLanes / kRows;
@@ -80,12 +79,12 @@ GEMMA2_INLINE void dot_keys(const float* q, const KeyRows<int8_t>& k, int64_t n,
       GEMMA2_UNROLL
       for (int i = 0; i < kKeys; ++i) {
         const int8_t* row = row_of(i);
-        const int8_t* later = row + kKeysAhead * k.stride;
+        const int8_t* later = row + Fetch::kKeysInIntegers * k.stride;
         VecI high[kRows], low[kRows], offset{};
         GEMMA2_UNROLL
         for (int r = 0; r < kRows; ++r) high[r] = low[r] = VecI{};
         const auto step = [&](int64_t d, const VecI8& key) __attribute__((always_inline)) {
-          prefetch_near(later + d);
+          Fetch::line(later + d);
           offset = dot_quads(offset, middle, key);
           GEMMA2_UNROLL
           for (int r = 0; r < kRows; ++r) {
@@ -161,7 +160,7 @@ GEMMA2_INLINE void sort_joined(float* o, int64_t head_dim) {
 alignas(64) constexpr int8_t kNoBytes[256] = {};
 
 // o[r] += sum over the n keys of w[r][first + j] v[j]; o's elements lie as join_rows leaves them.
-template <int kRows>
+template <int kRows, class Fetch>
 GEMMA2_INLINE void add_values(const SplitWeights* w, const KeyRows<int8_t>& v, int64_t first,
                               int64_t n, int64_t head_dim, float* o, int64_t o_stride) {
   // The next block is fetched meanwhile, four lines at a time: of one row, or of several short
@@ -180,7 +179,7 @@ GEMMA2_INLINE void add_values(const SplitWeights* w, const KeyRows<int8_t>& v, i
       }
       for (int64_t j = -(first % 4); j < n; j += 4) {
         GEMMA2_UNROLL
-        for (int i = 0; i < 4; ++i) prefetch_near(later + line[i]);
+        for (int i = 0; i < 4; ++i) Fetch::line(later + line[i]);
         later += 4 / in_row * v.stride;
         VecI8 rows[4], joined[4];
         GEMMA2_UNROLL

@@ -304,16 +304,15 @@ void set_cpu_isa(const std::string& name) { current_isa().store(find_isa(name, "
 
 const CpuKernels& cpu_kernels() { return *current_isa().load(std::memory_order_relaxed)->kernels; }
 
-// AMD's family 19h, which with AVX-512 is a Zen 4: one thread reads 20 GB/s of bfloat16 or int8
-// with fetching, 27 without. A Zen 5 is the other way round (docs/notes.md).
-bool follows_streams() {
+// AMD's family 19h has AVX-512 in a Zen 4 only.
+bool is_zen4() {
 #if defined(__x86_64__)
-  static const bool follows = [] {
+  static const bool zen4 = [] {
     unsigned a, b, c, d;
     if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &a, &b, &c, &d)) return false;
-    return (a >> 8 & 0xf) + (a >> 20 & 0xff) == 0x19;
+    return (a >> 8 & 0xf) + (a >> 20 & 0xff) == 0x19 && __builtin_cpu_supports("avx512f");
   }();
-  return follows;
+  return zen4;
 #else
   return false;
 #endif

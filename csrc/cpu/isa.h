@@ -15,8 +15,8 @@ std::string cpu_isa();
 void set_cpu_isa(const std::string& name);
 // The kernels of the instruction set in force.
 const CpuKernels& cpu_kernels();
-// Whether this processor's own prefetcher follows a single stream so well that fetching lines of it
-// far ahead by instruction makes it slower.
-bool follows_streams();
+// An AMD Zen 4, which is fed from memory in other ways than a Zen 5: one stream by its own
+// prefetcher alone, and what is fetched by instruction into its second-level cache.
+bool is_zen4();
 
 }  // namespace gemma2

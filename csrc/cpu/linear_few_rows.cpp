@@ -26,13 +26,12 @@ constexpr int group_columns(int rows) { return rows <= (kRegisters == 32 ? 6 : 2
 constexpr int64_t kBlock = kRegisters == 32 ? 1152 : 2304;
 
 // One row goes by kStreams streams of whole rows of weight, one row behind the other. With AVX-512
-// a single one, fetched kStreamAhead bytes ahead (one row's not where the processor does that
-// better), comes fastest, and serves up to kStreamRows rows too where all of x stays in the
-// first-level cache: kStreamBytes. Below, the processor's own prefetcher makes more of a few long
-// streams.
+// a single one, fetched kStreamAhead bytes ahead (of one row by the processor itself, on a Zen 4),
+// comes fastest, and serves up to kStreamRows rows too where all of x stays in the first-level
+// cache: kStreamBytes. Below, the processor's own prefetcher makes more of a few long streams.
 constexpr int kStreams = kRegisters == 32 ? 1 : 6;
-// Where the processor follows streams by itself, and x and a row of weight are more than
-// kStreamBytes, so that one drives the other out of the first-level cache, as many share x.
+// Streams on a Zen 4 where x and a row of weight together are more than kStreamBytes, so that one
+// drives the other out of the first-level cache: they share x.
 constexpr int kSharingStreams = 4;
 constexpr int64_t kStreamAhead = kRegisters == 32 ? 6144 : 0;
 constexpr int kStreamRows = kRegisters == 32 ? 6 : 1;
@@ -223,7 +222,7 @@ void dot_columns(const LinearParams& p, int64_t begin, int64_t end) {
   const int64_t first = stream_rows<T>(p);
   if (first) {
     constexpr bool kFetch = kStreamAhead != 0;
-    if (kFetch && p.rows == 1 && p.follows_streams) {
+    if (kFetch && p.rows == 1 && p.zen4) {
       const bool share = row_bytes<T>(p) + p.in_features * int64_t(sizeof(T)) > kStreamBytes;
       (share ? dot_streams<T, 1, kSharingStreams, false>
              : dot_streams<T, 1, kStreams, false>)(p, begin, end, sums);

@@ -764,12 +764,12 @@ enum class Fetch {
   kNear,  // the kernel, half as far, into the first cache
   kNone,  // the processor
 };
-// Where the processor follows streams: int8 leaves room for its prefetcher, while int4 of one row
-// has too much work a byte.
+// On a Zen 4 int8 leaves room for the processor's own prefetcher; int4 of one row has too much work
+// a byte.
 template <class F>
 GEMMA2_INLINE Fetch fetch_of(const LinearParams& p) {
   constexpr bool kInt8 = F::kRowBytes == kInt8RowBytes;
-  if (!p.follows_streams || p.rows > (kInt8 ? 2 : 1)) return Fetch::kFar;
+  if (!p.zen4 || p.rows > (kInt8 ? 2 : 1)) return Fetch::kFar;
   return kInt8 ? Fetch::kNone : Fetch::kNear;
 }
 

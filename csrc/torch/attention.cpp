@@ -219,6 +219,7 @@ void run(const AttentionParams& p, const Tensor& like) {
   AttentionWork w{};
   w.p = p;
   w.stream = stream;
+  w.zen4 = is_zen4();
   w.block_rows = stream ? attention_stream_rows(rows)
                  : rows < kAttentionRowBlock
                      ? (rows + kAttentionTileRows - 1) / kAttentionTileRows * kAttentionTileRows

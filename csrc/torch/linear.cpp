@@ -46,7 +46,7 @@ void few_rows(LinearParams p, const Tensor& x) {
   const CpuKernels& kernels = cpu_kernels();
   const Tensor packed = scratch_floats(x, p.rows * round_up(p.in_features, kLinearPackMultiple));
   p.packed_x = packed.data_ptr();
-  p.follows_streams = follows_streams();
+  p.zen4 = is_zen4();
   kernels.linear_pack_rows(p, 0, 1);
   const int64_t units = round_up(p.out_features, kLinearFewColumns) / kLinearFewColumns;
   // Several rows carry more work a byte.

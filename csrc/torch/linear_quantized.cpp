@@ -116,7 +116,7 @@ void run_on_cpu(const Format& format, LinearParams p, const Tensor& x) {
   const int64_t packed_bytes = slice * piece_count(p.in_features) * kQuantPackedBytes;
   const Tensor packed = torch::stable::new_empty(x, {&packed_bytes, 1}, ScalarType::Byte);
   p.packed_x = packed.data_ptr();
-  p.follows_streams = follows_streams();
+  p.zen4 = is_zen4();
   const int64_t unit_rows = kQuantUnitBlocks * kQuantRows;
   const int64_t unit_bytes = unit_rows * piece_count(p.in_features) * format.row_bytes;
   const CpuKernels& kernels = cpu_kernels();
