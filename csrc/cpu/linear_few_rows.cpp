@@ -39,7 +39,7 @@ constexpr int64_t kStreamBytes = 24 << 10;
 // Of more rows the first kSplitRows do, where one group holds the others, an instruction multiplies
 // two elements, and the weights are so many bytes that they come from memory: the group meets a
 // unit's weights in the second-level cache then. With more rows at once, memory and arithmetic wait
-// for each other.
+// for each other, though not on a Zen 4.
 constexpr int kSplitRows = 2;
 constexpr int64_t kSplitBytes = 4 << 20;
 template <class T>
@@ -55,7 +55,7 @@ template <class T>
 GEMMA2_INLINE int64_t stream_rows(const LinearParams& p) {
   const int64_t bytes = row_bytes<T>(p);
   if (p.rows == 1 || (p.rows <= kStreamRows && p.rows * bytes <= kStreamBytes)) return p.rows;
-  const bool splits = kSplits<T> && p.rows <= kSplitRows + kGroupRows<T> &&
+  const bool splits = kSplits<T> && !p.zen4 && p.rows <= kSplitRows + kGroupRows<T> &&
                       kSplitRows * bytes <= kStreamBytes &&
                       p.out_features * p.weight_stride * int64_t(sizeof(T)) >= kSplitBytes;
   return splits ? kSplitRows : 0;
