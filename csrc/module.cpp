@@ -57,6 +57,10 @@ bool keep_freed_memory() {
 PYBIND11_MODULE(_C, m) {
   gemma2::cpu_isa();  // an unknown GEMMA2_EXT_CPU_ISA is an error of the import
   m.def("cpu_isa", &gemma2::cpu_isa, "The instruction set that the CPU kernels use.");
+  m.def("is_zen4", &gemma2::is_zen4,
+        "Whether few rows are read from memory as suits an AMD Zen 4.");
+  m.def("set_zen4", &gemma2::set_zen4, pybind11::arg("zen4"),
+        "Reads them so on another processor, or not on this one: results stay, times do not.");
   m.def("set_cpu_isa", &gemma2::set_cpu_isa, pybind11::arg("name"),
         "Chooses the CPU kernels' instruction set; ValueError where this machine lacks it.");
   m.def("supported_cpu_isas", &gemma2::supported_cpu_isas,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -72,6 +74,69 @@ def test_set_cpu_isa_takes_effect_at_once() -> None:
         assert gemma2_ext.build_info()["cpu_isa"] == isa
         assert torch.isfinite(gemma2_ext.ops.geglu(torch.ones(9), torch.ones(9))).all()
     gemma2_ext._C.set_cpu_isa(before)
+
+
+@pytest.fixture(params=[isa for isa in ISAS if isa.startswith("avx512")])
+def wide_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = gemma2_ext._C.cpu_isa()
+    gemma2_ext._C.set_cpu_isa(request.param)
+    yield request.param
+    gemma2_ext._C.set_cpu_isa(before)
+
+
+def by_both_ways(call: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """As memory suits a Zen 4, and as it suits others."""
+    before = gemma2_ext._C.is_zen4()
+    try:
+        gemma2_ext._C.set_zen4(True)
+        on_zen4 = call()
+        gemma2_ext._C.set_zen4(False)
+        return on_zen4, call()
+    finally:
+        gemma2_ext._C.set_zen4(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("in_features", [1, 100, 2304, 9217])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+def test_linear_is_the_same_on_a_zen4(
+    wide_isa: str, dtype: torch.dtype, in_features: int, rows: int
+) -> None:
+    out_features = 1200 if rows == 8 else 61  # of more than 4 MiB several rows are split elsewhere
+    x = torch.randn(rows, in_features).to(dtype)
+    weight = torch.randn(out_features, in_features).to(dtype)
+    assert torch.equal(*by_both_ways(lambda: gemma2_ext.ops.linear(x, weight)))
+
+
+@pytest.mark.parametrize("target", ["int8", "int4"])
+@pytest.mark.parametrize("in_features", [1, 33, 2304])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_packed_linear_is_the_same_on_a_zen4(
+    wide_isa: str, target: str, in_features: int, rows: int
+) -> None:
+    weight = gemma2_ext.quantize.quantize(torch.randn(167, in_features), target)
+    x = torch.randn(rows, in_features)
+    assert torch.equal(*by_both_ways(lambda: gemma2_ext.ops.linear(x, weight)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 104, 256])
+@pytest.mark.parametrize("seqlen_q", [1, 2, 5])
+def test_attention_of_few_rows_is_the_same_on_a_zen4(
+    wide_isa: str, dtype: torch.dtype, packed: bool, head_dim: int, seqlen_q: int
+) -> None:
+    # As KVCache lays them out: a head's slots behind each other.
+    k, v = torch.randn(2, 1, 2, 333, head_dim).to(dtype).transpose(2, 3)
+    q = torch.randn(1, seqlen_q, 4, head_dim).to(dtype)
+    scales = {}
+    if packed:
+        k, v = (t.mul(20).clamp(-127, 127).to(torch.int8) for t in (k, v))
+        scales = {name: torch.rand(1, 2, 333).mT for name in ("k_scales", "v_scales")}
+    call = functools.partial(
+        gemma2_ext.ops.attention_cache, q, k, v, torch.tensor([333]), scale=0.1, **scales
+    )
+    assert torch.equal(*by_both_ways(call))
 
 
 @pytest.mark.skipif("avx512_vnni" not in ISAS, reason="AVX-512 with VNNI")

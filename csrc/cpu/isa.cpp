@@ -288,6 +288,22 @@ std::atomic<const Isa*>& current_isa() {
   return isa;
 }
 
+// AMD's family 19h has AVX-512 in a Zen 4 only.
+bool detect_zen4() {
+#if defined(__x86_64__)
+  unsigned a, b, c, d;
+  if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &a, &b, &c, &d)) return false;
+  return (a >> 8 & 0xf) + (a >> 20 & 0xff) == 0x19 && __builtin_cpu_supports("avx512f");
+#else
+  return false;
+#endif
+}
+
+std::atomic<bool>& current_zen4() {
+  static std::atomic<bool> zen4{detect_zen4()};
+  return zen4;
+}
+
 }  // namespace
 
 std::vector<std::string> supported_cpu_isas() {
@@ -304,18 +320,8 @@ void set_cpu_isa(const std::string& name) { current_isa().store(find_isa(name, "
 
 const CpuKernels& cpu_kernels() { return *current_isa().load(std::memory_order_relaxed)->kernels; }
 
-// AMD's family 19h has AVX-512 in a Zen 4 only.
-bool is_zen4() {
-#if defined(__x86_64__)
-  static const bool zen4 = [] {
-    unsigned a, b, c, d;
-    if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &a, &b, &c, &d)) return false;
-    return (a >> 8 & 0xf) + (a >> 20 & 0xff) == 0x19 && __builtin_cpu_supports("avx512f");
-  }();
-  return zen4;
-#else
-  return false;
-#endif
-}
+bool is_zen4() { return current_zen4().load(std::memory_order_relaxed); }
+
+void set_zen4(bool zen4) { current_zen4().store(zen4); }
 
 }  // namespace gemma2

@@ -18,5 +18,7 @@ const CpuKernels& cpu_kernels();
 // An AMD Zen 4, which is fed from memory in other ways than a Zen 5: one stream by its own
 // prefetcher alone, and what is fetched by instruction into its second-level cache.
 bool is_zen4();
+// Takes its ways on another processor too, or leaves them: for tests.
+void set_zen4(bool zen4);
 
 }  // namespace gemma2
