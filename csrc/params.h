@@ -249,9 +249,9 @@ struct LinearParams {
   // CPU, many rows: columns of out in one unit, at most kLinearManyColumns, and in range_units
   // units, the last of which has what is left.
   int64_t unit_columns, range_columns, range_units;
-  void* packed_x;        // CPU: x in the kernel's own layout, shared by all threads
-  float* scratch;        // CPU: of one thread
-  bool zen4;  // CPU: as cpu/isa.h says
+  void* packed_x;  // CPU: x in the kernel's own layout, shared by all threads
+  float* scratch;  // CPU: of one thread
+  bool zen4;       // CPU: as cpu/isa.h says
   // CUDA: weight is (2 * out_features, in_features), and out = gelu_tanh(first half) * second half
   bool geglu;
 };
