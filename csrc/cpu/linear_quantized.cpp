@@ -764,14 +764,14 @@ enum class Fetch {
   kNear,  // the kernel, half as far, into the first cache
   kNone,  // the processor
 };
-// On a Zen 4 int8 leaves room for the processor's own prefetcher; int4 of one row has too much work
-// a byte.
+// Of so few rows on a Zen 4: int8 leaves room for the processor's own prefetcher; int4 has too much
+// work a byte.
 template <class F>
-GEMMA2_INLINE Fetch fetch_of(const LinearParams& p) {
-  constexpr bool kInt8 = F::kRowBytes == kInt8RowBytes;
-  if (!p.zen4 || p.rows > (kInt8 ? 2 : 1)) return Fetch::kFar;
-  return kInt8 ? Fetch::kNone : Fetch::kNear;
-}
+constexpr bool kIsInt8 = F::kRowBytes == kInt8RowBytes;
+template <class F>
+constexpr Fetch kZen4Fetch = kIsInt8<F> ? Fetch::kNone : Fetch::kNear;
+template <class F>
+constexpr int kZen4Rows = kIsInt8<F> ? 2 : 1;
 
 // The sums of kRows rows of x with a whole block. One block after the other is one stream through
 // memory, which comes faster than two or more side by side.
@@ -853,19 +853,14 @@ void dot_units(const LinearParams& p, int64_t begin, int64_t end) {
   for (; p.rows <= kFewRows && (b + 1) * kQuantRows <= p.out_features && b < end; ++b) {
     const Block<F> block(p, b);
     const auto* x = packed_chunk<F>(p, 0);
-    switch (fetch_of<F>(p)) {
-      case Fetch::kFar:
-        dispatch_rows<1, kFewRows>(p.rows, [&](auto rows) {
-          dot_few_rows<F, decltype(rows)::value, Fetch::kFar>(block, pieces, x, sums);
-        });
-        break;
-      case Fetch::kNear:
-        dot_few_rows<F, 1, Fetch::kNear>(block, pieces, x, sums);
-        break;
-      case Fetch::kNone:
-        dispatch_rows<1, 2>(p.rows, [&](auto rows) {
-          dot_few_rows<F, decltype(rows)::value, Fetch::kNone>(block, pieces, x, sums);
-        });
+    if (p.zen4 && p.rows <= kZen4Rows<F>) {
+      dispatch_rows<1, kZen4Rows<F>>(p.rows, [&](auto rows) {
+        dot_few_rows<F, decltype(rows)::value, kZen4Fetch<F>>(block, pieces, x, sums);
+      });
+    } else {
+      dispatch_rows<1, kFewRows>(p.rows, [&](auto rows) {
+        dot_few_rows<F, decltype(rows)::value, Fetch::kFar>(block, pieces, x, sums);
+      });
     }
     finish_block<F>(p, block, b * kQuantRows, 0, p.rows, sums);
   }
