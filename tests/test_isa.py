@@ -107,11 +107,18 @@ def test_one_row_of_linear_is_the_same_on_a_zen4(
     assert torch.equal(*by_both_ways(isa, lambda: gemma2_ext.ops.linear(x, weight)))
 
 
-@of_pairs
-@pytest.mark.parametrize("rows", [7, 8, 10])
-def test_rows_that_others_split_are_the_same_on_a_zen4(isa: str, rows: int) -> None:
-    x, weight = torch.randn(rows, 2304).bfloat16(), torch.randn(1201, 2304).bfloat16()
-    assert weight.nbytes > 4 << 20
+@of_products
+@pytest.mark.parametrize(
+    ("dtype", "rows"),
+    [
+        *((torch.float32, rows) for rows in (7, 8, 12, 16)),
+        *((torch.bfloat16, rows) for rows in (7, 8, 10, 16)),
+        *((torch.float16, rows) for rows in (2, 6, 7, 16)),
+    ],
+)
+def test_few_rows_of_linear_are_the_same_on_a_zen4(isa: str, dtype: torch.dtype, rows: int) -> None:
+    x, weight = torch.randn(rows, 2304).to(dtype), torch.randn(1201, 2304).to(dtype)
+    assert weight.nbytes > 4 << 20  # some levels split 7 to 10 rows of such
     assert torch.equal(*by_both_ways(isa, lambda: gemma2_ext.ops.linear(x, weight)))
 
 

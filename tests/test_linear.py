@@ -17,8 +17,8 @@ from products import assert_product
 OP = torch.ops.gemma2_ext.linear.default
 OUT_OP = torch.ops.gemma2_ext.linear_out.default
 # Both forms of the kernel and their edges: groups of rows and their remainders up to 16, panels and
-# narrow panels above.
-ROWS = [0, 1, 2, 3, 5, 7, 8, 9, 16, 17, 33, 50]
+# narrow panels of every width above.
+ROWS = [0, 1, 2, 3, 5, 7, 8, 9, 16, 17, 25, 33, 48, 50]
 
 
 def operands(
@@ -156,7 +156,7 @@ def test_independent_of_the_rows_beside(isa: str, dtype: torch.dtype) -> None:
         assert torch.equal(ops.linear(x[:rows], weight), alone[:rows])
     many = ops.linear(x, weight)
     if isa != "cuda":
-        for rows in (17, 25, 64, 513):
+        for rows in (17, 24, 25, 33, 41, 64, 513):
             assert torch.equal(ops.linear(x[:rows], weight), many[:rows])
 
 
@@ -177,14 +177,17 @@ def test_one_output(isa: str, dtype: torch.dtype) -> None:
 def test_weights_of_many_rows_where_they_lie(isa: str, dtype: torch.dtype) -> None:
     """At every alignment and distance, and up to each remainder of the tiles."""
     x = torch.randn(33, 1028).to(dtype)
-    stored = torch.randn(70, 1040).to(dtype)
-    for out_features in (12, 23, 24, 36, 37, 70):
-        for begin in (0, 1, 2, 7):
-            for distance in (1, 2):
-                for in_features in (1027, 1028):
-                    weight = stored[:out_features:distance, begin : begin + in_features]
-                    x_part = x[:, :in_features]
-                    assert_same(ops.linear(x_part, weight), ops.linear(x_part, weight.contiguous()))
+    stored = torch.randn(70, 2048).to(dtype)  # rows 4 or 8 KiB apart meet in one set of a cache
+    for kept in (1040, 2048):
+        for out_features in (12, 23, 24, 36, 37, 70):
+            for begin in (0, 1, 2, 7):
+                for distance in (1, 2):
+                    for in_features in (1027, 1028):
+                        rows = stored[:, :kept].contiguous()[:out_features:distance]
+                        weight = rows[:, begin : begin + in_features]
+                        x_part = x[:, :in_features]
+                        right = ops.linear(x_part, weight.contiguous())
+                        assert_same(ops.linear(x_part, weight), right)
 
 
 @pytest.mark.parametrize("in_features", [2304, 4630, 9216])

@@ -23,7 +23,7 @@ constexpr bool kInTiles = Math<T>::kPerFactor == 2;
 template <class T>
 constexpr bool kInTiles = false;
 #endif
-// Rows of a register tile; of a tile of one vector of columns kNarrowRows.
+// Rows of a register tile; of a tile of no more than one vector of columns kNarrowRows.
 template <class T>
 constexpr int kTileRows = kInTiles<T>        ? 32
                           : kRegisters == 32 ? 12
@@ -43,19 +43,22 @@ GEMMA2_INLINE int64_t factors(int64_t k) {
 }
 
 // sums[r][c] (+)= over i of rows[r][i] * panel[i][c], for kRows rows, `stride` factors apart, and
-// kVectors vectors of columns. With kFetch as many bytes of T as the rows have are fetched from
-// `next` on.
-template <class T, int kVectors, int kRows, bool kFetch = false,
+// kWidth columns: whole vectors, or half a one behind them. With kFetch as many bytes of T as the
+// rows have are fetched from `next` on.
+template <class T, int kWidth, int kRows, bool kFetch = false,
           class Factor = typename Math<T>::Factor>
 void gemm_tile(const Factor* panel, const Factor* rows, int64_t stride, int64_t depth, float* sums,
                int64_t sums_stride, bool add, const T* next = nullptr) {
   using M = Math<T>;
   static_assert(!kFetch || kRows * M::kPerFactor * sizeof(T) <= kLineBytes, "a line a step");
-  VecF sum[kRows][kVectors] = {};
+  constexpr int kVectors = kWidth / kLanes, kLow = kWidth % kLanes;
+  static_assert(kLow == 0 || kLow == kLanes / 2, "");
+  VecF sum[kRows][kVectors > 0 ? kVectors : 1] = {};
+  LowF low_sum[kRows] = {};
 #if defined(GEMMA2_ISA_neon_bf16)
   if constexpr (M::kPerFactor == 2) {
-    multiply_pairs_tile([&](int r) { return rows + r * stride; }, (const float*)panel,
-                        kVectors * kLanes, depth, sum,
+    multiply_pairs_tile([&](int r) { return rows + r * stride; }, (const float*)panel, kWidth,
+                        depth, sum,
                         [&](int64_t i) {
                           if constexpr (kFetch) prefetch(next + i * kRows * M::kPerFactor);
                         });
@@ -64,16 +67,22 @@ void gemm_tile(const Factor* panel, const Factor* rows, int64_t stride, int64_t 
   {
     for (int64_t i = 0; i < depth; ++i) {
       if constexpr (kFetch) prefetch(next + i * kRows * M::kPerFactor);
-      typename M::Vec columns[kVectors];
+      typename M::Vec columns[kVectors > 0 ? kVectors : 1];
+      typename M::Low low_columns{};
       GEMMA2_UNROLL
       for (int v = 0; v < kVectors; ++v) columns[v] = M::load_factors(panel + v * kLanes);
+      if constexpr (kLow != 0) memcpy(&low_columns, panel + kVectors * kLanes, sizeof low_columns);
       GEMMA2_UNROLL
       for (int r = 0; r < kRows; ++r) {
-        GEMMA2_UNROLL
-        for (int v = 0; v < kVectors; ++v)
-          sum[r][v] = M::multiply_add(columns[v], M::broadcast(rows[r * stride + i]), sum[r][v]);
+        const auto row = M::template broadcast<kVectors == 0>(rows[r * stride + i]);
+        if constexpr (kVectors > 0) {
+          GEMMA2_UNROLL
+          for (int v = 0; v < kVectors; ++v)
+            sum[r][v] = M::multiply_add(columns[v], row, sum[r][v]);
+        }
+        if constexpr (kLow != 0) low_sum[r] = M::multiply_add(low_columns, lower(row), low_sum[r]);
       }
-      panel += kVectors * kLanes;
+      panel += kWidth;
     }
   }
   GEMMA2_UNROLL
@@ -82,6 +91,13 @@ void gemm_tile(const Factor* panel, const Factor* rows, int64_t stride, int64_t 
     for (int v = 0; v < kVectors; ++v) {
       float* to = sums + r * sums_stride + v * kLanes;
       store(to, add ? load(to) + sum[r][v] : sum[r][v]);
+    }
+    if constexpr (kLow != 0) {
+      float* to = sums + r * sums_stride + kVectors * kLanes;
+      LowF before = {};
+      if (add) memcpy(&before, to, sizeof before);
+      const LowF after = add ? before + low_sum[r] : low_sum[r];
+      memcpy(to, &after, sizeof after);
     }
   }
 }

@@ -141,8 +141,8 @@ void edge_tile(const Factor* panel, const Factor* lines, int64_t depth, float* s
     tile_product<T, kVectors>(panel, lines, kGemmDepthStride, depth, tile, kVectors * kLanes, false,
                               nullptr, 0);
   } else {
-    gemm_tile<T, kVectors, kRows>(panel, lines, kGemmDepthStride, depth, tile, kVectors * kLanes,
-                                  false);
+    gemm_tile<T, kVectors * kLanes, kRows>(panel, lines, kGemmDepthStride, depth, tile,
+                                           kVectors * kLanes, false);
   }
   for (int64_t r = 0; r < min_of<int64_t>(rows, kRows); ++r) {
     for (int64_t c = 0; c < columns; ++c) {
@@ -168,10 +168,11 @@ void multiply_panel(const Factor* panel, const Factor* lines, int64_t depth, flo
         tile_product<T, kVectors>(panel, at, kGemmDepthStride, depth, to, sums_stride, add,
                                   next + r / kRows * of_next * depth, of_next);
       } else if (next && r < kPanelWidth) {
-        gemm_tile<T, kVectors, kRows, true>(panel, at, kGemmDepthStride, depth, to, sums_stride,
-                                            add, (const T*)(next + r * depth));
+        gemm_tile<T, kVectors * kLanes, kRows, true>(
+            panel, at, kGemmDepthStride, depth, to, sums_stride, add, (const T*)(next + r * depth));
       } else {
-        gemm_tile<T, kVectors, kRows>(panel, at, kGemmDepthStride, depth, to, sums_stride, add);
+        gemm_tile<T, kVectors * kLanes, kRows>(panel, at, kGemmDepthStride, depth, to, sums_stride,
+                                               add);
       }
     } else {
       edge_tile<T, kVectors, kRows>(panel, at, depth, to, sums_stride, add, rows - r, columns);

@@ -37,9 +37,20 @@ struct Math {
   using Factor = float;
   static constexpr int kPerFactor = 1;
   using Vec = VecF;  // of factors
+  using Low = LowF;
   static GEMMA2_INLINE Vec load_factors(const Factor* x) { return load(x); }
-  static GEMMA2_INLINE Vec broadcast(Factor w) { return set(w); }
-  static GEMMA2_INLINE VecF multiply_add(Vec a, Vec b, VecF sum) { return fma(a, b, sum); }
+  template <bool kLower>
+  static GEMMA2_INLINE auto broadcast(Factor w) {
+    if constexpr (kLower) {
+      return w - Low{};
+    } else {
+      return set(w);
+    }
+  }
+  template <class V, class Sum>
+  static GEMMA2_INLINE Sum multiply_add(V a, V b, Sum sum) {
+    return fma(a, b, sum);
+  }
   // Vector `part` of the kStep weights at w. x is packed in the same order.
   static constexpr int kParts = 2;
   static GEMMA2_INLINE Vec load_part(const T* w, int part) { return load(w + part * kLanes); }
@@ -56,9 +67,20 @@ struct Math<BFloat16> {
   using Factor = Pair;
   static constexpr int kPerFactor = 2;
   using Vec = VecU;
+  using Low = LowU;
   static GEMMA2_INLINE Vec load_factors(const Factor* x) { return load_bits(x); }
-  static GEMMA2_INLINE Vec broadcast(Factor w) { return VecU{} + w.bits; }
-  static GEMMA2_INLINE VecF multiply_add(Vec a, Vec b, VecF sum) { return dot_pairs(sum, a, b); }
+  template <bool kLower>
+  static GEMMA2_INLINE auto broadcast(Factor w) {
+    if constexpr (kLower) {
+      return Low{} + w.bits;
+    } else {
+      return Vec{} + w.bits;
+    }
+  }
+  template <class V, class Sum>
+  static GEMMA2_INLINE Sum multiply_add(V a, V b, Sum sum) {
+    return dot_pairs(sum, a, b);
+  }
   static constexpr int kParts = 1;
   static GEMMA2_INLINE Vec load_part(const BFloat16* w, int) { return load_bits(w); }
 };

@@ -10,6 +10,12 @@ namespace gemma2 {
 // Up to this many rows linear_few_rows streams the weights; above, linear_many_rows is a blocked
 // GEMM.
 constexpr int64_t kLinearFewRows = 16;
+// Rows of weight a multiple of this apart lie in one set of a first-level cache.
+#if defined(__aarch64__)
+constexpr int64_t kLinearWayBytes = 16 << 10;
+#else
+constexpr int64_t kLinearWayBytes = 4 << 10;
+#endif
 // On CUDA up to this many rows' kernels stream the weights; above, cuBLAS serves.
 constexpr int64_t kLinearCudaRows = 16;
 // Columns of out (rows of weight) in one unit of linear_few_rows, and at most of linear_many_rows.

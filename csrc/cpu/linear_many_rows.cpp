@@ -17,11 +17,22 @@ namespace GEMMA2_ISA {
 namespace {
 
 constexpr int kPanelRows = kPanelWidth;
-// So many rows of weight meet all of x before the next ones do, where x is no larger than this;
-// else a unit's do, one block of k after another.
+// So many rows of weight meet all of x before the next ones do, where x is no larger than
+// kGroupBytes; else a unit's do, one block of k after another. Half as many, where they would be
+// more than kHalvedBytes and x is small: a second-level cache has to hold x, them, and those behind
+// them, which are fetched.
 template <class T>
 constexpr int64_t kGroupRows = kInTiles<T> ? 64 : 24;
-constexpr int64_t kGroupBytes = 3 << 19;
+constexpr int64_t kGroupBytes = 3 << 19, kHalvedBytes = 1 << 18, kSmallBytes = 5 << 16;
+template <class T>
+GEMMA2_INLINE int64_t rows_of_group(int64_t x_bytes, int64_t row_bytes, int64_t columns) {
+  if constexpr (!kInTiles<T>) {
+    if (x_bytes > kGroupBytes) return columns;
+    if (x_bytes <= kSmallBytes && kGroupRows<T> * row_bytes > kHalvedBytes)
+      return kGroupRows<T> / 2;
+  }
+  return kGroupRows<T>;
+}
 // From this size on the next panel's part of x is fetched too, by the products of its first
 // kFetchRows rows of weight.
 constexpr int64_t kFetchBytes = 3 << 20;
@@ -32,10 +43,30 @@ constexpr int64_t kFetchRows =
 // Whether weights are factors as they lie in memory.
 template <class T>
 constexpr bool kInPlace = sizeof(T) * Math<T>::kPerFactor == sizeof(typename Math<T>::Factor);
+// Whether rows of weight so far apart lie in one set of the first-level cache, where a tile has
+// more of them than a set has lines. (Tiles of AMX read a line of each row at once.)
+template <class T>
+GEMMA2_INLINE bool rows_collide(int64_t stride) {
+  return !kInTiles<T> && kTileRows<T> > 8 && stride * int64_t(sizeof(T)) % kLinearWayBytes == 0;
+}
 
-// Rows of a panel, as a number of vectors: the last panel is narrow where that suffices.
+// Rows of a panel: of the last one as many as suffice, by half vectors where a processor may make
+// two passes of a whole one.
+template <class T>
 GEMMA2_INLINE int panel_width(const LinearParams& p, int64_t panel) {
-  return p.rows - panel * kPanelRows <= kLanes ? kLanes : kPanelRows;
+  constexpr int kStep = kLanes == 16 && !kInTiles<T> ? kLanes / 2 : kLanes;
+  const int64_t rows = p.rows - panel * kPanelRows;
+  return int(min_of<int64_t>(divide_up(rows, kStep) * kStep, kPanelRows));
+}
+// Calls f with the width, as panel_width has it.
+template <class F>
+GEMMA2_INLINE void dispatch_width(int width, const F& f) {
+  if constexpr (kLanes == 16) {
+    if (width == kLanes / 2) return f(Count<kLanes / 2>{});
+    if (width == kLanes / 2 * 3) return f(Count<kLanes / 2 * 3>{});
+  }
+  if (width == kLanes) return f(Count<kLanes>{});
+  f(Count<kPanelRows>{});
 }
 
 // Factors [i, i + kLanes) of a row of x.
@@ -63,7 +94,7 @@ template <class T>
 void pack_panel(const LinearParams& p, int64_t panel) {
   using M = Math<T>;
   using Factor = typename M::Factor;
-  const int width = panel_width(p, panel);
+  const int width = panel_width<T>(p, panel);
   const int64_t k_factors = factors<T>(p.in_features);
   const int64_t whole = p.in_features / (kLanes * M::kPerFactor) * kLanes;
   Factor* packed = (Factor*)p.packed_x + panel * kPanelRows * k_factors;
@@ -79,10 +110,17 @@ void pack_panel(const LinearParams& p, int64_t panel) {
       for (int r = 0; r < kLanes; ++r) v[r] = rows[r] ? load_words(rows[r], i) : zero();
       transpose(v);
       GEMMA2_UNROLL
-      for (int j = 0; j < kLanes; ++j) store((float*)packed + (i + j) * width + first, v[j]);
+      for (int j = 0; j < kLanes; ++j) {
+        float* to = (float*)packed + (i + j) * width + first;
+        if (first + kLanes <= width) {
+          store(to, v[j]);
+        } else {
+          memcpy(to, &v[j], sizeof(LowF));
+        }
+      }
     }
     for (int64_t i = whole; i < k_factors; ++i) {
-      for (int r = 0; r < kLanes; ++r)
+      for (int r = 0; r < min_of(kLanes, width - first); ++r)
         packed[i * width + first + r] = rows[r] ? load_factor(rows[r], i, p.in_features) : Factor{};
     }
   }
@@ -108,14 +146,13 @@ void unpack_weights(const T* w, int64_t w_stride, int64_t rows, int64_t depth,
 }
 
 // Rows [begin, end) of weight (multiples of kNarrowRows<T>) with one panel.
-template <class T, int kVectors, int kRows, bool kFetch, class Factor = typename Math<T>::Factor>
+template <class T, int kWidth, bool kFetch, class Factor = typename Math<T>::Factor>
 void multiply_panel(const Factor* panel, const Factor* rows, int64_t begin, int64_t end,
                     int64_t stride, int64_t depth, float* sums, bool add, const T* next) {
-  constexpr int kWidth = kVectors * kLanes;
+  constexpr int kRows = kWidth > kLanes ? kTileRows<T> : kNarrowRows<T>;
   for (int64_t r = begin; r < end; r += kRows) {
-    gemm_tile<T, kVectors, kRows, kFetch>(panel, rows + r * stride, stride, depth,
-                                          sums + r * kWidth, kWidth, add,
-                                          next + r * depth * Math<T>::kPerFactor);
+    gemm_tile<T, kWidth, kRows, kFetch>(panel, rows + r * stride, stride, depth, sums + r * kWidth,
+                                        kWidth, add, next + r * depth * Math<T>::kPerFactor);
   }
 }
 
@@ -143,9 +180,10 @@ void gemm_columns(const LinearParams& p, int64_t column, int64_t columns) {
   const int64_t panels = divide_up(p.rows, kPanelRows);
   const int64_t k_factors = factors<T>(p.in_features);
   const int64_t x_bytes = p.rows * k_factors * int64_t(sizeof(Factor));
-  const int64_t group_rows = kInTiles<T> || x_bytes <= kGroupBytes ? kGroupRows<T> : columns;
+  const int64_t group_rows = rows_of_group<T>(x_bytes, p.in_features * int64_t(sizeof(T)), columns);
   const bool in_place = kInPlace<T> && p.weight_stride % M::kPerFactor == 0 &&
-                        uintptr_t(p.weight) % sizeof(Factor) == 0;
+                        uintptr_t(p.weight) % sizeof(Factor) == 0 &&
+                        !rows_collide<T>(p.weight_stride);
   Factor* unpacked = (Factor*)p.scratch;
   float* sums = p.scratch + kLinearManyColumns * kGemmDepthStride;  // [panel][column][row]
   for (int64_t c = 0; c < columns; c += group_rows) {
@@ -167,10 +205,10 @@ void gemm_columns(const LinearParams& p, int64_t column, int64_t columns) {
       }
       const auto x_block = [&](int64_t panel) {
         return (const Factor*)p.packed_x + panel * kPanelRows * k_factors +
-               factors<T>(k) * panel_width(p, panel);
+               factors<T>(k) * panel_width<T>(p, panel);
       };
       for (int64_t panel = 0; panel < panels; ++panel) {
-        const int width = panel_width(p, panel);
+        const int width = panel_width<T>(p, panel);
         const Factor* x = x_block(panel);
         float* to = sums + panel * kPanelRows * kLinearManyColumns + c * width;
         if constexpr (kInTiles<T>) {
@@ -182,13 +220,10 @@ void gemm_columns(const LinearParams& p, int64_t column, int64_t columns) {
         } else {
           const auto multiply = [&](auto fetches, int64_t begin, int64_t end, const T* from) {
             constexpr bool kFetch = decltype(fetches)::value;
-            if (width == kPanelRows) {
-              multiply_panel<T, 2, kTileRows<T>, kFetch>(x, rows, begin, end, stride, n, to, k > 0,
-                                                         from);
-            } else {
-              multiply_panel<T, 1, kNarrowRows<T>, kFetch>(x, rows, begin, end, stride, n, to,
-                                                           k > 0, from);
-            }
+            dispatch_width(width, [&](auto columns_of_panel) {
+              multiply_panel<T, decltype(columns_of_panel)::value, kFetch>(
+                  x, rows, begin, end, stride, n, to, k > 0, from);
+            });
           };
           if (fetch && panel == 0) {
             multiply(Count<true>{}, 0, tile_rows, next);
@@ -206,7 +241,7 @@ void gemm_columns(const LinearParams& p, int64_t column, int64_t columns) {
   }
   for (int64_t first = 0; first < p.rows; first += kLanes) {
     const int64_t panel = first / kPanelRows;
-    const int width = panel_width(p, panel);
+    const int width = panel_width<T>(p, panel);
     const float* from = sums + panel * kPanelRows * kLinearManyColumns + first % kPanelRows;
     float lines[kLanes][kLinearManyColumns];
     for (int64_t c = 0; c < columns; c += kLanes) {

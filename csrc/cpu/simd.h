@@ -46,6 +46,23 @@ typedef float VecF __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t VecU16 __attribute__((vector_size(kLanes * 2)));
+// Lower halves of vectors.
+typedef float LowF __attribute__((vector_size(kLanes * 2)));
+typedef uint32_t LowU __attribute__((vector_size(kLanes * 2)));
+
+#if defined(__AVX512F__)
+GEMMA2_INLINE LowF lower(VecF v) { return (LowF)_mm512_castps512_ps256((__m512)v); }
+GEMMA2_INLINE LowU lower(VecU v) { return (LowU)_mm512_castsi512_si256((__m512i)v); }
+#else
+GEMMA2_INLINE LowF lower(VecF v) {
+  LowF half;
+  memcpy(&half, &v, sizeof half);
+  return half;
+}
+GEMMA2_INLINE LowU lower(VecU v) { return (LowU)lower((VecF)v); }
+#endif
+GEMMA2_INLINE LowF lower(LowF v) { return v; }
+GEMMA2_INLINE LowU lower(LowU v) { return v; }
 
 // Storage types. BFloat16 is the upper half of a float; Half is IEEE binary16.
 struct BFloat16 {
@@ -448,6 +465,7 @@ GEMMA2_INLINE __m256& part(VecF& v, int i) { return ((__m256*)&v)[i]; }
 
 // Contracted to one instruction where the machine has it (-ffp-contract=fast).
 GEMMA2_INLINE VecF fma(VecF a, VecF b, VecF c) { return a * b + c; }
+GEMMA2_INLINE LowF fma(LowF a, LowF b, LowF c) { return a * b + c; }
 
 #if defined(GEMMA2_BFLOAT16_PAIRS)
 // Of pairs of bfloat16: sum[i] + a[2i + 1] * b[2i + 1] + a[2i] * b[2i].
@@ -459,6 +477,14 @@ GEMMA2_INLINE VecF dot_pairs(VecF sum, VecU a, VecU b) {
 #else
   sum = fma(odd_bfloat16(a), odd_bfloat16(b), sum);
   return fma(even_bfloat16(a), even_bfloat16(b), sum);
+#endif
+}
+GEMMA2_INLINE LowF dot_pairs(LowF sum, LowU a, LowU b) {
+#if defined(__AVX512BF16__)
+  return (LowF)_mm256_dpbf16_ps((__m256)sum, (__m256bh)a, (__m256bh)b);
+#else
+  sum = fma((LowF)(a & 0xffff0000), (LowF)(b & 0xffff0000), sum);
+  return fma((LowF)(a << 16), (LowF)(b << 16), sum);
 #endif
 }
 #endif
