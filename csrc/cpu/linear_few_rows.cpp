@@ -122,7 +122,7 @@ GEMMA2_INLINE VecF multiply_add_in_place(V a, V b, VecF sum) {
 
 // sums[r][c] += x[r] . w[c] over n elements of k, for kRows rows of a group and kColumns rows of
 // weight. With kFetch the same elements of those at `next` are fetched.
-template <class T, int kRows, int kColumns, bool kFetch, size_t kStride>
+template <class T, int kRows, int kColumns, bool kFetch, Touch kTouch, size_t kStride>
 void dot_tile(const T* w, const T* next, int64_t w_stride, const typename Math<T>::Factor* x,
               int64_t n, VecF (*sums)[kStride]) {
   using M = Math<T>;
@@ -153,6 +153,9 @@ void dot_tile(const T* w, const T* next, int64_t w_stride, const typename Math<T
       for (int64_t i = 0; i < kStep; i += kLineBytes / int64_t(sizeof(T)))
         prefetch(next + c * w_stride + k + i);
     }
+    GEMMA2_UNROLL
+    for (int c = 0; c < kColumns; ++c)
+      touch_page<kTouch>(w + c * w_stride + k, kStep * int64_t(sizeof(T)));
     step(w + k, w_stride);
   }
   if (k < n) {
@@ -195,8 +198,8 @@ void dot_group(const LinearParams& p, int64_t first_row, int64_t begin, int64_t 
       const int64_t ahead = c + (block_ahead ? kLinearFewColumns : kColumns);
       const T* next =
           ahead < end ? w + ahead * p.weight_stride : following + (ahead - end) * p.weight_stride;
-      dot_tile<T, kRows, kColumns, kFetch>(row, next, p.weight_stride, x, n,
-                                           (VecF(*)[kLinearFewColumns])(sums[0] + c - begin));
+      dot_tile<T, kRows, kColumns, kFetch, Touch::kNone>(
+          row, next, p.weight_stride, x, n, (VecF(*)[kLinearFewColumns])(sums[0] + c - begin));
     }
   };
   walk(Count<group_columns(kRows)>{});
@@ -205,7 +208,7 @@ void dot_group(const LinearParams& p, int64_t first_row, int64_t begin, int64_t 
 
 // The first kRows rows with columns [begin, end), by kCount streams of whole rows of weight, one
 // row behind the other.
-template <class T, int kRows, int kCount, bool kFetch>
+template <class T, int kRows, int kCount, bool kFetch, Touch kTouch>
 void dot_streams(const LinearParams& p, int64_t begin, int64_t end,
                  VecF (*sums)[kLinearFewColumns]) {
   const int64_t length = (end - begin) / kCount;
@@ -214,9 +217,9 @@ void dot_streams(const LinearParams& p, int64_t begin, int64_t end,
     VecF tile[kRows][kBeside] = {};
     const T* w = (const T*)p.weight + (begin + column) * p.weight_stride;
     for (int64_t k = 0; k < p.in_features; k += kBlock) {
-      dot_tile<T, kRows, kBeside, kFetch>(w + k, w + k + kStreamAhead / int64_t(sizeof(T)),
-                                          length * p.weight_stride, packed_at<T>(p, 0, kRows, k),
-                                          min_of(kBlock, p.in_features - k), tile);
+      dot_tile<T, kRows, kBeside, kFetch, kTouch>(
+          w + k, w + k + kStreamAhead / int64_t(sizeof(T)), length * p.weight_stride,
+          packed_at<T>(p, 0, kRows, k), min_of(kBlock, p.in_features - k), tile);
     }
     for (int r = 0; r < kRows; ++r)
       for (int s = 0; s < kBeside; ++s) sums[r][column + s * length] = tile[r][s];
@@ -232,13 +235,16 @@ void dot_columns(const LinearParams& p, int64_t begin, int64_t end) {
   const int64_t first = stream_rows<T>(p);
   if (first) {
     constexpr bool kFetch = kStreamAhead != 0;
-    if (kFetch && p.rows == 1 && p.zen4) {
+    if (kFetch && p.zen4 && p.rows == 1) {
       const bool share = row_bytes<T>(p) + p.in_features * int64_t(sizeof(T)) > kStreamBytes;
-      (share ? dot_streams<T, 1, kSharingStreams, false>
-             : dot_streams<T, 1, kStreams, false>)(p, begin, end, sums);
+      (share ? dot_streams<T, 1, kSharingStreams, false, Touch::kFar>
+             : dot_streams<T, 1, kStreams, false, Touch::kFar>)(p, begin, end, sums);
     } else {
       dispatch_rows<1, kStreamRows>(first, [&](auto rows) {
-        dot_streams<T, decltype(rows)::value, kStreams, kFetch>(p, begin, end, sums);
+        constexpr int kRows = decltype(rows)::value;
+        (kFetch && p.zen4
+             ? dot_streams<T, kRows, kStreams, kFetch, Touch::kNear>
+             : dot_streams<T, kRows, kStreams, kFetch, Touch::kNone>)(p, begin, end, sums);
       });
     }
   }

@@ -775,7 +775,7 @@ constexpr int kZen4Rows = kIsInt8<F> ? 2 : 1;
 
 // The sums of kRows rows of x with a whole block. One block after the other is one stream through
 // memory, which comes faster than two or more side by side.
-template <class F, int kRows, Fetch kFetch>
+template <class F, int kRows, Fetch kFetch, Touch kTouch>
 void dot_few_rows(const Block<F>& block, int64_t pieces, const typename F::X* x,
                   VecF (*to)[kBlockVectors]) {
   const uint8_t *data = block.data, *scales = block.scales;
@@ -786,6 +786,8 @@ void dot_few_rows(const Block<F>& block, int64_t pieces, const typename F::X* x,
       if (kFetch == Fetch::kFar) prefetch(data + kPrefetchBytes + line);
       if (kFetch == Fetch::kNear) prefetch_near(data + kPrefetchBytes / 2 + line);
     }
+    touch_page<kTouch>(data, kQuantRows * F::kRowBytes);
+    touch_page<kTouch>(scales, kQuantRows * F::kScaleBytes);
     F::template dot_rows<kRows>(data, F::load_scales(scales), x, sums);
     data += kQuantRows * F::kRowBytes;
     scales += kQuantRows * F::kScaleBytes;
@@ -853,15 +855,14 @@ void dot_units(const LinearParams& p, int64_t begin, int64_t end) {
   for (; p.rows <= kFewRows && (b + 1) * kQuantRows <= p.out_features && b < end; ++b) {
     const Block<F> block(p, b);
     const auto* x = packed_chunk<F>(p, 0);
-    if (p.zen4 && p.rows <= kZen4Rows<F>) {
-      dispatch_rows<1, kZen4Rows<F>>(p.rows, [&](auto rows) {
-        dot_few_rows<F, decltype(rows)::value, kZen4Fetch<F>>(block, pieces, x, sums);
-      });
-    } else {
-      dispatch_rows<1, kFewRows>(p.rows, [&](auto rows) {
-        dot_few_rows<F, decltype(rows)::value, Fetch::kFar>(block, pieces, x, sums);
-      });
-    }
+    dispatch_rows<1, kFewRows>(p.rows, [&](auto rows) {
+      constexpr int kRows = decltype(rows)::value;
+      constexpr bool kFewest = kRows <= kZen4Rows<F>;
+      constexpr Fetch kFetch = kFewest ? kZen4Fetch<F> : Fetch::kFar;
+      constexpr Touch kTouch = kFewest ? Touch::kNone : Touch::kNear;
+      (p.zen4 ? dot_few_rows<F, kRows, kFetch, kTouch>
+              : dot_few_rows<F, kRows, Fetch::kFar, Touch::kNone>)(block, pieces, x, sums);
+    });
     finish_block<F>(p, block, b * kQuantRows, 0, p.rows, sums);
   }
   VecF wide[kQuantChunk][kBlocksAtOnce];

@@ -78,6 +78,18 @@ GEMMA2_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 // Into the first cache, for what is used soon.
 GEMMA2_INLINE void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
 
+// What a stream through memory asks for where it enters a page of 4 KiB: a line of a page a few
+// ahead, so that the page's address is there before its first element is, which is most of what
+// smaller pages cost. In huge pages, whose addresses are known, it may cost more than it brings.
+enum class Touch { kNone, kFar, kNear };  // a line into the second, or into the first cache
+template <Touch kTouch>
+GEMMA2_INLINE void touch_page(const void* p, int64_t bytes) {
+  constexpr int64_t kPage = 4096, kAhead = 4 * kPage;
+  if (kTouch == Touch::kNone || int64_t(uintptr_t(p) % kPage) >= bytes) return;
+  const char* line = (const char*)p + kAhead;
+  kTouch == Touch::kNear ? prefetch_near(line) : prefetch(line);
+}
+
 GEMMA2_INLINE VecF set(float x) { return x - VecF{}; }
 GEMMA2_INLINE VecF zero() { return VecF{}; }
 

@@ -14,14 +14,13 @@ still sees, and what `rewind` may take back:
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ._memory import empty_in_huge_pages
 from .config import Gemma2Config
 
 # Most tokens of a row that go through the model at once: wide enough for the matrix products,
@@ -32,7 +31,6 @@ MAX_CHUNK, MAX_CHUNK_CUDA = 512, 2048
 MAX_TOKENS, MAX_TOKENS_CUDA = 512, 8192
 # Least slack: what speculative decoding may take back where the window is tiny.
 MIN_SLACK = 16
-HUGE_PAGE = 2 << 20
 # Of a head's row of a token in an int8 cache.
 SCALE_BYTES = 4
 # Smaller caches stay in the processor's.
@@ -74,19 +72,9 @@ def cache_room(sizes: list[int], dtype: torch.dtype, device: torch.device) -> li
     Decoding reads every page once a token: with 4 KiB pages it waits for their addresses.
     """
     nbytes = sum(sizes) * dtype.itemsize
-    if device.type != "cpu" or nbytes < HUGE_PAGES_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if device.type != "cpu" or nbytes < HUGE_PAGES_FROM:
         return [torch.empty(size, dtype=dtype, device=device) for size in sizes]
-    try:
-        memory = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryError(
-            f"KVCache: the system does not allocate {nbytes / 2**30:.2f} GiB: {error.strerror}"
-        ) from None
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)  # tensors keep the mapping alive
-    begin = -whole.data_ptr() % HUGE_PAGE
-    return list(whole[begin : begin + nbytes].view(dtype).split(sizes))
+    return list(empty_in_huge_pages(nbytes, "a KVCache").view(dtype).split(sizes))
 
 
 class KVCache:

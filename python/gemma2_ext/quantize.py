@@ -23,11 +23,15 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from ._memory import empty_in_huge_pages
+
 Format = Literal["int8", "int4"]
 FORMATS: tuple[Format, ...] = ("int8", "int4")
 BLOCK_ROWS = 16
 # Columns are padded to a multiple of this.
 DEPTH = 32
+# Bytes of a tensor; of smaller ones huge pages would be too much of a waste.
+HUGE_PAGES_FROM = 4 << 20
 GROUP_SIZES: dict[Format, int] = {"int8": 32, "int4": 16}
 
 
@@ -199,12 +203,16 @@ def quantize(weight: Tensor, format: Format) -> QuantizedWeight:
 def empty_packed(
     format: Format, shape: tuple[int, int], device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Room for the data and scales of a weight of this shape."""
+    """Room for the data and scales of a weight of this shape, on the CPU in huge pages."""
     shapes, dtypes = packed_shapes(format, shape), packed_dtypes(format)
-    return (
-        torch.empty(shapes[0], dtype=dtypes[0], device=device),
-        torch.empty(shapes[1], dtype=dtypes[1], device=device),
-    )
+    return _empty(shapes[0], dtypes[0], device), _empty(shapes[1], dtypes[1], device)
+
+
+def _empty(shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    nbytes = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type != "cpu" or nbytes < HUGE_PAGES_FROM:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return empty_in_huge_pages(nbytes, "a quantized weight").view(dtype).view(shape)
 
 
 def quantize_into(weight: Tensor, data: Tensor, scales: Tensor, format: Format) -> None:
