@@ -161,6 +161,19 @@ def test_independent_of_the_rows_beside(isa: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_features", [77, 600])
+def test_many_more_rows_than_outputs(isa: str, dtype: torch.dtype, in_features: int) -> None:
+    """To the bit what fewer rows at a time give, on the CPU."""
+    x, weight = operands(700, in_features + 3, 41, dtype)
+    for part, rows in ((weight[:, :in_features], x[:, :in_features]), (weight[5:15], x[::2])):
+        actual = ops.linear(rows, part)
+        assert_product(actual, rows, part)
+        if isa != "cuda":
+            few = 3 * len(part)
+            assert torch.equal(actual, torch.cat([ops.linear(r, part) for r in rows.split(few)]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_one_output(isa: str, dtype: torch.dtype) -> None:
     """As of a value head: each row as alone, however many there are."""
     x, weight = operands(300, 333, 1, dtype)

@@ -151,7 +151,18 @@ def test_kernels_use_no_templates_of_the_standard_library() -> None:
 def test_imports_run_one_way() -> None:
     """A module imports only from those before it."""
     order = [
-        *("_C", "_memory", "quantize", "ops", "nn", "reference", "config", "device", "weights", "packed"),
+        *(
+            "_C",
+            "_memory",
+            "quantize",
+            "ops",
+            "nn",
+            "reference",
+            "config",
+            "device",
+            "weights",
+            "packed",
+        ),
         *(
             "cache",
             "decode_calls",

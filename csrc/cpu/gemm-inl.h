@@ -42,6 +42,69 @@ GEMMA2_INLINE int64_t factors(int64_t k) {
   return kInTiles<T> ? divide_up(n, kLanes) * kLanes : n;
 }
 
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+// Whether rows of S are factors of T, or are widened to them, without rounding.
+template <class T, class S>
+constexpr bool kPacksRows = Math<T>::kPerFactor == 1 || kSame<T, S>;
+
+// Factors [i, i + kLanes) of a row.
+template <class T, class S>
+GEMMA2_INLINE VecF load_words(const S* row, int64_t i) {
+  if constexpr (Math<T>::kPerFactor == 1) {
+    return load(row + i);
+  } else {
+    return (VecF)load_bits(row + 2 * i);
+  }
+}
+// Factor i, 0 behind the last one.
+template <class T, class S>
+GEMMA2_INLINE typename Math<T>::Factor load_factor(const S* row, int64_t i, int64_t depth) {
+  typename Math<T>::Factor factor{};
+  if constexpr (Math<T>::kPerFactor == 1) {
+    factor = to_float(row[i]);
+  } else if (2 * i < depth) {
+    memcpy(&factor, row + 2 * i, 2 * i + 1 < depth ? 4 : 2);
+  }
+  return factor;
+}
+
+// A panel of `width` columns, each a row of `depth` elements, `stride` apart; the first `rows` of
+// them are there, the others zeros.
+template <class T, class S, class Factor = typename Math<T>::Factor>
+void pack_panel_of_rows(const S* from, int64_t stride, int64_t rows, int width, int64_t depth,
+                        Factor* packed) {
+  static_assert(kPacksRows<T, S>, "");
+  const int64_t k_factors = factors<T>(depth);
+  const int64_t whole = depth / (kLanes * Math<T>::kPerFactor) * kLanes;
+  for (int first = 0; first < width; first += kLanes) {
+    const S* row[kLanes];
+    for (int r = 0; r < kLanes; ++r)
+      row[r] = first + r < rows ? from + (first + r) * stride : nullptr;
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      VecF v[kLanes];
+      GEMMA2_UNROLL
+      for (int r = 0; r < kLanes; ++r) v[r] = row[r] ? load_words<T>(row[r], i) : zero();
+      transpose(v);
+      GEMMA2_UNROLL
+      for (int j = 0; j < kLanes; ++j) {
+        float* to = (float*)packed + (i + j) * width + first;
+        if (first + kLanes <= width) {
+          store(to, v[j]);
+        } else {
+          memcpy(to, &v[j], sizeof(LowF));
+        }
+      }
+    }
+    for (int64_t i = whole; i < k_factors; ++i) {
+      for (int r = 0; r < min_of(kLanes, width - first); ++r)
+        packed[i * width + first + r] = row[r] ? load_factor<T>(row[r], i, depth) : Factor{};
+    }
+  }
+}
+
 // sums[r][c] (+)= over i of rows[r][i] * panel[i][c], for kRows rows, `stride` factors apart, and
 // kWidth columns: whole vectors, or half a one behind them. With kFetch as many bytes of T as the
 // rows have are fetched from `next` on.

@@ -69,61 +69,12 @@ GEMMA2_INLINE void dispatch_width(int width, const F& f) {
   f(Count<kPanelRows>{});
 }
 
-// Factors [i, i + kLanes) of a row of x.
-template <class T>
-GEMMA2_INLINE VecF load_words(const T* x, int64_t i) {
-  if constexpr (Math<T>::kPerFactor == 1) {
-    return load(x + i);
-  } else {
-    return (VecF)load_bits(x + 2 * i);
-  }
-}
-// Factor i, 0 behind the last one.
-template <class T>
-GEMMA2_INLINE typename Math<T>::Factor load_factor(const T* x, int64_t i, int64_t in_features) {
-  typename Math<T>::Factor factor{};
-  if constexpr (Math<T>::kPerFactor == 1) {
-    factor = to_float(x[i]);
-  } else if (2 * i < in_features) {
-    memcpy(&factor, x + 2 * i, 2 * i + 1 < in_features ? 4 : 2);
-  }
-  return factor;
-}
-
 template <class T>
 void pack_panel(const LinearParams& p, int64_t panel) {
-  using M = Math<T>;
-  using Factor = typename M::Factor;
-  const int width = panel_width<T>(p, panel);
-  const int64_t k_factors = factors<T>(p.in_features);
-  const int64_t whole = p.in_features / (kLanes * M::kPerFactor) * kLanes;
-  Factor* packed = (Factor*)p.packed_x + panel * kPanelRows * k_factors;
-  for (int first = 0; first < width; first += kLanes) {
-    const T* rows[kLanes];
-    for (int r = 0; r < kLanes; ++r) {
-      const int64_t row = panel * kPanelRows + first + r;
-      rows[r] = row < p.rows ? (const T*)p.x + row * p.x_stride : nullptr;
-    }
-    for (int64_t i = 0; i < whole; i += kLanes) {
-      VecF v[kLanes];
-      GEMMA2_UNROLL
-      for (int r = 0; r < kLanes; ++r) v[r] = rows[r] ? load_words(rows[r], i) : zero();
-      transpose(v);
-      GEMMA2_UNROLL
-      for (int j = 0; j < kLanes; ++j) {
-        float* to = (float*)packed + (i + j) * width + first;
-        if (first + kLanes <= width) {
-          store(to, v[j]);
-        } else {
-          memcpy(to, &v[j], sizeof(LowF));
-        }
-      }
-    }
-    for (int64_t i = whole; i < k_factors; ++i) {
-      for (int r = 0; r < min_of(kLanes, width - first); ++r)
-        packed[i * width + first + r] = rows[r] ? load_factor(rows[r], i, p.in_features) : Factor{};
-    }
-  }
+  const int64_t first = panel * kPanelRows;
+  auto* packed = (typename Math<T>::Factor*)p.packed_x + first * factors<T>(p.in_features);
+  pack_panel_of_rows<T>((const T*)p.x + first * p.x_stride, p.x_stride, p.rows - first,
+                        panel_width<T>(p, panel), p.in_features, packed);
 }
 
 // `rows` rows of weight, `depth` elements each, to factors, kGemmDepthStride a row; then rows of

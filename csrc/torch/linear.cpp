@@ -90,6 +90,30 @@ void many_rows(LinearParams p, const Tensor& x) {
   }
 }
 
+// Whether out is so much taller than wide that x, which many_rows packs, would take long to go
+// through memory once more.
+bool is_tall(const LinearParams& p) {
+  return p.softcap == 0 && p.rows >= p.out_features * (p.dtype == DType::kBFloat16 ? 16 : 4);
+}
+
+// The weight is packed in x's place; sums go in the same order.
+void tall(const LinearParams& p, const Tensor& x) {
+  GemmParams product{};
+  product.a = p.x;
+  product.a_row = p.x_stride;
+  product.b = p.weight;
+  product.b_row = p.weight_stride;
+  product.a_k = product.b_k = 1;
+  product.out = p.out;
+  product.out_stride = p.out_stride;
+  product.rows = p.rows;
+  product.columns = p.out_features;
+  product.depth = p.in_features;
+  product.a_dtype = product.b_dtype = product.product = p.dtype;
+  product.out_dtype = p.out_dtype;
+  gemm(product, x);
+}
+
 void linear_then_geglu(const Tensor& x, const Tensor& weight, const Tensor& out, int64_t rows);
 
 // softcap 0: none; geglu: `out` is of the two halves of weight. `name` is the input's name in the
@@ -166,6 +190,8 @@ void run(const char* op, const char* name, const Tensor& x, const Tensor& weight
   }
   if (p.rows <= kLinearFewRows) {
     few_rows(p, x);
+  } else if (is_tall(p)) {
+    tall(p, x);
   } else {
     many_rows(p, x);
   }
