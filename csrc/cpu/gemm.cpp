@@ -72,12 +72,12 @@ void pack_panel(const GemmParams& p, int64_t panel) {
   const int64_t n = divide_up(p.depth, M::kPerFactor), first = panel * kPanelWidth;
   const int64_t with_zeros = factors<T>(p.depth);
   typename M::Factor* packed = (typename M::Factor*)p.packed_b + first * with_zeros;
-  memset((void*)(packed + n * width), 0, (with_zeros - n) * width * sizeof *packed);
   const S* b = (const S*)p.b + first * p.b_row;
   if constexpr (kPacksRows<T, S>) {
     if (p.b_k == 1)
       return pack_panel_of_rows<T>(b, p.b_row, p.columns - first, width, p.depth, packed);
   }
+  memset((void*)(packed + n * width), 0, (with_zeros - n) * width * sizeof *packed);
   const int64_t columns = min_of<int64_t>(width, p.columns - first);
   if (p.b_row == 1 && p.b_k != 1) {
     for (int64_t i = 0; i < n; ++i) {
