@@ -57,6 +57,25 @@ def test_error_at_every_edge(isa: str, format: quantize.Format, rows: int, colum
 
 
 @pytest.mark.parametrize("format", FORMATS)
+def test_large_weights_in_huge_pages_are_as_small_ones(format: quantize.Format) -> None:
+    weight = weights(2080, 4096)
+    large = ops.quantize(weight, format)
+    assert large.data.nbytes >= quantize.HUGE_PAGES_FROM > large.scales.nbytes
+    assert large.data.data_ptr() % (2 << 20) == 0
+    for first in range(0, 2080, 416):  # whole blocks of rows, which are packed each on its own
+        part = ops.quantize(weight[first : first + 416], format)
+        assert torch.equal(large.data[first : first + 416], part.data)
+        assert torch.equal(large.scales[first : first + 416], part.scales)
+    x = torch.randn(2, 4096)
+    saved = io.BytesIO()
+    torch.save(large.data, saved)
+    saved.seek(0)
+    for data in (copy.deepcopy(large.data), torch.load(saved), large.data.share_memory_()):
+        other = QuantizedWeight(data, large.scales, format, large.shape)
+        assert torch.equal(ops.linear(x, other), ops.linear(x, large))
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_representable_weights_come_back_to_the_bit(isa: str, format: quantize.Format) -> None:
     for rows, columns in ((16, 64), (5, 33), (40, 129)):
         if format == "int8":
