@@ -140,18 +140,23 @@ void unpack_rows(const GemmParams& p, int64_t row, int64_t rows, int64_t k, int6
 template <class T, int kVectors, int kRows, class Factor = typename Math<T>::Factor>
 void edge_tile(const Factor* panel, const Factor* lines, int64_t depth, float* sums,
                int64_t sums_stride, bool add, int64_t rows, int64_t columns) {
-  float tile[kRows * kVectors * kLanes];
+  constexpr int kWidth = kVectors * kLanes;
+  float tile[kRows * kWidth];
+  rows = min_of<int64_t>(rows, kRows);
   if constexpr (kInTiles<T>) {
-    tile_product<T, kVectors>(panel, lines, kGemmDepthStride, depth, tile, kVectors * kLanes, false,
-                              nullptr, 0);
+    // AMX adds to the sums before, product by product.
+    memset(tile, 0, sizeof tile);
+    for (int64_t r = 0; add && r < rows; ++r)
+      memcpy(tile + r * kWidth, sums + r * sums_stride, columns * sizeof *tile);
+    tile_product<T, kVectors>(panel, lines, kGemmDepthStride, depth, tile, kWidth, add, nullptr, 0);
+    add = false;
   } else {
-    gemm_tile<T, kVectors * kLanes, kRows>(panel, lines, kGemmDepthStride, depth, tile,
-                                           kVectors * kLanes, false);
+    gemm_tile<T, kWidth, kRows>(panel, lines, kGemmDepthStride, depth, tile, kWidth, false);
   }
-  for (int64_t r = 0; r < min_of<int64_t>(rows, kRows); ++r) {
+  for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < columns; ++c) {
       float* to = sums + r * sums_stride + c;
-      const float sum = tile[r * kVectors * kLanes + c];
+      const float sum = tile[r * kWidth + c];
       *to = add ? *to + sum : sum;
     }
   }
