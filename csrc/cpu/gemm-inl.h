@@ -66,7 +66,8 @@ GEMMA2_INLINE typename Math<T>::Factor load_factor(const S* row, int64_t i, int6
   if constexpr (Math<T>::kPerFactor == 1) {
     factor = to_float(row[i]);
   } else if (2 * i < depth) {
-    memcpy(&factor, row + 2 * i, 2 * i + 1 < depth ? 4 : 2);
+    memcpy(&factor, row + 2 * i, 2);
+    if (2 * i + 1 < depth) memcpy((char*)&factor + 2, row + 2 * i + 1, 2);
   }
   return factor;
 }

@@ -17,22 +17,11 @@ namespace GEMMA2_ISA {
 namespace {
 
 constexpr int kPanelRows = kPanelWidth;
-// So many rows of weight meet all of x before the next ones do, where x is no larger than
-// kGroupBytes; else a unit's do, one block of k after another. Half as many, where they would be
-// more than kHalvedBytes and x is small: a second-level cache has to hold x, them, and those behind
-// them, which are fetched.
+// So many rows of weight meet all of x before the next ones do, where x is no larger than this;
+// else a unit's do, one block of k after another.
 template <class T>
 constexpr int64_t kGroupRows = kInTiles<T> ? 64 : 24;
-constexpr int64_t kGroupBytes = 3 << 19, kHalvedBytes = 1 << 18, kSmallBytes = 5 << 16;
-template <class T>
-GEMMA2_INLINE int64_t rows_of_group(int64_t x_bytes, int64_t row_bytes, int64_t columns) {
-  if constexpr (!kInTiles<T>) {
-    if (x_bytes > kGroupBytes) return columns;
-    if (x_bytes <= kSmallBytes && kGroupRows<T> * row_bytes > kHalvedBytes)
-      return kGroupRows<T> / 2;
-  }
-  return kGroupRows<T>;
-}
+constexpr int64_t kGroupBytes = 3 << 19;
 // From this size on the next panel's part of x is fetched too, by the products of its first
 // kFetchRows rows of weight.
 constexpr int64_t kFetchBytes = 3 << 20;
@@ -131,7 +120,7 @@ void gemm_columns(const LinearParams& p, int64_t column, int64_t columns) {
   const int64_t panels = divide_up(p.rows, kPanelRows);
   const int64_t k_factors = factors<T>(p.in_features);
   const int64_t x_bytes = p.rows * k_factors * int64_t(sizeof(Factor));
-  const int64_t group_rows = rows_of_group<T>(x_bytes, p.in_features * int64_t(sizeof(T)), columns);
+  const int64_t group_rows = kInTiles<T> || x_bytes <= kGroupBytes ? kGroupRows<T> : columns;
   const bool in_place = kInPlace<T> && p.weight_stride % M::kPerFactor == 0 &&
                         uintptr_t(p.weight) % sizeof(Factor) == 0 &&
                         !rows_collide<T>(p.weight_stride);

@@ -17,10 +17,10 @@
 namespace gemma2 {
 namespace {
 
-// Whether torch's GEMM makes the gradients, of sums of `depth` products. With AVX512_BF16 it is no
-// faster than linear_many_rows, but faster than `gemm`, which gradients would take. (oneDNN may
-// read one number past a row of an odd depth and multiply it with zero: a NaN there would show.)
-// Without products of bfloat16 pairs torch widens bfloat16 to float32 at a quarter of this
+// Whether torch's GEMM makes the gradients, of sums of `depth` products. With AVX512_BF16 it is
+// hardly faster than linear_many_rows, but faster than `gemm`, which gradients would take. (oneDNN
+// may read one number past a row of an odd depth and multiply it with zero: a NaN there would
+// show.) Without products of bfloat16 pairs torch widens bfloat16 to float32 at a quarter of this
 // project's speed or less, as float16. For float32 its GEMM is slower too, but for the narrowest
 // products (docs/notes.md).
 bool torch_serves_gradients(DType dtype, int64_t depth) {
