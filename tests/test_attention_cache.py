@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import ctypes
+import mmap
 from typing import Any
 
 import pytest
@@ -142,6 +144,52 @@ def test_strides(isa: str, layout: str, seqlen_q: int) -> None:
     assert torch.equal(ops.attention_cache(*heads_first, lengths, scale=0.1, window=50), expected)
     every_second = torch.tensor([100, -1, 69, -1], dtype=torch.int32)[::2]
     assert torch.equal(ops.attention_cache(q, k, v, every_second, scale=0.1, window=50), expected)
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1), (4, 1), (5, 1)])
+@pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("capacity", [512, 777])
+def test_heads_first_changes_nothing(
+    isa: str, heads: tuple[int, int], head_dim: int, window: int | None, capacity: int
+) -> None:
+    # Then some blocks of keys go together, unless the ring ends within.
+    lengths = [63, 64, 320, capacity, 1000 if window else 500]
+    q, k, v = random_qkv(len(lengths), 1, 1000, heads, head_dim, torch.bfloat16)
+    caches = [ring(t, lengths, capacity) for t in (k, v)]
+    options = {"scale": 0.1, "softcap": 20.0, "window": window}
+    key_lengths = torch.tensor(lengths)
+    expected = ops.attention_cache(q, *caches, key_lengths, **options)
+    caches = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in caches]
+    assert torch.equal(ops.attention_cache(q, *caches, key_lengths, **options), expected)
+
+
+def before_a_wall(t: Tensor) -> Tensor:
+    """A copy in memory behind which nothing can be read."""
+    size = -(-t.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    copy = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=size - t.nbytes)
+    end, no_access = ctypes.c_void_p(copy.data_ptr() + t.nbytes), 0
+    assert ctypes.CDLL(None).mprotect(end, ctypes.c_size_t(mmap.PAGESIZE), no_access) == 0
+    return copy.view(t.shape).copy_(t)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [40, 128, 256])
+@pytest.mark.parametrize("seqlen_q", [1, 2, 3, 30])
+@pytest.mark.parametrize("capacity", [256, 333])
+def test_nothing_behind_the_cache_is_read(
+    isa: str, dtype: torch.dtype, head_dim: int, seqlen_q: int, capacity: int
+) -> None:
+    if isa == "cuda":
+        pytest.skip("memory of the host")
+    q, k, v = random_qkv(1, seqlen_q, capacity, (4, 2), head_dim, dtype)
+    walled = [before_a_wall(t.transpose(1, 2).contiguous()).transpose(1, 2) for t in (k, v)]
+    for length in (capacity, capacity + 100):
+        lengths = torch.tensor([length])
+        expected = ops.attention_cache(q, k, v, lengths, scale=0.1, window=220)
+        actual = ops.attention_cache(q, *walled, lengths, scale=0.1, window=220)
+        assert torch.equal(actual, expected)
 
 
 def test_every_element_is_written(isa: str) -> None:

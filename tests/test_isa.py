@@ -137,8 +137,8 @@ def test_packed_linear_is_the_same_on_a_zen4(
 @of_pairs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("head_dim", [64, 104, 256])
-@pytest.mark.parametrize("seqlen_q", [1, 2])
+@pytest.mark.parametrize("head_dim", [64, 104, 128, 256])
+@pytest.mark.parametrize("seqlen_q", [1, 2, 3])
 def test_attention_of_few_rows_is_the_same_on_a_zen4(
     isa: str, dtype: torch.dtype, packed: bool, head_dim: int, seqlen_q: int
 ) -> None:

@@ -282,6 +282,7 @@ struct KeyRows {
   int64_t capacity;  // slots of the ring, or with pages the end of the keys
   const int32_t* table = nullptr;
   int64_t page_stride = 0, page_shift = 0;
+  int64_t readable = 0;  // rows, where they are counted
 
   GEMMA2_INLINE const T* row(int64_t j) const {
     int64_t s = slot + j;
@@ -377,21 +378,30 @@ void pack_keys(const KeyRows<T>& k, int64_t n, int64_t words, int64_t depth, flo
   }
 }
 
-// The pairs (a[i], b[i]) of two rows' elements, of the lower and of the upper half.
+// The pairs (a[i], b[i]) of two rows' elements: those of the lower and those of the upper half.
+// With kByParts they are the halves of every 128 bits, which x86 pairs by a cheaper instruction.
 #if defined(GEMMA2_BFLOAT16_PAIRS)
+template <bool kByParts>
 GEMMA2_INLINE void pair_rows(VecF a, VecF b, VecF& lower, VecF& upper) {
 #if defined(__aarch64__)
   lower = (VecF)vzip1q_u16((uint16x8_t)a, (uint16x8_t)b);
   upper = (VecF)vzip2q_u16((uint16x8_t)a, (uint16x8_t)b);
 #else
+  constexpr int kHalf = kByParts ? 4 : kLanes;
   VecPairs low, high;
   for (int i = 0; i < kLanes; ++i) {
-    low[2 * i] = uint16_t(i), low[2 * i + 1] = uint16_t(2 * kLanes + i);
-    high[2 * i] = uint16_t(kLanes + i), high[2 * i + 1] = uint16_t(3 * kLanes + i);
+    const int from = i / kHalf * 2 * kHalf + i % kHalf;
+    low[2 * i] = uint16_t(from), low[2 * i + 1] = uint16_t(2 * kLanes + from);
   }
+  high = low + uint16_t(kHalf);
 #if defined(__AVX512BW__)
-  lower = (VecF)_mm512_permutex2var_epi16((__m512i)a, (__m512i)low, (__m512i)b);
-  upper = (VecF)_mm512_permutex2var_epi16((__m512i)a, (__m512i)high, (__m512i)b);
+  if (kByParts) {
+    lower = (VecF)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b);
+    upper = (VecF)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b);
+  } else {
+    lower = (VecF)_mm512_permutex2var_epi16((__m512i)a, (__m512i)low, (__m512i)b);
+    upper = (VecF)_mm512_permutex2var_epi16((__m512i)a, (__m512i)high, (__m512i)b);
+  }
 #else
   VecPairs first, second;
   for (int i = 0; i < 2 * kLanes; ++i) {
@@ -401,6 +411,18 @@ GEMMA2_INLINE void pair_rows(VecF a, VecF b, VecF& lower, VecF& upper) {
   lower = (VecF)first, upper = (VecF)second;
 #endif
 #endif
+}
+
+// A row of sums of pairs by parts, n elements, a multiple of 2 * kLanes, in their order.
+GEMMA2_INLINE void sort_parts(float* o, int64_t n) {
+  for (int64_t d = 0; d < n; d += 2 * kLanes) {
+    const auto from = [](int i) __attribute__((always_inline)) {
+      return i / 4 % 2 * kLanes + i / 8 * 4 + i % 4;
+    };
+    const VecF lower = load(o + d), upper = load(o + d + kLanes);
+    store(o + d, shuffle(lower, upper, from));
+    store(o + d + kLanes, shuffle(lower, upper, [&](int i) { return from(kLanes + i); }));
+  }
 }
 #endif
 
@@ -420,7 +442,7 @@ GEMMA2_INLINE void store_value_words(Pair, const BFloat16* even, const BFloat16*
   const VecF a = even ? load_words(Pair{}, even, d / 2, head_dim / 2) : zero();
   const VecF b = odd ? load_words(Pair{}, odd, d / 2, head_dim / 2) : zero();
   VecF lower, upper;
-  pair_rows(a, b, lower, upper);
+  pair_rows<false>(a, b, lower, upper);
   store(to, lower), store(to + kLanes, upper);
 }
 #endif

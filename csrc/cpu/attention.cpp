@@ -30,7 +30,8 @@ struct Stream {
   // Key heads, the room for rows of each, and these rows with those that fill up the last step.
   int64_t heads = w.unit_heads, head_rows = w.block_rows, steps = attention_stream_rows(u.rows);
   int64_t rows = heads * head_rows, o_stride = attention_padded_dim(p.head_dim);
-  float *q = w.scratch, *s = q + rows * kQueryStride, *o = s + rows * kScoreStride;
+  float *q = w.scratch, *s = q + rows * kQueryStride;
+  float* o = s + attention_score_rows(rows) * kScoreStride;
   K* room = (K*)(o + rows * o_stride);  // (kKeyBlock, head_dim), where there are several heads
   float largest[kAttentionStreamRows] = {}, sum[kAttentionStreamRows] = {};
   float k_factors[kKeyBlock] = {}, v_factors[kKeyBlock] = {};  // of int8 rows; 0 past those at work
@@ -60,6 +61,10 @@ struct Stream {
   void softmax(int64_t r, float* scores, First first, Last last) {
     float factors[kRows];
     softmax_rows<kRows, Word>(scores, kKeyBlock, first, last, scale, largest + r, sum + r, factors);
+    scale_rows<kRows>(r, factors);
+  }
+  template <int kRows>
+  void scale_rows(int64_t r, const float* factors) {
     for (int i = 0; i < kRows; ++i) {
       if (factors[i] != 1.0f) scale_row(o + (r + i) * o_stride, o_stride, factors[i]);
     }
@@ -165,6 +170,58 @@ struct Stream {
     }
   }
 
+  // How many of the blocks from key `begin` on, up to `end`, go as a span: whole ones, of rows that
+  // lie one behind another.
+  int64_t span_blocks(int64_t begin, int64_t end) const {
+    const int64_t dim = p.head_dim;
+    const bool dense = heads == 1 && p.k.seqlen_stride == dim && p.v.seqlen_stride == dim;
+    if (!dense || (dim != 256 && dim != 128)) return 0;
+    const KeyRows<K> k = key_rows<K>(p, u, u.k, p.k, begin);
+    int64_t blocks = min64(kAttentionSpanBlocks, (end - begin) / kKeyBlock);
+    while (blocks > 0 && !k.in_line(0, blocks * kKeyBlock)) --blocks;
+    return blocks;
+  }
+
+  // Rows meet the keys of all blocks of a span and then their values: memory is faster where what
+  // is read changes less often.
+  void span(int64_t begin, int64_t blocks) {
+    int64_t r = 0;
+    for (; r + 4 <= u.rows; r += 4) meet_span<4>(r, begin, blocks);
+    for (; r + 2 <= u.rows; r += 2) meet_span<2>(r, begin, blocks);
+    for (; r < u.rows; ++r) meet_span<1>(r, begin, blocks);
+  }
+  template <int kRows>
+  void meet_span(int64_t r, int64_t begin, int64_t blocks) {
+    if (p.head_dim == 256)
+      meet_span<kRows, 256>(r, begin, blocks);
+    else
+      meet_span<kRows, 128>(r, begin, blocks);
+  }
+  template <int kRows, int kDim>
+  void meet_span(int64_t r, int64_t begin, int64_t blocks) {
+    constexpr int64_t kBlock = kKeyBlock * kDim, kScores = kRows * kScoreStride;
+    const K* k = key_rows<K>(p, u, u.k, p.k, begin).row(0);
+    const KeyRows<K> values = key_rows<K>(p, u, u.v, p.v, begin);
+    const K* v = values.row(0);
+    // Keys of this unit behind the span may be read.
+    const int64_t rest = u.key_end - begin;
+    const K* end = v + (values.in_line(0, rest) ? rest : blocks * kKeyBlock) * kDim;
+    float factors[kAttentionSpanBlocks][kRows];
+    for (int64_t i = 0; i < blocks; ++i) {
+      float* scores = s + i * kScores;
+      dot_dense<kRows, kDim, Fetch>(q + r * kQueryStride, k + i * kBlock, kKeyBlock, scores);
+      softmax_rows<kRows, Word>(
+          scores, kKeyBlock, [](int) { return 0; }, [](int) { return kKeyBlock; }, scale,
+          largest + r, sum + r, factors[i]);
+    }
+    float* to = o + r * o_stride;
+    for (int64_t i = 0; i < blocks; ++i) {
+      scale_rows<kRows>(r, factors[i]);
+      add_dense<kRows, kDim, Fetch>((const Pair*)(s + i * kScores), v + i * kBlock, kKeyBlock, end,
+                                    to, o_stride);
+    }
+  }
+
   // Fetches the first block of keys, as no block before it has.
   void fetch(int64_t begin, int64_t end) const {
     const KeyRows<K> k = key_rows<K>(p, u, u.k, p.k, begin);
@@ -260,6 +317,17 @@ void stream_unit(const AttentionWork& w, const Unit& u, [[maybe_unused]] bool fe
       }
     }
 #endif
+#if defined(GEMMA2_BFLOAT16_PAIRS)
+    if constexpr (kSteps) {
+      const int64_t blocks =
+          common && begin == j ? stream.span_blocks(j, min64(u.key_end, common_end)) : 0;
+      if (blocks > 0) {
+        stream.span(j, blocks);
+        j += (blocks - 1) * kKeyBlock;
+        continue;
+      }
+    }
+#endif
     if (common) {
       stream.keys(0, u.rows, begin, end);
       continue;
@@ -277,6 +345,9 @@ void stream_unit(const AttentionWork& w, const Unit& u, [[maybe_unused]] bool fe
       store(at + kLanes, interleave_upper(even, odd));
     }
   }
+#if defined(GEMMA2_BFLOAT16_PAIRS)
+  if constexpr (kSteps) sort_parts(o, stream.rows * stream.o_stride);
+#endif
 #if defined(GEMMA2_ISA_avx512_bf16)
   if constexpr (kInIntegers<T, K>) {
     for (int64_t r = 0; r < u.rows; ++r) sort_joined(o + r * stream.o_stride, p.head_dim);

@@ -16,13 +16,17 @@ constexpr int kShares = kScaled<T> || kLanes >= 16 ? 1 : kSideBySide;
 
 // Where later rows are fetched to, and how many rows ahead.
 struct FetchNear {
+  static constexpr bool kReads = false;
   template <class T>
   static constexpr int64_t kAhead = kScaled<T> ? 16 : 8;
   static constexpr int64_t kKeysInIntegers = 32;
   static GEMMA2_INLINE void line(const void* p) { prefetch_near(p); }
 };
-// A Zen 4's first cache takes few lines at a time from memory, its second cache many.
+// A Zen 4's first cache takes few lines at a time from memory, its second cache many. Its own
+// prefetcher follows one head's rows as fast as memory gives them (kReads), as long as they are
+// read whole and in their order: what is fetched by instruction does not count.
 struct FetchFar {
+  static constexpr bool kReads = true;
   template <class T>
   static constexpr int64_t kAhead = 16;
   static constexpr int64_t kKeysInIntegers = 64;
@@ -374,7 +378,7 @@ GEMMA2_INLINE void dot_keys(Pair, const float* first_q, const KeyRows<BFloat16>&
 alignas(64) constexpr BFloat16 kNoValue[256] = {};
 
 // As add_values, with kPairs pairs of weights w[r] for the values j, j + 1, ..., of which those
-// outside [0, n) are not read.
+// outside [0, n) are not read; o's elements lie as pair_rows leaves them.
 template <int kRows, int kPairs, bool kAllHeads, class Fetch>
 GEMMA2_INLINE void add_pairs(const Pair* w, const KeyRows<BFloat16>& v, int64_t j, int64_t n,
                              int64_t head_dim, float* o, int64_t o_stride,
@@ -403,8 +407,8 @@ GEMMA2_INLINE void add_pairs(const Pair* w, const KeyRows<BFloat16>& v, int64_t 
       VecF lower[kPairs], upper[kPairs];
       GEMMA2_UNROLL
       for (int i = 0; i < kPairs; ++i) {
-        pair_rows(load_words(Pair{}, rows[2 * i], d, words),
-                  load_words(Pair{}, rows[2 * i + 1], d, words), lower[i], upper[i]);
+        pair_rows<true>(load_words(Pair{}, rows[2 * i], d, words),
+                        load_words(Pair{}, rows[2 * i + 1], d, words), lower[i], upper[i]);
       }
       GEMMA2_UNROLL
       for (int r = 0; r < kRows; ++r) {
@@ -457,6 +461,91 @@ GEMMA2_INLINE void add_values(Pair, const float* w, const KeyRows<BFloat16>& v, 
     add(Count<1>{});
   else
     add(Count<0>{});
+}
+
+// ---- rows of pairs that lie one behind another, as the model's cache has one head's
+//
+// The same sums in the same order. Loops whose lengths the compiler knows take two thirds of the
+// time.
+
+// s[r, j] = q[r] . k[j] of the n keys, a multiple of kLanes / kRows.
+template <int kRows, int kDim, class Fetch>
+__attribute__((noinline)) void dot_dense(const float* q, const BFloat16* k, int64_t n, float* s) {
+  constexpr int kKeys = kLanes / kRows;
+  for (int64_t j = 0; j < n; j += kKeys, k += kKeys * kDim) {
+    VecF sum[kLanes];  // (kRows, kKeys)
+    GEMMA2_UNROLL
+    for (int i = 0; i < kKeys; ++i) {
+      const BFloat16* row = k + i * kDim;
+      if (Fetch::kReads) touch_page<Touch::kFar>(row, kDim * 2);
+      VecF part_sum[kRows];
+      GEMMA2_UNROLL
+      for (int r = 0; r < kRows; ++r) part_sum[r] = zero();
+      GEMMA2_UNROLL
+      for (int d = 0; d < kDim; d += 2 * kLanes) {
+        if (!Fetch::kReads)
+          prefetch_step<Fetch, 64>(row + Fetch::template kAhead<BFloat16> * kDim, d);
+        const VecF key = load((const float*)(row + d));
+        GEMMA2_UNROLL
+        for (int r = 0; r < kRows; ++r)
+          part_sum[r] = multiply_add(Pair{}, load(q + r * kQueryStride + d / 2), key, part_sum[r]);
+      }
+      GEMMA2_UNROLL
+      for (int r = 0; r < kRows; ++r) sum[r * kKeys + i] = part_sum[r];
+    }
+    store_dots<kRows>(reduce_sums(sum), s, j, n);
+  }
+}
+
+// o[r] += sum over the n keys, a multiple of 8, of w[r, j] v[j]. What is read ahead ends at `end`.
+// (The values of a pair come from two rows, so not in the order of memory; what is read ahead
+// does.)
+template <int kRows, int kDim, class Fetch>
+__attribute__((noinline)) void add_dense(const Pair* w, const BFloat16* v, int64_t n,
+                                         const BFloat16* end, float* o, int64_t o_stride) {
+  constexpr int kPairs = 4, kKeys = 2 * kPairs;
+  constexpr int64_t kStep = kKeys * 2 * kLanes;  // elements
+  constexpr int64_t kReadAhead = 4096 / sizeof(BFloat16);
+  const BFloat16* ahead =
+      v + (Fetch::kReads ? kReadAhead : Fetch::template kAhead<BFloat16> * kDim);
+  for (int64_t j = 0; j < n; j += kKeys, v += kKeys * kDim, w += kPairs) {
+    VecF weight[kRows][kPairs];
+    GEMMA2_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      GEMMA2_UNROLL
+      for (int i = 0; i < kPairs; ++i) weight[r][i] = broadcast(w[r * kScoreStride + i]);
+    }
+    if (Fetch::kReads) touch_page<Touch::kFar>(v, kKeys * kDim * 2);
+    for (int d = 0; d < kDim; d += 2 * kLanes) {
+      const BFloat16* lines = Fetch::kReads && ahead > end - kStep ? end - kStep : ahead;
+      VecF value[kKeys], lower[kPairs], upper[kPairs];
+      GEMMA2_UNROLL
+      for (int i = 0; i < kKeys; ++i) {
+        if (Fetch::kReads)
+          read_line(lines + i * 2 * kLanes);
+        else
+          prefetch_step<Fetch, 64>(lines, i * 2 * kLanes);
+        value[i] = load((const float*)(v + i * kDim + d));
+        if (Fetch::kReads) keep_order(value[i]);
+      }
+      GEMMA2_UNROLL
+      for (int i = 0; i < kPairs; ++i)
+        pair_rows<true>(value[2 * i], value[2 * i + 1], lower[i], upper[i]);
+      GEMMA2_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        float* to = o + r * o_stride + d;
+        VecF first = load(to), second = load(to + kLanes);
+        GEMMA2_UNROLL
+        for (int i = 0; i < kPairs; ++i) {
+          first = multiply_add(Pair{}, weight[r][i], lower[i], first);
+          second = multiply_add(Pair{}, weight[r][i], upper[i], second);
+        }
+        store(to, first);
+        store(to + kLanes, second);
+      }
+      ahead += kStep;
+    }
+  }
 }
 
 // ---- rows that are bound by arithmetic, of pairs
@@ -514,8 +603,8 @@ GEMMA2_INLINE void add_words(const Pair* w, const RowOf& row_of, int64_t begin, 
   for (int64_t j = begin; j < n; j += 2, ++w) {
     if (kFetch) fetcher.next();
     VecF lower, upper;
-    pair_rows(load_words(Pair{}, row_of(j), d, depth), load_words(Pair{}, row_of(j + 1), d, depth),
-              lower, upper);
+    pair_rows<true>(load_words(Pair{}, row_of(j), d, depth),
+                    load_words(Pair{}, row_of(j + 1), d, depth), lower, upper);
     GEMMA2_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const VecF weight = broadcast(w[r * kScoreStride]);

@@ -90,6 +90,22 @@ GEMMA2_INLINE void touch_page(const void* p, int64_t bytes) {
   kTouch == Touch::kNear ? prefetch_near(line) : prefetch(line);
 }
 
+// Reads a line for the sake of the processor's prefetcher, which may follow what is read, not what
+// is fetched by instruction. It has to be there.
+GEMMA2_INLINE void read_line(const void* p) {
+#if defined(__AVX512F__)
+  asm volatile("" : : "v"(_mm512_loadu_ps(p)));
+#else
+  prefetch(p);
+#endif
+}
+// Leaves the load of v where it stands among lines that are read.
+GEMMA2_INLINE void keep_order([[maybe_unused]] VecF& v) {
+#if defined(__AVX512F__)
+  asm volatile("" : "+v"(v));
+#endif
+}
+
 GEMMA2_INLINE VecF set(float x) { return x - VecF{}; }
 GEMMA2_INLINE VecF zero() { return VecF{}; }
 

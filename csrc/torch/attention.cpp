@@ -242,8 +242,9 @@ void run(const AttentionParams& p, const Tensor& like) {
   const int64_t workers = count_workers(units, work);
 
   const int64_t padded_dim = attention_padded_dim(p.head_dim);
-  int64_t scratch =
-      w.unit_heads * w.block_rows * (kAttentionQueryStride + kAttentionScoreStride + padded_dim);
+  const int64_t unit_rows = w.unit_heads * w.block_rows;
+  int64_t scratch = unit_rows * (kAttentionQueryStride + padded_dim) +
+                    attention_score_rows(unit_rows) * kAttentionScoreStride;
   if (w.unit_heads > 1) scratch += kAttentionKeyBlock * p.head_dim;
   if (!stream) scratch += kAttentionKeyBlock * 2 * padded_dim;
   if (!stream && p.k_scales.data) scratch += 2 * kAttentionKeyBlock * p.head_dim;
