@@ -282,7 +282,6 @@ struct KeyRows {
   int64_t capacity;  // slots of the ring, or with pages the end of the keys
   const int32_t* table = nullptr;
   int64_t page_stride = 0, page_shift = 0;
-  int64_t readable = 0;  // rows, where they are counted
 
   GEMMA2_INLINE const T* row(int64_t j) const {
     int64_t s = slot + j;

@@ -209,7 +209,7 @@ struct Stream {
     float factors[kAttentionSpanBlocks][kRows];
     for (int64_t i = 0; i < blocks; ++i) {
       float* scores = s + i * kScores;
-      dot_dense<kRows, kDim, Fetch>(q + r * kQueryStride, k + i * kBlock, kKeyBlock, scores);
+      dot_dense<kRows, kDim, Fetch>(q + r * kQueryStride, k + i * kBlock, scores);
       softmax_rows<kRows, Word>(
           scores, kKeyBlock, [](int) { return 0; }, [](int) { return kKeyBlock; }, scale,
           largest + r, sum + r, factors[i]);
@@ -217,8 +217,8 @@ struct Stream {
     float* to = o + r * o_stride;
     for (int64_t i = 0; i < blocks; ++i) {
       scale_rows<kRows>(r, factors[i]);
-      add_dense<kRows, kDim, Fetch>((const Pair*)(s + i * kScores), v + i * kBlock, kKeyBlock, end,
-                                    to, o_stride);
+      add_dense<kRows, kDim, Fetch>((const Pair*)(s + i * kScores), v + i * kBlock, end, to,
+                                    o_stride);
     }
   }
 

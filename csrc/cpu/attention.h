@@ -26,7 +26,8 @@ constexpr int64_t attention_stream_rows(int64_t rows) {
 }
 // Rows of several key heads, fewer than kAttentionSharedRows each: they stay in the first cache.
 constexpr int64_t kAttentionJoinedRows = 32;
-// Fewer rows meet the keys of so many blocks, a span, before they meet the values.
+// Fewer rows, of one key head, meet the keys of so many blocks, a span, before they meet the
+// values.
 constexpr int64_t kAttentionSpanBlocks = 4;
 // Rows of scores in scratch, of so many rows: a span's of up to four rows, or a block's of all.
 constexpr int64_t attention_score_rows(int64_t rows) {

@@ -468,15 +468,17 @@ GEMMA2_INLINE void add_values(Pair, const float* w, const KeyRows<BFloat16>& v, 
 // The same sums in the same order. Loops whose lengths the compiler knows take two thirds of the
 // time.
 
-// s[r, j] = q[r] . k[j] of the n keys, a multiple of kLanes / kRows.
+// s[r, j] = q[r] . k[j] of a block's keys. (Where the compiler mixes the loads of some, they come
+// slower from memory.)
 template <int kRows, int kDim, class Fetch>
-__attribute__((noinline)) void dot_dense(const float* q, const BFloat16* k, int64_t n, float* s) {
+__attribute__((noinline)) void dot_dense(const float* q, const BFloat16* k, float* s) {
   constexpr int kKeys = kLanes / kRows;
-  for (int64_t j = 0; j < n; j += kKeys, k += kKeys * kDim) {
+  for (int64_t j = 0; j < kKeyBlock; j += kKeys, k += kKeys * kDim) {
     VecF sum[kLanes];  // (kRows, kKeys)
     GEMMA2_UNROLL
     for (int i = 0; i < kKeys; ++i) {
       const BFloat16* row = k + i * kDim;
+      keep_order(row);
       if (Fetch::kReads) touch_page<Touch::kFar>(row, kDim * 2);
       VecF part_sum[kRows];
       GEMMA2_UNROLL
@@ -491,24 +493,27 @@ __attribute__((noinline)) void dot_dense(const float* q, const BFloat16* k, int6
           part_sum[r] = multiply_add(Pair{}, load(q + r * kQueryStride + d / 2), key, part_sum[r]);
       }
       GEMMA2_UNROLL
-      for (int r = 0; r < kRows; ++r) sum[r * kKeys + i] = part_sum[r];
+      for (int r = 0; r < kRows; ++r) {
+        keep_order(part_sum[r]);
+        sum[r * kKeys + i] = part_sum[r];
+      }
     }
-    store_dots<kRows>(reduce_sums(sum), s, j, n);
+    store_dots<kRows>(reduce_sums(sum), s, j, kKeyBlock);
   }
 }
 
-// o[r] += sum over the n keys, a multiple of 8, of w[r, j] v[j]. What is read ahead ends at `end`.
+// o[r] += sum over a block's keys of w[r, j] v[j]. What is read ahead ends at `end`.
 // (The values of a pair come from two rows, so not in the order of memory; what is read ahead
 // does.)
 template <int kRows, int kDim, class Fetch>
-__attribute__((noinline)) void add_dense(const Pair* w, const BFloat16* v, int64_t n,
-                                         const BFloat16* end, float* o, int64_t o_stride) {
+__attribute__((noinline)) void add_dense(const Pair* w, const BFloat16* v, const BFloat16* end,
+                                         float* o, int64_t o_stride) {
   constexpr int kPairs = 4, kKeys = 2 * kPairs;
   constexpr int64_t kStep = kKeys * 2 * kLanes;  // elements
   constexpr int64_t kReadAhead = 4096 / sizeof(BFloat16);
   const BFloat16* ahead =
       v + (Fetch::kReads ? kReadAhead : Fetch::template kAhead<BFloat16> * kDim);
-  for (int64_t j = 0; j < n; j += kKeys, v += kKeys * kDim, w += kPairs) {
+  for (int64_t j = 0; j < kKeyBlock; j += kKeys, v += kKeys * kDim, w += kPairs) {
     VecF weight[kRows][kPairs];
     GEMMA2_UNROLL
     for (int r = 0; r < kRows; ++r) {

@@ -99,11 +99,15 @@ GEMMA2_INLINE void read_line(const void* p) {
   prefetch(p);
 #endif
 }
-// Leaves the load of v where it stands among lines that are read.
+// Leaves what makes v, or loads from p, where it stands among other such.
 GEMMA2_INLINE void keep_order([[maybe_unused]] VecF& v) {
 #if defined(__AVX512F__)
   asm volatile("" : "+v"(v));
 #endif
+}
+template <class T>
+GEMMA2_INLINE void keep_order(const T*& p) {
+  asm volatile("" : "+r"(p));
 }
 
 GEMMA2_INLINE VecF set(float x) { return x - VecF{}; }
