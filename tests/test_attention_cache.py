@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.library import opcheck
 
 from attention_common import int8_rows, random_qkv, reference_of
 from common import DTYPES, LAYOUTS, assert_accurate, with_strides
-from gemma2_ext import ops
+from gemma2_ext import _C, ops
 
 OP = torch.ops.gemma2_ext.attention_cache.default
 OUT_OP = torch.ops.gemma2_ext.attention_cache_out.default
@@ -185,10 +186,13 @@ def test_nothing_behind_the_cache_is_read(
         pytest.skip("memory of the host")
     q, k, v = random_qkv(1, seqlen_q, capacity, (4, 2), head_dim, dtype)
     walled = [before_a_wall(t.transpose(1, 2).contiguous()).transpose(1, 2) for t in (k, v)]
-    for length in (capacity, capacity + 100):
+    before = _C.is_zen4()
+    for length, zen4 in itertools.product((capacity, capacity + 100), (False, True)):
         lengths = torch.tensor([length])
+        _C.set_zen4(zen4)  # which reads ahead
         expected = ops.attention_cache(q, k, v, lengths, scale=0.1, window=220)
         actual = ops.attention_cache(q, *walled, lengths, scale=0.1, window=220)
+        _C.set_zen4(before)
         assert torch.equal(actual, expected)
 
 
