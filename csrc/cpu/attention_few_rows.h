@@ -377,6 +377,24 @@ GEMMA2_INLINE void dot_keys(Pair, const float* first_q, const KeyRows<BFloat16>&
 // What stands for the key that a pair lacks.
 alignas(64) constexpr BFloat16 kNoValue[256] = {};
 
+// o[r] += the sum over kPairs pairs of weight[r] (lower, upper), two vectors of each row.
+template <int kRows, int kPairs>
+GEMMA2_INLINE void add_products(const VecF (&weight)[kRows][kPairs], const VecF (&lower)[kPairs],
+                                const VecF (&upper)[kPairs], float* o, int64_t o_stride) {
+  GEMMA2_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    float* to = o + r * o_stride;
+    VecF first = load(to), second = load(to + kLanes);
+    GEMMA2_UNROLL
+    for (int i = 0; i < kPairs; ++i) {
+      first = multiply_add(Pair{}, weight[r][i], lower[i], first);
+      second = multiply_add(Pair{}, weight[r][i], upper[i], second);
+    }
+    store(to, first);
+    store(to + kLanes, second);
+  }
+}
+
 // As add_values, with kPairs pairs of weights w[r] for the values j, j + 1, ..., of which those
 // outside [0, n) are not read; o's elements lie as pair_rows leaves them.
 template <int kRows, int kPairs, bool kAllHeads, class Fetch>
@@ -410,18 +428,7 @@ GEMMA2_INLINE void add_pairs(const Pair* w, const KeyRows<BFloat16>& v, int64_t 
         pair_rows<true>(load_words(Pair{}, rows[2 * i], d, words),
                         load_words(Pair{}, rows[2 * i + 1], d, words), lower[i], upper[i]);
       }
-      GEMMA2_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        float* to = o + r * o_stride + 2 * d;
-        VecF first = load(to), second = load(to + kLanes);
-        GEMMA2_UNROLL
-        for (int i = 0; i < kPairs; ++i) {
-          first = multiply_add(Pair{}, weight[r][i], lower[i], first);
-          second = multiply_add(Pair{}, weight[r][i], upper[i], second);
-        }
-        store(to, first);
-        store(to + kLanes, second);
-      }
+      add_products(weight, lower, upper, o + 2 * d, o_stride);
     };
     const int64_t whole = depth / kLanes * kLanes;
     for (int64_t d = 0; d < whole; d += kLanes) step(d, d + kLanes);
@@ -536,18 +543,7 @@ __attribute__((noinline)) void add_dense(const Pair* w, const BFloat16* v, const
       GEMMA2_UNROLL
       for (int i = 0; i < kPairs; ++i)
         pair_rows<true>(value[2 * i], value[2 * i + 1], lower[i], upper[i]);
-      GEMMA2_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        float* to = o + r * o_stride + d;
-        VecF first = load(to), second = load(to + kLanes);
-        GEMMA2_UNROLL
-        for (int i = 0; i < kPairs; ++i) {
-          first = multiply_add(Pair{}, weight[r][i], lower[i], first);
-          second = multiply_add(Pair{}, weight[r][i], upper[i], second);
-        }
-        store(to, first);
-        store(to + kLanes, second);
-      }
+      add_products(weight, lower, upper, o + d, o_stride);
       ahead += kStep;
     }
   }
