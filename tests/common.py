@@ -149,3 +149,17 @@ def with_strides(t: Tensor, kind: str) -> Tensor:
 
 
 LAYOUTS = ("contiguous", "sliced", "strided", "unaligned")
+
+
+def by_both_ways(isa: str, call: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """As memory suits a Zen 4, and as it suits others."""
+    level, zen4 = gemma2_ext._C.cpu_isa(), gemma2_ext._C.is_zen4()
+    try:
+        gemma2_ext._C.set_cpu_isa(isa)
+        gemma2_ext._C.set_zen4(True)
+        on_zen4 = call()
+        gemma2_ext._C.set_zen4(False)
+        return on_zen4, call()
+    finally:
+        gemma2_ext._C.set_cpu_isa(level)
+        gemma2_ext._C.set_zen4(zen4)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
+import functools
 import mmap
 from typing import Any
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.library import opcheck
 
 from attention_common import int8_rows, random_qkv, reference_of
-from common import DTYPES, LAYOUTS, assert_accurate, with_strides
-from gemma2_ext import _C, ops
+from common import DTYPES, LAYOUTS, assert_accurate, by_both_ways, with_strides
+from gemma2_ext import ops
 
 OP = torch.ops.gemma2_ext.attention_cache.default
 OUT_OP = torch.ops.gemma2_ext.attention_cache_out.default
@@ -186,14 +186,13 @@ def test_nothing_behind_the_cache_is_read(
         pytest.skip("memory of the host")
     q, k, v = random_qkv(1, seqlen_q, capacity, (4, 2), head_dim, dtype)
     walled = [before_a_wall(t.transpose(1, 2).contiguous()).transpose(1, 2) for t in (k, v)]
-    before = _C.is_zen4()
-    for length, zen4 in itertools.product((capacity, capacity + 100), (False, True)):
-        lengths = torch.tensor([length])
-        _C.set_zen4(zen4)  # which reads ahead
-        expected = ops.attention_cache(q, k, v, lengths, scale=0.1, window=220)
-        actual = ops.attention_cache(q, *walled, lengths, scale=0.1, window=220)
-        _C.set_zen4(before)
-        assert torch.equal(actual, expected)
+    for length in (capacity, capacity + 100):
+        call = functools.partial(
+            ops.attention_cache, key_lengths=torch.tensor([length]), scale=0.1, window=220
+        )
+        expected = call(q, k, v)
+        for actual in by_both_ways(isa, functools.partial(call, q, *walled)):
+            assert torch.equal(actual, expected)
 
 
 def test_every_element_is_written(isa: str) -> None:

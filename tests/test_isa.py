@@ -6,13 +6,12 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 
 import pytest
 import torch
 
 import gemma2_ext
-from common import ISAS
+from common import ISAS, by_both_ways
 
 LEVELS = (
     "scalar",
@@ -80,20 +79,6 @@ def test_set_cpu_isa_takes_effect_at_once() -> None:
 of_products = pytest.mark.parametrize("isa", [i for i in ISAS if i in ("avx512", "avx512_bf16")])
 of_packed = pytest.mark.parametrize("isa", [i for i in ISAS if i in ("avx512_vnni", "avx512_bf16")])
 of_pairs = pytest.mark.parametrize("isa", [i for i in ISAS if i == "avx512_bf16"])
-
-
-def by_both_ways(isa: str, call: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """As memory suits a Zen 4, and as it suits others."""
-    level, zen4 = gemma2_ext._C.cpu_isa(), gemma2_ext._C.is_zen4()
-    try:
-        gemma2_ext._C.set_cpu_isa(isa)
-        gemma2_ext._C.set_zen4(True)
-        on_zen4 = call()
-        gemma2_ext._C.set_zen4(False)
-        return on_zen4, call()
-    finally:
-        gemma2_ext._C.set_cpu_isa(level)
-        gemma2_ext._C.set_zen4(zen4)
 
 
 @of_products

@@ -315,10 +315,6 @@ void stream_unit(const AttentionWork& w, const Unit& u, [[maybe_unused]] bool fe
         stream.shared_keys(begin, end);
         continue;
       }
-    }
-#endif
-#if defined(GEMMA2_BFLOAT16_PAIRS)
-    if constexpr (kSteps) {
       const int64_t blocks =
           common && begin == j ? stream.span_blocks(j, min64(u.key_end, common_end)) : 0;
       if (blocks > 0) {
