@@ -102,7 +102,7 @@ GEMMA2_INLINE VecQuads to_quads(VecU bits) {
 }
 
 // sum[i] + a[4i] * b[4i] + ... + a[4i + 3] * b[4i + 3].
-GEMMA2_INLINE VecI dot_quads(VecI sum, VecQuads a, VecI8 b) {
+GEMMA2_INLINE_IF_SHORT VecI dot_quads(VecI sum, VecQuads a, VecI8 b) {
 #if defined(__AVX512VNNI__)
   return (VecI)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
 #elif defined(__AVXVNNI__)
@@ -160,7 +160,7 @@ GEMMA2_INLINE VecI multiply_eights(VecI sum, VecI8 a, VecI8 b) {
 #if defined(GEMMA2_ISA_avx512_bf16)
 // Byte 4i + k of to[u] is byte 16 (i / 4) + 4 u + i % 4 of rows[k]: the bytes of four rows side by
 // side, 128 bits of a row to 128 bits of the result.
-GEMMA2_INLINE void join_rows(const VecI8 (&rows)[4], VecI8 (&to)[4]) {
+GEMMA2_INLINE_IF_SHORT void join_rows(const VecI8 (&rows)[4], VecI8 (&to)[4]) {
 #if defined(__AVX512BW__)
   const __m512i a = (__m512i)rows[0], b = (__m512i)rows[1], c = (__m512i)rows[2];
   const __m512i d = (__m512i)rows[3];

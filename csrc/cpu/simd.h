@@ -23,6 +23,13 @@ namespace {
 
 #define GEMMA2_INLINE inline __attribute__((always_inline))
 #define GEMMA2_UNROLL _Pragma("GCC unroll 32")
+// For what takes an instruction where vectors are the machine's and, emulated, one for each lane:
+// inlined everywhere it would multiply the time that compiling takes.
+#if GEMMA2_LANES == 16 && !defined(__AVX512F__)
+#define GEMMA2_INLINE_IF_SHORT __attribute__((noinline, unused))
+#else
+#define GEMMA2_INLINE_IF_SHORT GEMMA2_INLINE
+#endif
 
 constexpr int kLanes = GEMMA2_LANES;
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -240,11 +247,19 @@ GEMMA2_INLINE VecF odd_bfloat16(VecU v) { return (VecF)(v & 0xffff0000u); }
 #else
 #define GEMMA2_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, VecI{__VA_ARGS__})
 #endif
-GEMMA2_INLINE VecF interleave_lower(VecF a, VecF b) { return GEMMA2_SHUFFLE(a, b, GEMMA2_LOWER); }
-GEMMA2_INLINE VecF interleave_upper(VecF a, VecF b) { return GEMMA2_SHUFFLE(a, b, GEMMA2_UPPER); }
+GEMMA2_INLINE_IF_SHORT VecF interleave_lower(VecF a, VecF b) {
+  return GEMMA2_SHUFFLE(a, b, GEMMA2_LOWER);
+}
+GEMMA2_INLINE_IF_SHORT VecF interleave_upper(VecF a, VecF b) {
+  return GEMMA2_SHUFFLE(a, b, GEMMA2_UPPER);
+}
 // And back: every other element of a and then b.
-GEMMA2_INLINE VecF even_elements(VecF a, VecF b) { return GEMMA2_SHUFFLE(a, b, GEMMA2_EVEN); }
-GEMMA2_INLINE VecF odd_elements(VecF a, VecF b) { return GEMMA2_SHUFFLE(a, b, GEMMA2_ODD); }
+GEMMA2_INLINE_IF_SHORT VecF even_elements(VecF a, VecF b) {
+  return GEMMA2_SHUFFLE(a, b, GEMMA2_EVEN);
+}
+GEMMA2_INLINE_IF_SHORT VecF odd_elements(VecF a, VecF b) {
+  return GEMMA2_SHUFFLE(a, b, GEMMA2_ODD);
+}
 #undef GEMMA2_SHUFFLE
 #undef GEMMA2_LOWER
 #undef GEMMA2_UPPER
@@ -253,7 +268,7 @@ GEMMA2_INLINE VecF odd_elements(VecF a, VecF b) { return GEMMA2_SHUFFLE(a, b, GE
 
 // Lane i is lane index(i) of a and b one behind the other.
 template <class Index>
-GEMMA2_INLINE VecF shuffle(VecF a, VecF b, Index index) {
+GEMMA2_INLINE_IF_SHORT VecF shuffle(VecF a, VecF b, Index index) {
 #if defined(__clang__)
   VecF w;
   for (int i = 0; i < kLanes; ++i) w[i] = index(i) < kLanes ? a[index(i)] : b[index(i) - kLanes];
@@ -501,7 +516,7 @@ GEMMA2_INLINE LowF fma(LowF a, LowF b, LowF c) { return a * b + c; }
 
 #if defined(GEMMA2_BFLOAT16_PAIRS)
 // Of pairs of bfloat16: sum[i] + a[2i + 1] * b[2i + 1] + a[2i] * b[2i].
-GEMMA2_INLINE VecF dot_pairs(VecF sum, VecU a, VecU b) {
+GEMMA2_INLINE_IF_SHORT VecF dot_pairs(VecF sum, VecU a, VecU b) {
 #if defined(__AVX512BF16__)
   return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
