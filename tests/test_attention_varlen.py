@@ -204,22 +204,31 @@ def test_gradients(isa: str, dtype: torch.dtype, lengths: Any, options: dict[str
     assert_gradients_accurate(ours, theirs, *args[:3], roundings=2, noise=noise)
 
 
-def test_gradients_equal_those_of_each_sequence(isa: str) -> None:
-    args = packed([70, 30], [70, 90])
-    q, k, v = args[:3]
-    grad_lse = torch.randn(4, 100)
-    grads = gradients(
-        lambda *t: ops.attention_varlen(*t, *args[3:], scale=0.1, return_lse=True),
-        (q, k, v),
-        *(q, grad_lse),
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(3, 3), (4, 2)])
+@pytest.mark.parametrize(
+    "lengths",
+    [(1, 1), (1, 40), (12, 13), (31, 33), (32, 32), (30, 90), (48, 17), (96, 64), (98, 97)],
+)
+def test_gradients_equal_those_of_each_sequence(
+    isa: str, dtype: torch.dtype, heads: tuple[int, int], lengths: tuple[int, int]
+) -> None:
+    """Of the same results: a forward takes few rows another way where no longer ones are beside."""
+    rows, keys = lengths
+    args = packed([130, rows], [140, keys], heads, dtype=dtype)
+    out, lse = ops.attention_varlen(*args, scale=0.1, return_lse=True)
+    q, k, v, *rest = args
+    grad_out, grad_lse, options = torch.randn(q.shape).to(dtype), torch.randn(lse.shape), (0.1, 5.0)
+    beside = BACKWARD_OP(grad_out, grad_lse, q, k, v, out, lse, *rest, *options, None, True)
+    of_q, of_k = slice(130, None), slice(140, None)
+    alone = torch.ops.gemma2_ext.attention_backward(
+        *(grad_out[None, of_q], grad_lse[None, :, of_q].contiguous()),
+        *(q[None, of_q], k[None, of_k], v[None, of_k]),
+        *(out[None, of_q], lse[None, :, of_q].contiguous()),
+        *(None, None, *options, None, True),
     )
-    alone = gradients(
-        lambda *t: ops.attention(*t, scale=0.1, return_lse=True),
-        (q[None, 70:], k[None, 70:], v[None, 70:]),
-        *(q[None, 70:], grad_lse[None, :, 70:]),
-    )
-    for grad, expected in zip(grads, alone, strict=True):
-        assert torch.equal(grad[None, 70:], expected)
+    for grad, expected, part in zip(beside, alone, (of_q, of_k, of_k), strict=True):
+        assert torch.equal(grad[None, part], expected)
 
 
 def test_gradients_of_rows_of_no_sequence_are_zero(isa: str) -> None:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemma2_ext import ops
+from gemma2_ext.ops import _common
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 4, 2, 16, 24
 OPTIONS: dict[str, Any] = {"scale": 0.25, "softcap": 5.0, "window": 3}
@@ -195,6 +197,73 @@ def test_ahead_of_time(tmp_path: Path) -> None:
     for number in (5, 33):
         x = tokens(number, width)
         torch.testing.assert_close(loaded(x, w, norm), Layer()(x, w, norm), rtol=1e-4, atol=1e-4)
+
+
+DIFFERENTIABLE = (
+    "rms_norm",
+    "add_rms_norm",
+    "geglu",
+    "rope",
+    "attention",
+    "attention_varlen",
+    "linear",
+)
+
+
+def gradients(op: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The gradients of the sum of all results' squares."""
+    leaves = [t.clone().requires_grad_(t.is_floating_point()) for t in inputs]
+    results = flat(CASES[op][0](*leaves))
+    wanted = [t for t in leaves if t.requires_grad]
+    return torch.autograd.grad(results, wanted, [2 * t.detach() for t in results])
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_recorded_as_by_the_dispatcher(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, inputs = CASES[op]
+    arguments = inputs(7)
+    leaves = [t.clone().requires_grad_(t.is_floating_point()) for t in arguments]
+    quick = gradients(op, arguments)
+    assert f"{op}Backward" in str(flat(function(*leaves))[0].grad_fn)
+    monkeypatch.setattr(_common, "_alone", lambda *tensors: False)
+    assert f"gemma2_ext_{op}_default" in str(flat(function(*leaves))[0].grad_fn)
+    for a, b in zip(quick, gradients(op, arguments), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_what_looks_on_sees_one_op(op: str) -> None:
+    """As the policy of a selective checkpoint, which saves the results of ops by their names."""
+    function, inputs = CASES[op]
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        function(*(t.requires_grad_(t.is_floating_point()) for t in inputs(7)))
+    assert f"gemma2_ext.{op}.default" in seen
+
+
+@pytest.mark.parametrize("op", sorted(set(DIFFERENTIABLE) - {"linear"}))
+def test_batched_gradients(op: str) -> None:
+    """Of several gradients of the results at once, as torch.autograd.functional asks for them."""
+    function, inputs = CASES[op]
+    leaves = [t.requires_grad_(t.is_floating_point()) for t in inputs(7)]
+    results = flat(function(*leaves))
+    wanted = [t for t in leaves if t.requires_grad]
+    several = [torch.randn(3, *t.shape) for t in results]
+    batched = torch.autograd.grad(
+        results, wanted, several, is_grads_batched=True, retain_graph=True
+    )
+    for i in range(3):
+        grads = torch.autograd.grad(results, wanted, [g[i] for g in several], retain_graph=True)
+        for a, b in zip(batched, grads, strict=True):
+            assert torch.equal(a[i], b)
 
 
 def test_every_op_is_here() -> None:

@@ -63,20 +63,28 @@ struct AttentionWork {
 constexpr int64_t kAttentionBackwardBlock = 96;
 constexpr int64_t kAttentionBackwardStride = kAttentionBackwardBlock + 16;
 
-// In floats, of one worker: keys and values in panels, keys, their two gradients, query rows and
-// their grad_out (in both forms), scores and products (in both forms, and the other way round).
-constexpr int64_t attention_backward_scratch(int64_t head_dim) {
-  return kAttentionBackwardBlock * (2 * attention_padded_dim(head_dim) + 6 * kAttentionQueryStride +
-                                    4 * kAttentionBackwardStride);
+// Room in a block of sequences of so many rows or keys, those of the last tile included.
+constexpr int64_t attention_backward_room(int64_t longest) {
+  const int64_t room = longest + 32;
+  return room < kAttentionBackwardBlock ? room : kAttentionBackwardBlock;
+}
+// In floats, of one worker with room for so many rows and keys: keys and values in panels, keys and
+// their two gradients; query rows and their grad_out (in both forms), scores and products (in both
+// forms); and these the other way round.
+constexpr int64_t attention_backward_scratch(int64_t head_dim, int64_t rows, int64_t keys) {
+  return keys * (2 * attention_padded_dim(head_dim) + 3 * kAttentionQueryStride +
+                 kAttentionBackwardStride) +
+         rows * (3 * kAttentionQueryStride + 3 * kAttentionBackwardStride);
 }
 
 struct AttentionBackwardWork {
   AttentionBackwardParams p;
   const int64_t* first_row_block;  // (batch + 1,): blocks of query rows of the sequences before
+  int64_t row_room, key_room;      // of a block
   float* scratch;                  // this worker's
   // Of each block of rows, (row blocks, num_kv_heads, ...):
-  float* row_terms;  // (2, block): delta, lse in units of ln 2
-  float* grad_q;     // (block, padded_dim): sums
+  float* row_terms;  // (2, row_room): delta, lse in units of ln 2
+  float* grad_q;     // (row_room, padded_dim): sums
   int32_t* turns;    // blocks of keys that are in the sums; 0 at first
 };
 

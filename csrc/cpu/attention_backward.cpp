@@ -83,9 +83,9 @@ template <class T>
 void prepare_rows(const AttentionBackwardWork& w, const Sequence& s, const RowBlock& block) {
   const AttentionParams& p = w.p.forward;
   const float log2_e = 0x1.715476p+0f;
-  float* delta = w.row_terms + block.index * 2 * kRows;
-  float* lse = delta + kRows;
-  for (int64_t r = 0; r < kRows; ++r) {
+  float* delta = w.row_terms + block.index * 2 * w.row_room;
+  float* lse = delta + w.row_room;
+  for (int64_t r = 0; r < w.row_room; ++r) {
     delta[r] = 0.0f;
     lse[r] = INFINITY;
     if (r >= block.rows) continue;
@@ -185,6 +185,8 @@ struct KeyBlock {
   // head_dim in words, those with zeros behind that products take, and in floats with the padding
   // of a tile.
   const int64_t words, depth, padded;
+  // Keys of whole tiles and vectors.
+  const int64_t columns;
   // Scratch. Right factors over dimensions: k_panels, v_panels; over keys: k_rows; over query rows:
   // q_rows, grad_out_rows. Left factors over dimensions: q, grad_out. The scores become P, and the
   // products of grad_out and v become dS, left factors over query rows; ds_keys is dS as a left
@@ -205,24 +207,26 @@ struct KeyBlock {
         scale(score_scale(work.p.forward)),
         words(work.p.forward.head_dim / kStep),
         depth(round_up(words, kDepthStep)),
-        padded(attention_padded_dim(work.p.forward.head_dim)) {
+        padded(attention_padded_dim(work.p.forward.head_dim)),
+        columns(round_up(round_up(count, kRowsAtOnce), kLanes)) {
     float* free = w.scratch;
     const auto take = [&free](int64_t size) {
       float* part = free;
       free += size;
       return part;
     };
-    k_panels = take(kKeys * padded), v_panels = take(kKeys * padded);
-    k_rows = take(kKeys * kQueryStride);
-    grad_k = take(kKeys * kQueryStride), grad_v = take(kKeys * kQueryStride);
-    q = take(kRows * kQueryStride), grad_out = take(kRows * kQueryStride);
-    scores = take(kRows * kWeightStride), products = take(kRows * kWeightStride);
+    const int64_t row_room = w.row_room, key_room = w.key_room;
+    k_panels = take(key_room * padded), v_panels = take(key_room * padded);
+    k_rows = take(key_room * kQueryStride);
+    grad_k = take(key_room * kQueryStride), grad_v = take(key_room * kQueryStride);
+    q = take(row_room * kQueryStride), grad_out = take(row_room * kQueryStride);
+    scores = take(row_room * kWeightStride), products = take(row_room * kWeightStride);
     q_rows = q, grad_out_rows = grad_out, ds_keys = products;
     if (kStep == 2) {
-      q_rows = take(kRows / 2 * kQueryStride), grad_out_rows = take(kRows / 2 * kQueryStride);
-      ds_keys = take(kRows * kWeightStride);
+      q_rows = take(row_room / 2 * kQueryStride), grad_out_rows = take(row_room / 2 * kQueryStride);
+      ds_keys = take(row_room * kWeightStride);
     }
-    by_keys = kInTiles ? take(kKeys * kWeightStride) : nullptr;
+    by_keys = kInTiles ? take(key_room * kWeightStride) : nullptr;
   }
 
   void pack_keys_and_values() {
@@ -230,7 +234,7 @@ struct KeyBlock {
     const KeyRows<T> v{key_of<const T>(p.v, s, 0), p.v.seqlen_stride, key, INT64_MAX};
     pack_keys<Word>(k, n, words, depth, k_panels);
     pack_keys<Word>(v, n, words, depth, v_panels);
-    for (int64_t j = 0; j < kKeys; j += kStep) {
+    for (int64_t j = 0; j < columns; j += kStep) {
       float* to_row = k_rows + j / kStep * kQueryStride;
       const T* row = j < n ? k.row(j) : nullptr;
       if constexpr (kStep == 1) {
@@ -239,7 +243,7 @@ struct KeyBlock {
         pack_row_pair<Word>(row, j + 1 < n ? k.row(j + 1) : nullptr, padded, p.head_dim, to_row);
       }
     }
-    for (int64_t j = 0; j < kKeys; ++j) {
+    for (int64_t j = 0; j < columns; ++j) {
       memset(grad_k + j * kQueryStride, 0, padded * sizeof(float));
       memset(grad_v + j * kQueryStride, 0, padded * sizeof(float));
     }
@@ -326,7 +330,7 @@ struct KeyBlock {
       const bool none = from[r] >= to[r] && from[last] >= to[last];
       const int64_t begin = none ? 0 : from[r] / kLanes * kLanes;
       const int64_t end = none ? 0 : (to[last] + kLanes - 1) / kLanes * kLanes;
-      for (int64_t j = 0; j < kKeys; j += kLanes) {
+      for (int64_t j = 0; j < columns; j += kLanes) {
         if (j >= begin && j < end) {
           const Weights a = visible_weights(r, j, lse, delta);
           if constexpr (kStep == 1) {
@@ -354,7 +358,7 @@ struct KeyBlock {
 
   // Words [pair of rows][key] to [key][pair of rows].
   void transpose_weights(const float* weights, int64_t rows) {
-    for (int64_t j = 0; j < kKeys; j += kLanes) {
+    for (int64_t j = 0; j < columns; j += kLanes) {
       for (int64_t pair = 0; pair < rows / 2; pair += kLanes) {
         VecF v[kLanes];
         GEMMA2_UNROLL
@@ -429,8 +433,8 @@ struct KeyBlock {
 
   void meet(const RowBlock& block) {
     const int64_t rows = round_up(block.rows, kRowsAtOnce);
-    const float* delta = w.row_terms + block.index * 2 * kRows;
-    const float* lse = delta + kRows;
+    const float* delta = w.row_terms + block.index * 2 * w.row_room;
+    const float* lse = delta + w.row_room;
     pack_rows(block, rows, lse);
     next_row = block.begin + kRows;
     multiply_panels(q, k_panels, rows, scores);
@@ -453,7 +457,7 @@ struct KeyBlock {
       else
         sched_yield();
     }
-    float* sums = w.grad_q + block.index * kRows * padded;
+    float* sums = w.grad_q + block.index * w.row_room * padded;
     if (turn == 0) memset(sums, 0, rows * padded * sizeof(float));
     add_to_rows(rows, sums);
     if (key + n >= block.end_key) {

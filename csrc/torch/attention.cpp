@@ -373,10 +373,12 @@ void run_backward(const char* op, Problem& problem, BackwardTensors t) {
   const int64_t work = p.batch * p.num_heads * p.seqlen_q * max_keys(p) * p.head_dim;
   const int64_t workers = count_workers(key_units, work);
 
-  const int64_t scratch = attention_backward_scratch(p.head_dim);
-  const int64_t sums = row_blocks * kBlock * attention_padded_dim(p.head_dim);
+  w.row_room = attention_backward_room(p.seqlen_q * group);
+  w.key_room = attention_backward_room(p.seqlen_k);
+  const int64_t scratch = attention_backward_scratch(p.head_dim, w.row_room, w.key_room);
+  const int64_t sums = row_blocks * w.row_room * attention_padded_dim(p.head_dim);
   const Tensor memory = torch::stable::new_empty(
-      problem.q, {workers * scratch + sums + row_blocks * 2 * kBlock}, ScalarType::Float);
+      problem.q, {workers * scratch + sums + row_blocks * 2 * w.row_room}, ScalarType::Float);
   float* data = static_cast<float*>(memory.data_ptr());
   std::vector<int32_t> turns(row_blocks);
   w.first_row_block = first_row_block.data();

@@ -71,12 +71,26 @@ def through_dispatcher(*tensors: Tensor) -> bool:
     Otherwise the public function allocates the output and calls the `_out` op, which is cheaper
     and leaves an out-of-memory error to torch.
     """
+    return _traced_or_cast(tensors[0]) or needs_gradient(*tensors)
+
+
+def _traced_or_cast(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return True
     # Asked of all devices first: it is quick, and mostly the answer.
-    if torch._C._is_any_autocast_enabled() and _autocast(tensors[0]):
-        return True
-    return needs_gradient(*tensors)
+    return torch._C._is_any_autocast_enabled() and _autocast(tensor)
+
+
+def _alone(*tensors: Tensor) -> bool:
+    """Whether nothing but autograd looks at a call: no mode, transform, tracer or subclass."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    for t in tensors:
+        if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+            return False
+        if torch._C._functorch.is_legacy_batchedtensor(t):  # of autograd.grad's is_grads_batched
+            return False
+    return torch._C._get_tracing_state() is None
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
@@ -133,37 +147,83 @@ def _autocast(tensor: Tensor) -> bool:
 _library = torch.library.Library("gemma2_ext", "FRAGMENT")
 
 
-def register_backward(
+def differentiable(
     op: str,
-    allocate: Callable[..., tuple[Tensor, ...]],
+    run: Callable[..., Any],
     setup_context: Callable[..., None],
     backward: Callable[..., tuple[Tensor | None, ...]],
-) -> None:
-    """Makes `op` differentiable, and `<op>_backward` an op of the same two forms.
+) -> Callable[..., Callable[..., Any]]:
+    """Makes `op` differentiable, and returns what tells the form of it to call for tensors.
+
+    That is the op where it is traced or cast, or recorded while something else looks on; where it
+    is only recorded, an autograd.Function, which takes less time; and `run` where no gradient is
+    asked for.
 
     Args:
-        op: whose schema, `<op>_backward` and `<op>_backward_out` are declared.
-        allocate: from `<op>_backward`'s arguments to new tensors for its results. As that happens
-            in Python, running out of memory is torch's own error.
+        op: its name.
+        run: from the op's arguments to new results, by its `_out` form.
         setup_context, backward: as of torch.library.register_autograd; they call
             `<op>_backward`, never its `_out` form, so that a compiler can trace it.
     """
+    overload = getattr(torch.ops.gemma2_ext, op).default
+    torch.library.register_autograd(f"gemma2_ext::{op}", backward, setup_context=setup_context)
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        *inputs, keywords = args
+        output = run(*inputs, **keywords)
+        setup_context(ctx, tuple(inputs), *([keywords] if keywords else []), output)
+        return output
+
+    def backward_of_inputs(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *backward(ctx, *grads), None
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_inputs)}
+    function: Any = type(op, (torch.autograd.Function,), members)
+
+    def record(*inputs: Any, **keywords: Any) -> Any:
+        return function.apply(*inputs, keywords)
+
+    def form(*tensors: Tensor) -> Callable[..., Any]:
+        if _traced_or_cast(tensors[0]):
+            return overload
+        if not needs_gradient(*tensors):
+            return run
+        return record if _alone(*tensors) else overload
+
+    return form
+
+
+def backward_op(op: str, allocate: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+    """Makes `<op>_backward` an op of two forms, and returns what calls it.
+
+    Args:
+        op: whose `<op>_backward` and `<op>_backward_out` are declared.
+        allocate: from `<op>_backward`'s arguments to new tensors for its results. As that happens
+            in Python, running out of memory is torch's own error.
+    """
+    overload = getattr(torch.ops.gemma2_ext, f"{op}_backward").default
     out_op = getattr(torch.ops.gemma2_ext, f"{op}_backward_out").default
 
-    def call(*args: Any) -> tuple[Tensor, ...]:
+    def run(*args: Any) -> tuple[Tensor, ...]:
         grads = allocate(*args)
         out_op(*args, *grads)
         return grads
 
-    _library.impl(f"{op}_backward", call, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gemma2_ext::{op}_backward", allocate)
-    torch.library.register_fake(f"gemma2_ext::{op}_backward_out", lambda *args: None)
-    torch.library.register_autograd(f"gemma2_ext::{op}", backward, setup_context=setup_context)
-
     def second(ctx: Any, *grads: Tensor) -> NoReturn:
         raise NotImplementedError(f"gemma2_ext::{op} has no second derivative")
 
+    _library.impl(f"{op}_backward", run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gemma2_ext::{op}_backward", allocate)
+    torch.library.register_fake(f"gemma2_ext::{op}_backward_out", lambda *args: None)
     torch.library.register_autograd(f"gemma2_ext::{op}_backward", second)
+
+    def call(*args: Any) -> Any:
+        # A compiler, a mode or a second derivative is to see one op without outputs among its
+        # arguments.
+        quick = not torch.is_grad_enabled() and _alone(args[0])
+        return (run if quick else overload)(*args)
+
+    return call
 
 
 def refuse_backward(op: str) -> None:

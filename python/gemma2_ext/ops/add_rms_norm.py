@@ -7,11 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import check_tensor, new_like, promote, register_backward, through_dispatcher
+from ._common import (
+    backward_op,
+    check_tensor,
+    differentiable,
+    new_like,
+    promote,
+)
 
-_op = torch.ops.gemma2_ext.add_rms_norm.default
 _out_op = torch.ops.gemma2_ext.add_rms_norm_out.default
-_backward_op = torch.ops.gemma2_ext.add_rms_norm_backward.default
 
 
 def add_rms_norm(
@@ -51,8 +55,12 @@ def add_rms_norm(
     for name, tensor in tensors.items():
         check_tensor("add_rms_norm", name, tensor, float64=True)
     x, residual = promote(x, residual)
-    if through_dispatcher(x, residual, post_weight, pre_weight):
-        return _op(x, residual, post_weight, pre_weight, eps)
+    return _form(x, residual, post_weight, pre_weight)(x, residual, post_weight, pre_weight, eps)
+
+
+def _run(
+    x: Tensor, residual: Tensor, post_weight: Tensor, pre_weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     residual_out, out = new_like(x), new_like(x)
     _out_op(x, residual, post_weight, pre_weight, eps, residual_out, out)
     return residual_out, out
@@ -78,15 +86,6 @@ def _(
     return None
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, _, post_weight, pre_weight, ctx.eps = inputs
-    ctx.save_for_backward(x, output[0], post_weight, pre_weight)
-
-
-def _backward(ctx: Any, grad_residual_out: Tensor, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    return *_backward_op(grad_residual_out, grad_out, *ctx.saved_tensors, ctx.eps), None
-
-
 def _allocate(
     grad_residual_out: Tensor,
     grad_out: Tensor,
@@ -97,11 +96,23 @@ def _allocate(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        x.new_empty(x.shape),
-        x.new_empty(x.shape),
-        post_weight.new_empty(post_weight.shape),
-        pre_weight.new_empty(pre_weight.shape),
+        new_like(x),
+        new_like(x),
+        new_like(post_weight),
+        new_like(pre_weight),
     )
 
 
-register_backward("add_rms_norm", _allocate, _setup_context, _backward)
+_backward_op = backward_op("add_rms_norm", _allocate)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, _, post_weight, pre_weight, ctx.eps = inputs
+    ctx.save_for_backward(x, output[0], post_weight, pre_weight)
+
+
+def _backward(ctx: Any, grad_residual_out: Tensor, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    return *_backward_op(grad_residual_out, grad_out, *ctx.saved_tensors, ctx.eps), None
+
+
+_form = differentiable("add_rms_norm", _run, _setup_context, _backward)

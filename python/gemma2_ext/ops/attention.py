@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 
 from ._common import (
+    backward_op,
     check_integers,
     check_tensor,
+    differentiable,
     narrow,
     needs_gradient,
     new_like,
-    register_backward,
-    through_dispatcher,
 )
 
 _op = torch.ops.gemma2_ext.attention.default
 _out_op = torch.ops.gemma2_ext.attention_out.default
-_backward_op = torch.ops.gemma2_ext.attention_backward.default
 
 
 def attention(
@@ -77,25 +76,8 @@ def attention(
     check_integers("attention", "key_lengths", key_lengths)
     check_integers("attention", "key_starts", key_starts)
     q, k, v = narrow(q, k, v)
-    if through_dispatcher(q, k, v):
-        out, lse = _op(
-            q,
-            k,
-            v,
-            key_lengths,
-            key_starts,
-            scale=scale,
-            softcap=softcap,
-            window=window,
-            causal=causal,
-            return_lse=return_lse or needs_gradient(q, k, v),  # which the backward reads
-        )
-        return (out, lse) if return_lse else out
-    out = new_like(q)
-    lse = None
-    if return_lse:
-        lse = q.new_empty(_lse_shape(q), dtype=_lse_dtype(q))
-    _out_op(
+    needs = needs_gradient(q, k, v)
+    out, lse = _form(q, k, v)(
         q,
         k,
         v,
@@ -105,10 +87,25 @@ def attention(
         softcap=softcap,
         window=window,
         causal=causal,
-        out=out,
-        lse=lse,
+        return_lse=return_lse or needs,  # which the backward reads
     )
-    return out if lse is None else (out, lse)
+    return (out, lse) if return_lse else out
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_lengths: Tensor | None,
+    key_starts: Tensor | None,
+    *,
+    return_lse: bool,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    out = new_like(q)
+    lse = q.new_empty(_lse_shape(q), dtype=_lse_dtype(q)) if return_lse else None
+    _out_op(q, k, v, key_lengths, key_starts, **options, out=out, lse=lse)
+    return out, lse
 
 
 def _lse_shape(q: Tensor) -> tuple[int, ...]:
@@ -155,6 +152,15 @@ def _(
     return None
 
 
+def _allocate(
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return new_like(q), new_like(k), new_like(v)
+
+
+_backward_op = backward_op("attention", _allocate)
+
+
 def _setup_context(
     ctx: Any,
     inputs: tuple[Any, ...],
@@ -183,10 +189,4 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
     return *grads, None, None
 
 
-def _allocate(
-    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-register_backward("attention", _allocate, _setup_context, _backward)
+_form = differentiable("attention", _run, _setup_context, _backward)

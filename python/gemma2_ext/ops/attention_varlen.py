@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 
 from ._common import (
+    backward_op,
     check_integers,
     check_tensor,
+    differentiable,
     narrow,
     needs_gradient,
     new_like,
-    register_backward,
-    through_dispatcher,
 )
 
 _op = torch.ops.gemma2_ext.attention_varlen.default
 _out_op = torch.ops.gemma2_ext.attention_varlen_out.default
-_backward_op = torch.ops.gemma2_ext.attention_varlen_backward.default
 
 
 def attention_varlen(
@@ -77,27 +76,8 @@ def attention_varlen(
     check_integers("attention_varlen", "cu_seqlens_q", cu_seqlens_q, required=True)
     check_integers("attention_varlen", "cu_seqlens_k", cu_seqlens_k, required=True)
     q, k, v = narrow(q, k, v)
-    if through_dispatcher(q, k, v):
-        out, lse = _op(
-            q,
-            k,
-            v,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            scale=scale,
-            softcap=softcap,
-            window=window,
-            causal=causal,
-            return_lse=return_lse or needs_gradient(q, k, v),  # which the backward reads
-        )
-        return (out, lse) if return_lse else out
-    out = new_like(q)
-    lse = None
-    if return_lse:
-        lse = q.new_empty(_lse_shape(q), dtype=_lse_dtype(q))
-    _out_op(
+    needs = needs_gradient(q, k, v)
+    out, lse = _form(q, k, v)(
         q,
         k,
         v,
@@ -109,10 +89,29 @@ def attention_varlen(
         softcap=softcap,
         window=window,
         causal=causal,
-        out=out,
-        lse=lse,
+        return_lse=return_lse or needs,  # which the backward reads
     )
-    return out if lse is None else (out, lse)
+    return (out, lse) if return_lse else out
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_lse: bool,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    out = new_like(q)
+    lse = q.new_empty(_lse_shape(q), dtype=_lse_dtype(q)) if return_lse else None
+    _out_op(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options, out=out, lse=lse
+    )
+    return out, lse
 
 
 def _lse_shape(q: Tensor) -> tuple[int, ...]:
@@ -163,6 +162,15 @@ def _(
     return None
 
 
+def _allocate(
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return new_like(q), new_like(k), new_like(v)
+
+
+_backward_op = backward_op("attention_varlen", _allocate)
+
+
 def _setup_context(
     ctx: Any,
     inputs: tuple[Any, ...],
@@ -192,10 +200,4 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
     return *grads, None, None, None, None
 
 
-def _allocate(
-    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-register_backward("attention_varlen", _allocate, _setup_context, _backward)
+_form = differentiable("attention_varlen", _run, _setup_context, _backward)

@@ -7,11 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import check_tensor, new_like, promote, register_backward, through_dispatcher
+from ._common import (
+    backward_op,
+    check_tensor,
+    differentiable,
+    new_like,
+    promote,
+)
 
-_op = torch.ops.gemma2_ext.geglu.default
 _out_op = torch.ops.gemma2_ext.geglu_out.default
-_backward_op = torch.ops.gemma2_ext.geglu_backward.default
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -38,8 +42,10 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     check_tensor("geglu", "gate", gate, float64=True)
     check_tensor("geglu", "up", up, float64=True)
     gate, up = promote(gate, up)
-    if through_dispatcher(gate, up):
-        return _op(gate, up)
+    return _form(gate, up)(gate, up)
+
+
+def _run(gate: Tensor, up: Tensor) -> Tensor:
     out = new_like(gate)
     _out_op(gate, up, out)
     return out
@@ -55,6 +61,13 @@ def _(gate: Tensor, up: Tensor, out: Tensor) -> None:
     return None
 
 
+def _allocate(grad_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return new_like(gate), new_like(up)
+
+
+_backward_op = backward_op("geglu", _allocate)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -63,8 +76,4 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, ...]:
     return _backward_op(grad_out, *ctx.saved_tensors)
 
 
-def _allocate(grad_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return gate.new_empty(gate.shape), up.new_empty(up.shape)
-
-
-register_backward("geglu", _allocate, _setup_context, _backward)
+_form = differentiable("geglu", _run, _setup_context, _backward)

@@ -12,8 +12,8 @@ from ._common import (
     cast_under_autocast,
     check_in_features,
     check_tensor,
+    differentiable,
     refuse_gradient,
-    through_dispatcher,
 )
 from .linear_int4 import linear_int4
 from .linear_int8 import linear_int8
@@ -53,8 +53,12 @@ def linear(x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
         return op(x, weight.data, weight.scales)
     check_tensor("linear", "x", x, float64=True)
     check_tensor("linear", "weight", weight, float64=True)
-    if through_dispatcher(x, weight) or x.dim() < 1 or weight.dim() != 2:
-        return _op(x, weight)
+    if x.dim() < 1 or weight.dim() != 2:
+        return _op(x, weight)  # which tells
+    return _form(x, weight)(x, weight)
+
+
+def _run(x: Tensor, weight: Tensor) -> Tensor:
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
     _out_op(x, weight, out)
     return out
@@ -96,9 +100,9 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    return linear_backward(grad, *ctx.saved_tensors, *ctx.needs_input_grad)
+    return linear_backward(grad, *ctx.saved_tensors, *ctx.needs_input_grad[:2])
 
 
-torch.library.register_autograd("gemma2_ext::linear", _backward, setup_context=_setup_context)
+_form = differentiable("linear", _run, _setup_context, _backward)
 refuse_gradient("linear_backward_out", "gemma2_ext::linear has no second derivative")
 cast_under_autocast("linear", 0, 1)

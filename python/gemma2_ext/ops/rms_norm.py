@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import check_tensor, new_like, register_backward, through_dispatcher
+from ._common import (
+    backward_op,
+    check_tensor,
+    differentiable,
+    new_like,
+)
 
-_op = torch.ops.gemma2_ext.rms_norm.default
 _out_op = torch.ops.gemma2_ext.rms_norm_out.default
-_backward_op = torch.ops.gemma2_ext.rms_norm_backward.default
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -35,8 +38,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """
     check_tensor("rms_norm", "x", x, float64=True)
     check_tensor("rms_norm", "weight", weight, float64=True)
-    if through_dispatcher(x, weight):
-        return _op(x, weight, eps)
+    return _form(x, weight)(x, weight, eps)
+
+
+def _run(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = new_like(x)
     _out_op(x, weight, eps, out)
     return out
@@ -52,6 +57,13 @@ def _(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
     return None
 
 
+def _allocate(grad_out: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return new_like(x), new_like(weight)
+
+
+_backward_op = backward_op("rms_norm", _allocate)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, ctx.eps = inputs
     ctx.save_for_backward(x, weight)
@@ -62,8 +74,4 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     return *_backward_op(grad_out, x, weight, ctx.eps), None
 
 
-def _allocate(grad_out: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
-
-
-register_backward("rms_norm", _allocate, _setup_context, _backward)
+_form = differentiable("rms_norm", _run, _setup_context, _backward)

@@ -8,17 +8,15 @@ import torch
 from torch import Tensor
 
 from ._common import (
+    backward_op,
     check_integers,
     check_tensor,
+    differentiable,
     new_like,
     promote,
-    register_backward,
-    through_dispatcher,
 )
 
-_op = torch.ops.gemma2_ext.rope.default
 _out_op = torch.ops.gemma2_ext.rope_out.default
-_backward_op = torch.ops.gemma2_ext.rope_backward.default
 
 
 def rope(q: Tensor, k: Tensor, positions: Tensor, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
@@ -49,8 +47,10 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, theta: float = 10000.0) -> tup
     check_tensor("rope", "k", k, float64=True)
     q, k = promote(q, k)
     check_integers("rope", "positions", positions, required=True)
-    if through_dispatcher(q, k):
-        return _op(q, k, positions, theta)
+    return _form(q, k)(q, k, positions, theta)
+
+
+def _run(q: Tensor, k: Tensor, positions: Tensor, theta: float) -> tuple[Tensor, Tensor]:
     q_out, k_out = new_like(q), new_like(k)
     _out_op(q, k, positions, theta, q_out, k_out)
     return q_out, k_out
@@ -66,6 +66,15 @@ def _(q: Tensor, k: Tensor, positions: Tensor, theta: float, q_out: Tensor, k_ou
     return None
 
 
+def _allocate(
+    grad_q_out: Tensor, grad_k_out: Tensor, positions: Tensor, theta: float
+) -> tuple[Tensor, Tensor]:
+    return new_like(grad_q_out), new_like(grad_k_out)
+
+
+_backward_op = backward_op("rope", _allocate)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     positions, ctx.theta = inputs[2:]
     ctx.save_for_backward(positions)
@@ -75,10 +84,4 @@ def _backward(ctx: Any, grad_q_out: Tensor, grad_k_out: Tensor) -> tuple[Tensor 
     return *_backward_op(grad_q_out, grad_k_out, *ctx.saved_tensors, ctx.theta), None, None
 
 
-def _allocate(
-    grad_q_out: Tensor, grad_k_out: Tensor, positions: Tensor, theta: float
-) -> tuple[Tensor, Tensor]:
-    return grad_q_out.new_empty(grad_q_out.shape), grad_k_out.new_empty(grad_k_out.shape)
-
-
-register_backward("rope", _allocate, _setup_context, _backward)
+_form = differentiable("rope", _run, _setup_context, _backward)
