@@ -168,6 +168,8 @@ def test_errors() -> None:
         TypeError, match="rms_norm: x must be float32, bfloat16 or float16, got torch.int64"
     ):
         ops.rms_norm(x.long(), weight)
+    with pytest.raises(TypeError, match=r"rms_norm: x must be strided, not torch\.sparse_coo"):
+        ops.rms_norm(x.to_sparse(), weight)
     with pytest.raises(
         ValueError, match=r"weight must have shape \(hidden_size,\) = \(64,\), got \(63,\)"
     ):

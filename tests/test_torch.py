@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
@@ -13,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemma2_ext import ops
@@ -264,6 +267,49 @@ def test_batched_gradients(op: str) -> None:
         grads = torch.autograd.grad(results, wanted, [g[i] for g in several], retain_graph=True)
         for a, b in zip(batched, grads, strict=True):
             assert torch.equal(a[i], b)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+@torch.no_grad()
+def test_mapped(op: str) -> None:
+    function, inputs = CASES[op]
+    several = [inputs(7) for _ in range(3)]
+    mapped = torch.func.vmap(function)(*(torch.stack(t) for t in zip(*several, strict=True)))
+    for i, arguments in enumerate(several):
+        for a, b in zip(flat(mapped), flat(function(*arguments)), strict=True):
+            assert torch.equal(a[i], b)
+
+
+@pytest.mark.parametrize("op", sorted(CASES))
+def test_forward_mode_is_refused(op: str) -> None:
+    """A derivative is never silently missing."""
+    function, inputs = CASES[op]
+    x, *rest = inputs(7)
+    function(x, *rest)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: function(x, *rest), (x,), (torch.ones_like(x),))
+    with forward_ad.dual_level():
+        function(x, *rest)
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            function(dual, *rest)
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_compiled_backward_of_an_eager_forward(op: str) -> None:
+    function, inputs = CASES[op]
+    leaves = [t.requires_grad_(t.is_floating_point()) for t in inputs(7)]
+    results = flat(function(*leaves))
+    wanted = [t for t in leaves if t.requires_grad]
+    of_results = [torch.randn(t.shape) for t in results]
+    expected = torch.autograd.grad(results, wanted, of_results, retain_graph=True)
+    torch._dynamo.reset()
+    whole = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    with compiled_autograd._enable(whole):
+        grads = torch.autograd.grad(results, wanted, of_results)
+    for a, b in zip(grads, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_every_op_is_here() -> None:

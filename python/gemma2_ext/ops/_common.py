@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _C
 from ..quantize import QuantizedWeight
@@ -15,7 +16,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_tensor(op: str, name: str, value: object, *, float64: bool = False) -> None:
-    """Raises TypeError unless `value` is a tensor of float32, bfloat16 or float16.
+    """Raises TypeError unless `value` is a strided tensor of float32, bfloat16 or float16.
 
     `float64` is for the ops that also have kernels in float64, slow ones for checks of gradients.
     """
@@ -27,6 +28,8 @@ def check_tensor(op: str, name: str, value: object, *, float64: bool = False) ->
         raise TypeError(
             f"gemma2_ext::{op}: {name} must be float32, bfloat16 or float16, got {value.dtype}"
         )
+    if value.layout is not torch.strided:
+        raise TypeError(f"gemma2_ext::{op}: {name} must be strided, not {value.layout}")
 
 
 def check_integers(op: str, name: str, value: object, *, required: bool = False) -> None:
@@ -66,19 +69,28 @@ def check_in_features(op: str, name: str, x: Tensor, weight: QuantizedWeight) ->
 
 
 def through_dispatcher(*tensors: Tensor) -> bool:
-    """Whether a call has to go through the functional op: traced, cast, or asked for a gradient.
+    """Whether a call goes through the functional op: traced, cast, mapped, or with a gradient.
 
     Otherwise the public function allocates the output and calls the `_out` op, which is cheaper
     and leaves an out-of-memory error to torch.
     """
-    return _traced_or_cast(tensors[0]) or needs_gradient(*tensors)
+    return _transformed(*tensors) or needs_gradient(*tensors)
 
 
-def _traced_or_cast(tensor: Tensor) -> bool:
+def _transformed(*tensors: Tensor) -> bool:
+    """Whether torch makes something else of a call: traces, casts or maps it."""
     if torch.compiler.is_compiling():
         return True
     # Asked of all devices first: it is quick, and mostly the answer.
-    return torch._C._is_any_autocast_enabled() and _autocast(tensor)
+    if torch._C._is_any_autocast_enabled() and _autocast(tensors[0]):
+        return True
+    if forward_ad._current_level >= 0:
+        for t in tensors:
+            if forward_ad.unpack_dual(t).tangent is not None:
+                raise NotImplementedError(
+                    "gemma2_ext: the ops have no forward-mode derivative (torch.func.jvp)"
+                )
+    return torch._C._are_functorch_transforms_active()
 
 
 def _alone(*tensors: Tensor) -> bool:
@@ -155,9 +167,9 @@ def differentiable(
 ) -> Callable[..., Callable[..., Any]]:
     """Makes `op` differentiable, and returns what tells the form of it to call for tensors.
 
-    That is the op where it is traced or cast, or recorded while something else looks on; where it
-    is only recorded, an autograd.Function, which takes less time; and `run` where no gradient is
-    asked for.
+    That is the op where torch makes something else of a call, or it is recorded while more than
+    autograd looks on; where it is only recorded, an autograd.Function, which takes less time; and
+    `run` where no gradient is asked for.
 
     Args:
         op: its name.
@@ -184,7 +196,7 @@ def differentiable(
         return function.apply(*inputs, keywords)
 
     def form(*tensors: Tensor) -> Callable[..., Any]:
-        if _traced_or_cast(tensors[0]):
+        if _transformed(*tensors):
             return overload
         if not needs_gradient(*tensors):
             return run
@@ -220,7 +232,8 @@ def backward_op(op: str, allocate: Callable[..., tuple[Tensor, ...]]) -> Callabl
     def call(*args: Any) -> Any:
         # A compiler, a mode or a second derivative is to see one op without outputs among its
         # arguments.
-        quick = not torch.is_grad_enabled() and _alone(args[0])
+        looked_at = torch.compiler.is_compiling() or torch.is_grad_enabled()
+        quick = not looked_at and _alone(args[0])
         return (run if quick else overload)(*args)
 
     return call
