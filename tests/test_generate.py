@@ -147,6 +147,7 @@ def test_top_p_and_min_p_as_transformers_does() -> None:
         ({"top_p": 1.1}, r"top_p must be in \(0, 1\], got 1.1"),
         ({"min_p": -0.1}, r"min_p must be in \[0, 1\], got -0.1"),
         ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
+        ({"seed": 2**64}, "seed must have 64 bits, got 18446744073709551616"),
     ],
 )
 def test_option_errors(options: dict[str, Any], match: str) -> None:

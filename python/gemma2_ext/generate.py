@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -181,6 +182,8 @@ def _sampler(
     min_p: float | None,
     seed: int | None,
 ) -> Sampler:
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise ValueError(f"generate: seed must have 64 bits, got {seed}")
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return Sampler(temperature, top_k, top_p, min_p, generator)
 
@@ -196,7 +199,7 @@ def _steps(
     draft: str | Gemma2 | Draft | None,
 ) -> Iterator[Tensor]:
     """Checks the arguments, then yields each step's tokens (batch,): 0 in rows that stopped."""
-    if max_new_tokens < 0:
+    if operator.index(max_new_tokens) < 0:
         raise ValueError(f"generate: max_new_tokens must be at least 0, got {max_new_tokens}")
     model._check_input(input_ids, attention_mask, cache)
     batch = input_ids.shape[0]
