@@ -106,8 +106,10 @@ def sets_of(count: int, make: Callable[[], tuple[Any, ...]]) -> list[tuple[Any, 
 def forward_backward(function: Callable[..., Any], inputs: list[tuple[Any, ...]]) -> Call:
     """Runs `function` on a set; where it has inputs that ask for gradients, backward as well.
 
-    A backward run returns the gradients, so that they are what is checked.
+    A backward run returns the gradients, so that they are what is checked; the results' own are
+    ones, made once.
     """
+    ones: dict[int, list[Tensor]] = {}
 
     def call(i: int) -> Any:
         arguments = inputs[i]
@@ -116,7 +118,9 @@ def forward_backward(function: Callable[..., Any], inputs: list[tuple[Any, ...]]
         if not wanted:
             return out
         outs = [o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad]
-        return torch.autograd.grad(outs, wanted, [torch.ones_like(o) for o in outs])
+        if i not in ones:
+            ones[i] = [torch.ones_like(o) for o in outs]
+        return torch.autograd.grad(outs, wanted, ones[i])
 
     return call
 
