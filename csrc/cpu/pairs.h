@@ -2,7 +2,7 @@
 //
 // 2 * kLanes bfloat16 come apart into the even and the odd elements by a shift and a mask, and are
 // put together again by a shift and a blend: half of what it takes to widen and to narrow one half
-// after the other. So a pair of bfloat16 holds these; with AVX512_BF16, whose instruction narrows
+// after the other. So a pair of bfloat16 holds these; with AVX512_BF16, whose instructions narrow
 // in order, and for other types, it holds the first and the second half. Elementwise arithmetic and
 // sums do not mind.
 #pragma once
@@ -57,6 +57,32 @@ template <>
 constexpr bool kEvenOdd<BFloat16> = true;
 #endif
 
+#if defined(__AVX512BF16__)
+// kPair elements in their order, by one instruction each: widened, a half of them, rounded, and the
+// upper halves of the two vectors' lanes.
+struct PairOrder {
+  uint32_t first[kLanes], second[kLanes];  // of the element that a lane's upper half takes
+  uint16_t upper[kPair];                   // upper halves
+};
+alignas(64) constexpr PairOrder kPairOrder = [] {
+  PairOrder order = {};
+  for (int i = 0; i < kLanes; ++i) order.first[i] = i << 16, order.second[i] = (kLanes + i) << 16;
+  for (int i = 0; i < kPair; ++i) order.upper[i] = 2 * i + 1;
+  return order;
+}();
+GEMMA2_INLINE VecF widen_half(__m512i elements, const uint32_t* order) {
+  const __m512i index = _mm512_loadu_si512(order);
+  return (VecF)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, index, elements);
+}
+GEMMA2_INLINE VecPair<BFloat16> widen_pair(__m512i elements) {
+  return {widen_half(elements, kPairOrder.first), widen_half(elements, kPairOrder.second)};
+}
+template <class T>
+GEMMA2_INLINE __m512i narrow_pair(VecPair<T> v) {
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)v.second, (__m512)v.first);
+}
+#endif
+
 // In place of a number of elements: all kPair of them.
 struct Whole {};
 
@@ -97,6 +123,10 @@ GEMMA2_INLINE VecPair<T> load_pair(const From* p, Whole) {
     VecU both;
     memcpy(&both, p, sizeof both);
     return {even_bfloat16(both), odd_bfloat16(both)};
+#if defined(__AVX512BF16__)
+  } else if constexpr (kSame<T, BFloat16> && kSame<From, BFloat16>) {
+    return widen_pair(_mm512_loadu_si512(p));
+#endif
   } else {
     const VecF a = load(p), b = load(p + kLanes);
     if constexpr (kEvenOdd<T>) return {even_elements(a, b), odd_elements(a, b)};
@@ -142,6 +172,10 @@ GEMMA2_INLINE VecPair<T> round_pair(VecPair<T> v) {
   if constexpr (kEvenOdd<T>) {
     return {(VecF)(rounded_bits<kAnyNaN>(v.first) & 0xffff0000u),
             (VecF)(rounded_bits<kAnyNaN>(v.second) & 0xffff0000u)};
+#if defined(__AVX512BF16__)
+  } else if constexpr (kSame<T, BFloat16>) {
+    return widen_pair(narrow_pair(v));
+#endif
   } else {
     return {round_to<T>(v.first), round_to<T>(v.second)};
   }
@@ -153,6 +187,11 @@ GEMMA2_INLINE void store_rounded_pair(T* p, VecPair<T> v, Whole) {
   if constexpr (kEvenOdd<T>) {
     const VecU both = put_together((VecU)v.first, (VecU)v.second);
     memcpy(p, &both, sizeof both);
+#if defined(__AVX512BF16__)
+  } else if constexpr (kSame<T, BFloat16>) {
+    const __m512i upper = _mm512_loadu_si512(kPairOrder.upper);
+    _mm512_storeu_si512(p, _mm512_permutex2var_epi16((__m512i)v.first, upper, (__m512i)v.second));
+#endif
   } else {
     store_rounded(p, v.first);
     store_rounded(p + kLanes, v.second);
@@ -172,6 +211,10 @@ GEMMA2_INLINE void store_pair(To* p, VecPair<T> v, Whole) {
     const VecU first = rounded_bits<kAnyNaN>(v.first), second = rounded_bits<kAnyNaN>(v.second);
     const VecU both = put_together(first, second);
     memcpy(p, &both, sizeof both);
+#if defined(__AVX512BF16__)
+  } else if constexpr (kSame<To, BFloat16>) {
+    _mm512_storeu_si512(p, narrow_pair(v));
+#endif
   } else {
     const VecPair<T> x = v;
     if (kEvenOdd<T>) v = {interleave_lower(x.first, x.second), interleave_upper(x.first, x.second)};

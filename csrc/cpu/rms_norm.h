@@ -10,12 +10,19 @@ namespace {
 
 template <class T>
 GEMMA2_INLINE float sum_of_squares(const T* x, int64_t n) {
-  VecPair<T> sums[2] = {};
-  walk_pairs<T>(n, [&](int64_t i, auto count) {
+  VecPair<T> sums[2] = {};  // two, so that one addition does not wait for the other
+  const auto add = [&](VecPair<T>& sum, int64_t i, auto count) {
     const VecPair<T> a = load_pair<T>(x + i, count);
-    VecPair<T>& sum = sums[i / kPair % 2];  // two, so that one addition does not wait for the other
     sum = a * a + sum;
-  });
+  };
+  int64_t i = 0;
+  for (; i + 2 * kPair <= n; i += 2 * kPair) {
+    add(sums[0], i, Whole{});
+    add(sums[1], i + kPair, Whole{});
+  }
+  const bool pair = i + kPair <= n;
+  if (pair) add(sums[0], i, Whole{}), i += kPair;
+  if (i < n) add(sums[pair], i, n - i);
   return sum_of(sums[0] + sums[1]);
 }
 
