@@ -174,8 +174,8 @@ def differentiable(
     Args:
         op: its name.
         run: from the op's arguments to new results, by its `_out` form.
-        setup_context, backward: as of torch.library.register_autograd; they call
-            `<op>_backward`, never its `_out` form, so that a compiler can trace it.
+        setup_context, backward: as of torch.library.register_autograd; they call ops, so that a
+            compiler can trace them.
     """
     overload = getattr(torch.ops.gemma2_ext, op).default
     torch.library.register_autograd(f"gemma2_ext::{op}", backward, setup_context=setup_context)
