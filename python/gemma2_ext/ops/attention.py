@@ -93,18 +93,11 @@ def attention(
 
 
 def _run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_lengths: Tensor | None,
-    key_starts: Tensor | None,
-    *,
-    return_lse: bool,
-    **options: Any,
+    q: Tensor, *others: Tensor | int | None, return_lse: bool, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     out = new_like(q)
     lse = q.new_empty(_lse_shape(q), dtype=_lse_dtype(q)) if return_lse else None
-    _out_op(q, k, v, key_lengths, key_starts, **options, out=out, lse=lse)
+    _out_op(q, *others, **options, out=out, lse=lse)
     return out, lse
 
 

@@ -95,22 +95,11 @@ def attention_varlen(
 
 
 def _run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    return_lse: bool,
-    **options: Any,
+    q: Tensor, *others: Tensor | int | None, return_lse: bool, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     out = new_like(q)
     lse = q.new_empty(_lse_shape(q), dtype=_lse_dtype(q)) if return_lse else None
-    _out_op(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options, out=out, lse=lse
-    )
+    _out_op(q, *others, **options, out=out, lse=lse)
     return out, lse
 
 
