@@ -338,14 +338,12 @@ void run_backward(const char* op, Problem& problem, BackwardTensors t) {
   }
 #endif
   // Keys outside of the valid ones, and rows behind the last sequence, get zeros.
-  const int64_t size = size_of(p.dtype);
-  std::memset(t.grad_k.data_ptr(), 0, t.grad_k.numel() * size);
-  std::memset(t.grad_v.data_ptr(), 0, t.grad_v.numel() * size);
-  if (p.cu_seqlens_q) {
-    const int64_t used = p.cu_seqlens_q[p.batch] * p.num_heads * p.head_dim;
-    std::memset(static_cast<char*>(t.grad_q.data_ptr()) + used * size, 0,
-                (t.grad_q.numel() - used) * size);
-  }
+  const auto clear = [size = size_of(p.dtype)](const Tensor& grad, int64_t from) {
+    const int64_t bytes = (grad.numel() - from) * size;
+    if (bytes > 0) std::memset(static_cast<char*>(grad.data_ptr()) + from * size, 0, bytes);
+  };
+  clear(t.grad_k, 0), clear(t.grad_v, 0);
+  if (p.cu_seqlens_q) clear(t.grad_q, p.cu_seqlens_q[p.batch] * p.num_heads * p.head_dim);
   if (p.batch == 0 || p.seqlen_q == 0) return;
   set_results(p, t.out, t.lse);
 
