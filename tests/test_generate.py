@@ -158,9 +158,11 @@ def test_option_errors(options: dict[str, Any], match: str) -> None:
             call(ids, **options)
 
 
-def test_prompt_errors() -> None:
+def test_call_errors() -> None:
     model = tiny.small_model(max_position_embeddings=32)
     for call in (model.generate, model.stream):
+        with pytest.raises(TypeError, match="'float' object cannot be interpreted as an integer"):
+            call(torch.ones(1, 3, dtype=torch.int64), max_new_tokens=2.5)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="33 tokens exceed the context"):
             call(torch.ones(1, 33, dtype=torch.int64))
         with pytest.raises(ValueError, match="at least one token"):

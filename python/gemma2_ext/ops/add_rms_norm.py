@@ -7,13 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import (
-    backward_op,
-    check_tensor,
-    differentiable,
-    new_like,
-    promote,
-)
+from ._common import backward_op, check_tensor, differentiable, new_like, promote
 
 _out_op = torch.ops.gemma2_ext.add_rms_norm_out.default
 
@@ -95,12 +89,7 @@ def _allocate(
     pre_weight: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        new_like(x),
-        new_like(x),
-        new_like(post_weight),
-        new_like(pre_weight),
-    )
+    return new_like(x), new_like(x), new_like(post_weight), new_like(pre_weight)
 
 
 _backward_op = backward_op("add_rms_norm", _allocate)

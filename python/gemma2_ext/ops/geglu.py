@@ -7,13 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import (
-    backward_op,
-    check_tensor,
-    differentiable,
-    new_like,
-    promote,
-)
+from ._common import backward_op, check_tensor, differentiable, new_like, promote
 
 _out_op = torch.ops.gemma2_ext.geglu_out.default
 

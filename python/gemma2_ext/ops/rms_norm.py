@@ -7,12 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import (
-    backward_op,
-    check_tensor,
-    differentiable,
-    new_like,
-)
+from ._common import backward_op, check_tensor, differentiable, new_like
 
 _out_op = torch.ops.gemma2_ext.rms_norm_out.default
 
