@@ -26,6 +26,7 @@ struct RmsNormParams {
 // threads.
 constexpr int64_t kNormMostBlocks = 128;
 constexpr int64_t kNormColumns = 512;
+constexpr int kNormGroup = 4;  // most rows that a CPU kernel works on together
 static constexpr int64_t norm_block_rows(int64_t rows) {
   const int64_t even = (rows + kNormMostBlocks - 1) / kNormMostBlocks;
   return even < 8 ? 8 : even;
@@ -89,8 +90,9 @@ struct AddRmsNormBackwardParams {
   void* grad_residual;
   void* grad_post_weight;  // (hidden_size,)
   void* grad_pre_weight;
-  float* partial;  // (blocks, 3, hidden_size): sums of each block of norm_block_rows rows, for
-                   // post_weight and pre_weight; the gradient of one row of residual_out
+  float* partial;  // (blocks, 2, hidden_size): sums of each block of norm_block_rows rows, for
+                   // post_weight and pre_weight
+  float* scratch;  // (kNormGroup, hidden_size), of the thread, on a CPU
   int64_t rows;
   int64_t hidden_size;
   double eps;

@@ -4,8 +4,9 @@
 //
 // A unit of the first kernel is a block of norm_block_rows rows: the gradients of x and residual,
 // and the block's parts of the weights'; of the second a run of kNormColumns columns of both
-// weights. The gradient of r stays in float32 between the two norms, kept in the row of scratch
-// behind the parts. Memory bounds it. Source: derived from transformers' Gemma2DecoderLayer.
+// weights. Three passes over kNormGroup rows at a time, of which each asks for the lines that the
+// next one writes. The gradient of r stays in float32 between the two norms, in scratch. Memory
+// bounds it. Source: derived from transformers' Gemma2DecoderLayer.
 #include "kernels.h"
 #include "rms_norm.h"
 
@@ -13,53 +14,87 @@ namespace gemma2 {
 namespace GEMMA2_ISA {
 namespace {
 
-// One row; grad_r is scratch for it.
-template <class T, class W>
-void backward_row(Row<T> grad_residual_out, Row<T> grad_out, Row<T> x, Row<T> r,
-                  const W* post_weight, const W* pre_weight, T* grad_x, T* grad_residual,
-                  float* grad_r, float* post_partial, float* pre_partial, int64_t n, double eps) {
+// grad_r is scratch, (kRows, n).
+template <int kRows, class T, class W>
+void backward_rows(RowGroup<T> grad_residual_out, RowGroup<T> grad_out, RowGroup<T> x,
+                   RowGroup<T> r, const W* post_weight, const W* pre_weight, T* grad_x,
+                   T* grad_residual, float* grad_r, float* post_partial, float* pre_partial,
+                   int64_t n, double eps) {
   constexpr bool kAny = kAnyNaN<T, W>;
   const VecF one = set(1.0f);
-  VecPair<T> r_squares = {}, r_products = {}, x_squares = {};
-  walk_pairs<T>(n, [&](int64_t i, auto count) {
-    const VecPair<T> a = load_pair<T>(r.begin + i, count), b = load_pair<T>(x.begin + i, count);
-    const VecPair<T> up = load_pair<T>(grad_out.begin + i, count);
-    r_squares = a * a + r_squares;
-    r_products = up * (one + load_pair<T>(pre_weight + i, count)) * a + r_products;
-    x_squares = b * b + x_squares;
-  });
-  const VecF r_scale = rms_scale(sum_of(r_squares), n, eps);
-  const VecF x_scale = rms_scale(sum_of(x_squares), n, eps);
-  const VecF r_shrink = r_scale * r_scale * set(sum_of(r_products) / float(n));
-  VecPair<T> x_products = {};
-  walk_pairs<T>(
+  VecF squares[kRows] = {}, products[kRows] = {};
+  walk_lines<T>(
       n,
       [&](int64_t i, auto count) {
-        const VecPair<T> a = load_pair<T>(r.begin + i, count);
-        const VecPair<T> b = load_pair<T>(x.begin + i, count);
-        const VecPair<T> up = load_pair<T>(grad_out.begin + i, count);
-        const VecPair<T> g = up * (one + load_pair<T>(pre_weight + i, count));
-        const VecPair<T> sum =
-            (g - a * r_shrink) * r_scale + load_pair<T>(grad_residual_out.begin + i, count);
-        store_pair<kAny>(grad_residual + i, sum, count);
-        store_scratch(grad_r + i, sum, count);
-        const VecPair<T> part = load_scratch<T>(pre_partial + i, count);
-        store_scratch(pre_partial + i, up * (a * r_scale) + part, count);
-        x_products = sum * (one + load_pair<T>(post_weight + i, count)) * b + x_products;
+        const VecPair<T> factor = one + load_pair<T>(pre_weight + i, count);
+        GEMMA2_UNROLL
+        for (int j = 0; j < kRows; ++j) {
+          const VecPair<T> a = load_pair<T>(r[j] + i, count);
+          squares[j] = add_products(squares[j], a, a);
+          products[j] = add_products(products[j], load_pair<T>(grad_out[j] + i, count) * factor, a);
+        }
       },
-      grad_residual_out.ahead, r.ahead);
-  const VecF x_shrink = x_scale * x_scale * set(sum_of(x_products) / float(n));
-  walk_pairs<T>(
+      [&](int64_t i) __attribute__((always_inline)) {
+        GEMMA2_UNROLL
+        for (int j = 0; j < kRows; ++j) prefetch(grad_residual + j * n + i);
+      });
+  VecF scale[kRows], shrink[kRows];
+  for (int j = 0; j < kRows; ++j) {
+    scale[j] = rms_scale(reduce_sum(squares[j]), n, eps);
+    shrink[j] = scale[j] * set(reduce_sum(products[j]) / float(n));
+    squares[j] = products[j] = VecF{};
+  }
+  walk_lines<T>(
       n,
       [&](int64_t i, auto count) {
-        const VecPair<T> b = load_pair<T>(x.begin + i, count);
-        const VecPair<T> up = load_scratch<T>(grad_r + i, count);
-        const VecPair<T> g = up * (one + load_pair<T>(post_weight + i, count));
-        store_pair<kAny>(grad_x + i, (g - b * x_shrink) * x_scale, count);
-        const VecPair<T> part = load_scratch<T>(post_partial + i, count);
-        store_scratch(post_partial + i, up * (b * x_scale) + part, count);
+        const VecPair<T> factor = one + load_pair<T>(pre_weight + i, count);
+        const VecPair<T> post_factor = one + load_pair<T>(post_weight + i, count);
+        VecPair<T> part = load_scratch<T>(pre_partial + i, count);
+        GEMMA2_UNROLL
+        for (int j = 0; j < kRows; ++j) {
+          const VecPair<T> normed = load_pair<T>(r[j] + i, count) * scale[j];
+          const VecPair<T> up = load_pair<T>(grad_out[j] + i, count);
+          const VecPair<T> sum = (up * factor - normed * shrink[j]) * scale[j] +
+                                 load_pair<T>(grad_residual_out[j] + i, count);
+          store_pair<kAny>(grad_residual + j * n + i, sum, count);
+          store_scratch(grad_r + j * n + i, sum, count);
+          part = up * normed + part;
+          const VecPair<T> b = load_pair<T>(x[j] + i, count);
+          squares[j] = add_products(squares[j], b, b);
+          products[j] = add_products(products[j], sum * post_factor, b);
+        }
+        store_scratch(pre_partial + i, part, count);
       },
-      grad_out.ahead, x.ahead);
+      [&](int64_t i) __attribute__((always_inline)) {
+        GEMMA2_UNROLL
+        for (int j = 0; j < kRows; ++j) {
+          prefetch(grad_x + j * n + i);
+          grad_residual_out.fetch(j, i), r.fetch(j, i);
+        }
+      });
+  for (int j = 0; j < kRows; ++j) {
+    scale[j] = rms_scale(reduce_sum(squares[j]), n, eps);
+    shrink[j] = scale[j] * set(reduce_sum(products[j]) / float(n));
+  }
+  walk_lines<T>(
+      n,
+      [&](int64_t i, auto count) {
+        const VecPair<T> factor = one + load_pair<T>(post_weight + i, count);
+        VecPair<T> part = load_scratch<T>(post_partial + i, count);
+        GEMMA2_UNROLL
+        for (int j = 0; j < kRows; ++j) {
+          const VecPair<T> normed = load_pair<T>(x[j] + i, count) * scale[j];
+          const VecPair<T> up = load_scratch<T>(grad_r + j * n + i, count);
+          const VecPair<T> grad = (up * factor - normed * shrink[j]) * scale[j];
+          store_pair<kAny>(grad_x + j * n + i, grad, count);
+          part = up * normed + part;
+        }
+        store_scratch(post_partial + i, part, count);
+      },
+      [&](int64_t i) __attribute__((always_inline)) {
+        GEMMA2_UNROLL
+        for (int j = 0; j < kRows; ++j) grad_out.fetch(j, i), x.fetch(j, i);
+      });
 }
 
 }  // namespace
@@ -71,20 +106,22 @@ void add_rms_norm_backward_blocks(const AddRmsNormBackwardParams& p, int64_t beg
       using W = decltype(w);
       const int64_t n = p.hidden_size, block_rows = norm_block_rows(p.rows);
       for (int64_t block = begin; block < end; ++block) {
-        float* partial = p.partial + block * 3 * n;
+        float* partial = p.partial + block * 2 * n;
         memset(partial, 0, 2 * n * sizeof(float));
         const int64_t rows_end =
             (block + 1) * block_rows < p.rows ? (block + 1) * block_rows : p.rows;
-        for (int64_t r = block * block_rows; r < rows_end; ++r) {
-          const auto row = [&](const void* first, int64_t stride) {
-            return row_of<T>(first, stride, r, p.rows, n);
+        walk_groups<T>(block * block_rows, rows_end, n, [&](int64_t r, auto count) {
+          constexpr int kRows = decltype(count)::value;
+          const auto rows = [&](const void* first, int64_t stride) {
+            return group_of<kRows, T>(first, stride, r, p.rows, n);
           };
-          backward_row(row(p.grad_residual_out, p.grad_residual_out_stride),
-                       row(p.grad_out, p.grad_out_stride), row(p.x, p.x_stride),
-                       row(p.residual_out, p.residual_out_stride), (const W*)p.post_weight,
-                       (const W*)p.pre_weight, (T*)p.grad_x + r * n, (T*)p.grad_residual + r * n,
-                       partial + 2 * n, partial, partial + n, n, p.eps);
-        }
+          backward_rows<kRows>(rows(p.grad_residual_out, p.grad_residual_out_stride),
+                               rows(p.grad_out, p.grad_out_stride), rows(p.x, p.x_stride),
+                               rows(p.residual_out, p.residual_out_stride), (const W*)p.post_weight,
+                               (const W*)p.pre_weight, (T*)p.grad_x + r * n,
+                               (T*)p.grad_residual + r * n, p.scratch, partial, partial + n, n,
+                               p.eps);
+        });
       }
     });
   });
@@ -97,8 +134,8 @@ void add_rms_norm_backward_columns(const AddRmsNormBackwardParams& p, int64_t be
       using W = decltype(w);
       const int64_t n = p.hidden_size, blocks = norm_blocks(p.rows);
       for (int64_t u = begin; u < end; ++u) {
-        add_parts<T>(p.partial, 3 * n, blocks, u, n, (W*)p.grad_post_weight);
-        add_parts<T>(p.partial + n, 3 * n, blocks, u, n, (W*)p.grad_pre_weight);
+        add_parts<T>(p.partial, 2 * n, blocks, u, n, (W*)p.grad_post_weight);
+        add_parts<T>(p.partial + n, 2 * n, blocks, u, n, (W*)p.grad_pre_weight);
       }
     });
   });

@@ -44,6 +44,11 @@ template <class T>
 GEMMA2_INLINE float sum_of(VecPair<T> v) {
   return reduce_sum(v.first + v.second);
 }
+// sum + a * b, both halves.
+template <class T>
+GEMMA2_INLINE VecF add_products(VecF sum, VecPair<T> a, VecPair<T> b) {
+  return a.second * b.second + (a.first * b.first + sum);
+}
 
 template <class A, class B>
 constexpr bool kSame = false;
@@ -125,7 +130,9 @@ GEMMA2_INLINE VecPair<T> load_pair(const From* p, Whole) {
     return {even_bfloat16(both), odd_bfloat16(both)};
 #if defined(__AVX512BF16__)
   } else if constexpr (kSame<T, BFloat16> && kSame<From, BFloat16>) {
-    return widen_pair(_mm512_loadu_si512(p));
+    __m512i elements = _mm512_loadu_si512(p);
+    asm("" : "+v"(elements));  // read once: GCC may even copy it to the stack to read it twice
+    return widen_pair(elements);
 #endif
   } else {
     const VecF a = load(p), b = load(p + kLanes);
@@ -249,20 +256,28 @@ GEMMA2_INLINE void store_scratch(float* p, VecPair<T> v, int64_t n) {
 }
 
 // Calls body(i, Whole{}) for every pair of n elements and body(i, count) for the count that are
-// left. The same elements of the rows `ahead`, of T, are fetched meanwhile, so that memory works in
-// this pass over a row too.
-template <class T, class F, class... Rows>
-GEMMA2_INLINE void walk_pairs(int64_t n, F body, const Rows*... ahead) {
+// left; before, fetch(i) for the line of T that begins at element i.
+// (A lambda that only fetches must be always_inline: else it has no effect and GCC drops it.)
+template <class T, class F, class Fetch>
+GEMMA2_INLINE void walk_lines(int64_t n, F body, Fetch fetch) {
   constexpr int64_t kLine = kLineBytes / sizeof(T), kStep = kPair > kLine ? kPair : kLine;
   int64_t i = 0;
   for (; i + kStep <= n; i += kStep) {
     GEMMA2_UNROLL
-    for (int64_t k = 0; k < kStep; k += kLine) (prefetch(ahead + i + k), ...);
+    for (int64_t k = 0; k < kStep; k += kLine) fetch(i + k);
     GEMMA2_UNROLL
     for (int64_t k = 0; k < kStep; k += kPair) body(i + k, Whole{});
   }
   for (; i + kPair <= n; i += kPair) body(i, Whole{});
   if (i < n) body(i, n - i);
+}
+
+// The same; the elements of the rows `ahead`, of T, are fetched meanwhile, so that memory works in
+// this pass over a row too.
+template <class T, class F, class... Rows>
+GEMMA2_INLINE void walk_pairs(int64_t n, F body, const Rows*... ahead) {
+  walk_lines<T>(n, body,
+                [&](int64_t i) __attribute__((always_inline)) { (prefetch(ahead + i), ...); });
 }
 
 }  // namespace

@@ -66,6 +66,38 @@ GEMMA2_INLINE Row<T> row_of(const void* first, int64_t stride, int64_t r, int64_
   return {row, r + 1 < rows && n * int64_t(sizeof(T)) <= 64 << 10 ? row + stride : row};
 }
 
+// Rows that gradients work on together, so that weights and sums are loaded once for all of them.
+// Row `ahead` behind each is fetched meanwhile: of the next group, or the row itself.
+template <class T>
+struct RowGroup {
+  const T* begin;
+  int64_t stride;
+  int64_t ahead;
+  GEMMA2_INLINE const T* operator[](int row) const { return begin + row * stride; }
+  GEMMA2_INLINE void fetch(int row, int64_t i) const {
+    prefetch(begin + (row + ahead) * stride + i);
+  }
+};
+
+// f(row, Count) over rows [begin, end) of n elements of T, kNormGroup of them at a time unless they
+// would push each other out of the second-level cache.
+template <class T, class F>
+GEMMA2_INLINE void walk_groups(int64_t begin, int64_t end, int64_t n, F f) {
+  int64_t r = begin;
+  if (n * int64_t(sizeof(T)) <= 16 << 10) {
+    for (; r + kNormGroup <= end; r += kNormGroup) f(r, Count<kNormGroup>{});
+  }
+  for (; r < end; ++r) f(r, Count<1>{});
+}
+
+// The kRows rows from r on of (rows, n).
+template <int kRows, class T>
+GEMMA2_INLINE RowGroup<T> group_of(const void* first, int64_t stride, int64_t r, int64_t rows,
+                                   int64_t n) {
+  const bool next = r + 2 * kRows <= rows && n * int64_t(sizeof(T)) <= 64 << 10;
+  return {(const T*)first + r * stride, stride, next ? kRows : 0};
+}
+
 // out = x * scale * (1 + weight); `ahead` is fetched.
 template <class T, class W>
 GEMMA2_INLINE void rms_scale_row(const T* x, const W* weight, T* out, int64_t n, VecF scale,

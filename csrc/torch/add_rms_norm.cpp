@@ -126,8 +126,11 @@ void add_rms_norm_backward_out(const Tensor& grad_residual_out, const Tensor& gr
              x_rows = as_rows(x), sums = as_rows(residual_out);
   const Tensor post = last_dim_contiguous(post_weight), pre = last_dim_contiguous(pre_weight);
   const int64_t blocks = norm_blocks(x_rows.rows);
-  const Tensor partial =
-      torch::stable::new_empty(x, {blocks * 3 * x_rows.columns}, ScalarType::Float);
+  const int64_t partial_size = blocks * 2 * x_rows.columns;
+  const int64_t of_thread = x.is_cpu() ? kNormGroup * x_rows.columns : 0;
+  const Tensor partial = torch::stable::new_empty(
+      x, {partial_size + sharing_threads(blocks) * of_thread}, ScalarType::Float);
+  float* const first = static_cast<float*>(partial.data_ptr());
   const AddRmsNormBackwardParams p{residual_grads.tensor.data_ptr(),
                                    residual_grads.stride,
                                    grads.tensor.data_ptr(),
@@ -142,7 +145,8 @@ void add_rms_norm_backward_out(const Tensor& grad_residual_out, const Tensor& gr
                                    grad_residual.data_ptr(),
                                    grad_post_weight.data_ptr(),
                                    grad_pre_weight.data_ptr(),
-                                   static_cast<float*>(partial.data_ptr()),
+                                   first,
+                                   first + partial_size,
                                    x_rows.rows,
                                    x_rows.columns,
                                    eps,
@@ -153,9 +157,12 @@ void add_rms_norm_backward_out(const Tensor& grad_residual_out, const Tensor& gr
 #endif
   if (dtype == DType::kFloat64) return float64::add_rms_norm_backward(p);
   const CpuKernels& kernels = cpu_kernels();
-  parallel_units(
-      blocks, p.hidden_size * norm_block_rows(p.rows) * 16,
-      [&](int64_t begin, int64_t end) { kernels.add_rms_norm_backward_blocks(p, begin, end); });
+  parallel_units_of_threads(blocks, p.hidden_size * norm_block_rows(p.rows) * 16,
+                            [&](int64_t thread, int64_t begin, int64_t end) {
+                              AddRmsNormBackwardParams mine = p;
+                              mine.scratch = p.scratch + thread * of_thread;
+                              kernels.add_rms_norm_backward_blocks(mine, begin, end);
+                            });
   parallel_units(
       (p.hidden_size + kNormColumns - 1) / kNormColumns, kNormColumns * blocks * 8,
       [&](int64_t begin, int64_t end) { kernels.add_rms_norm_backward_columns(p, begin, end); });

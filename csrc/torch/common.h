@@ -268,17 +268,25 @@ void parallel_runs(int64_t units, int64_t run, const F& f) {
   parallel_runs(units, run, sharing_threads((units + run - 1) / run), f);
 }
 
-// f(begin, end) over [0, units), in runs that carry at least ~64 KiB of work each; by one thread
-// where there is less than four times that, since to wake another takes as long.
+// f(thread, begin, end) over [0, units), thread < sharing_threads(units), in runs that carry at
+// least ~64 KiB of work each; by one thread where there is less than four times that, since to wake
+// another takes as long.
 template <class F>
-void parallel_units(int64_t units, int64_t bytes_per_unit, const F& f) {
+void parallel_units_of_threads(int64_t units, int64_t bytes_per_unit, const F& f) {
   constexpr int64_t kRunBytes = 64 << 10, kMostRuns = 1 << 20;
   if (units > 0 && units < 4 * kRunBytes / std::max<int64_t>(1, bytes_per_unit)) {
-    return f(0, units);
+    return f(0, 0, units);
   }
   int64_t run = std::max<int64_t>(1, kRunBytes / std::max<int64_t>(1, bytes_per_unit));
   run = std::max(run, units / kMostRuns);
-  parallel_runs(units, run, [&](int64_t, int64_t begin, int64_t end) { f(begin, end); });
+  parallel_runs(units, run, f);
+}
+
+// The same of f(begin, end).
+template <class F>
+void parallel_units(int64_t units, int64_t bytes_per_unit, const F& f) {
+  parallel_units_of_threads(units, bytes_per_unit,
+                            [&](int64_t, int64_t begin, int64_t end) { f(begin, end); });
 }
 
 // First in a binding: a thread that records (calls.h) notes this call of it.
