@@ -3,9 +3,9 @@
 //
 // Units as in geglu: a run of kGegluColumns columns of a row. With q = 1 / (1 + e^-2z),
 // gelu' = q + g q (1 - q) 2z'. Everything in float32, one rounding at the end. Memory bounds it in
-// bfloat16 on many cores, the exponential on few. Source: derived from transformers' Gemma2MLP.
+// bfloat16 on many cores, arithmetic on few. Source: derived from transformers' Gemma2MLP.
+#include "gelu.h"
 #include "kernels.h"
-#include "pairs.h"
 
 namespace gemma2 {
 namespace GEMMA2_ISA {
@@ -15,17 +15,14 @@ struct Gelu {
   VecF value, slope;
 };
 
+template <class T>
 GEMMA2_INLINE Gelu gelu_tanh(VecF g) {
-  const float kSqrt2OverPi = 0.7978845608028654f;
   const VecF one = set(1.0f);
-  const VecF a = set(-2.0f * kSqrt2OverPi), b = set(-2.0f * kSqrt2OverPi * 0.044715f);
-  const VecF e = one + exp(g * fma(b, g * g, a));  // inf far below zero: q is 0
-  const VecF q = one / e;
-  // Past 30 the slope is 0 or 1 to a float's precision, and its factors would overflow. Comparisons
-  // that keep a NaN.
-  VecF h = g < set(-30.0f) ? set(-30.0f) : g;
-  h = h > set(30.0f) ? set(30.0f) : h;
-  const VecF minus_2z_slope = fma(set(3.0f) * b, h * h, a);
+  const VecF q = one / (one + exp_minus_2z(T{}, g));  // 0 far below zero
+  // Past 30 the slope is 0 or 1 to a float's precision, and its factors would overflow. Operands in
+  // the order for a NaN.
+  const VecF h = max(set(-30.0f), min(set(30.0f), g));
+  const VecF minus_2z_slope = fma(set(3.0f * kB), h * h, set(kA));
   return {g * q, q - h * q * (one - q) * minus_2z_slope};
 }
 
@@ -47,7 +44,7 @@ void geglu_backward_runs(const GegluBackwardParams& p, int64_t begin, int64_t en
         i += first;
         const VecPair<T> dy = load_pair<T>(grad_out + i, count);
         const VecPair<T> g = load_pair<T>(gate + i, count);
-        const Gelu a = gelu_tanh(g.first), b = gelu_tanh(g.second);
+        const Gelu a = gelu_tanh<T>(g.first), b = gelu_tanh<T>(g.second);
         const VecPair<T> value{a.value, b.value}, slope{a.slope, b.slope};
         store_pair<false>(grad_gate + i, dy * load_pair<T>(up + i, count) * slope, count);
         store_pair<false>(grad_up + i, dy * value, count);

@@ -276,8 +276,9 @@ GEMMA2_INLINE void walk_lines(int64_t n, F body, Fetch fetch) {
 // this pass over a row too.
 template <class T, class F, class... Rows>
 GEMMA2_INLINE void walk_pairs(int64_t n, F body, const Rows*... ahead) {
-  walk_lines<T>(n, body,
-                [&](int64_t i) __attribute__((always_inline)) { (prefetch(ahead + i), ...); });
+  walk_lines<T>(n, body, [&]([[maybe_unused]] int64_t i) __attribute__((always_inline)) {
+    (prefetch(ahead + i), ...);
+  });
 }
 
 }  // namespace
