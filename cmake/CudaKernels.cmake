@@ -40,6 +40,7 @@ function(gemma2_cuda_kernels target)
 
   # PTX of 100 is for 110, that of the last one for what comes later: device.py knows. Without its "a" 90 has no wgmma.
   list(TRANSFORM GEMMA2_EXT_CUDA_ARCHS REPLACE "^90$" "90a" OUTPUT_VARIABLE built)
+  list(SORT built COMPARE NATURAL)  # as code_version in launch.cuh takes them
   set(architectures "")
   list(GET built -1 last)
   foreach(arch ${built})

@@ -179,7 +179,7 @@ def _capture(
     # front of it are at work.
     _C.set_early_launches(early)
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
             compute()
     finally:
         _C.set_early_launches(False)
@@ -225,5 +225,5 @@ def _copy_to_host(tokens: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
     host.copy_(tokens, non_blocking=True)
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(tokens.device))
     return host, event

@@ -269,5 +269,6 @@ def _run_on_cuda(
         return
     with torch.inference_mode():
         tokens = sampler(model(input_ids, attention_mask, cache=cache, last_only=True)[:, 0])
-        graph = DecodeGraph(model, cache, sampler, tokens, torch.tensor(stop_ids))
+        stops = torch.tensor(stop_ids, dtype=torch.int64)
+        graph = DecodeGraph(model, cache, sampler, tokens, stops)
     yield from decode(graph, max_new_tokens)

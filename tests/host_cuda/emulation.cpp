@@ -364,6 +364,11 @@ void run_block() {
   }
 }
 
+bool has_copies(const Fiber& fiber) {
+  return !fiber.open.empty() || std::any_of(fiber.groups.begin(), fiber.groups.end(),
+                                            [](const auto& group) { return !group.empty(); });
+}
+
 void run_cluster() {
   std::vector<int> order(cluster.size());
   for (size_t i = 0; i < order.size(); ++i) order[i] = int(i);
@@ -387,7 +392,13 @@ void run_cluster() {
   for (int i : order) {
     enter(i);
     for (size_t thread = 0; thread < block->fibers.size(); ++thread) {
-      if (block->fibers[thread].done) continue;
+      if (block->fibers[thread].done) {
+        // It may land in what the block has written since.
+        if (has_copies(block->fibers[thread]))
+          throw std::runtime_error("thread " + std::to_string(thread) +
+                                   " ends while a copy of its is on its way");
+        continue;
+      }
       throw std::runtime_error("deadlock: thread " + std::to_string(thread) + " waits at " +
                                block->fibers[thread].waits + ", which others will not reach");
     }
