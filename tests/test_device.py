@@ -13,7 +13,7 @@ import gemma2_ext
 from gemma2_ext import Gemma2
 from gemma2_ext.decode_graph import DecodeGraph, decode
 from gemma2_ext.device import check_device, has_kernels
-from gemma2_ext.generate import Sampler
+from gemma2_ext.generate import Sampler, _run_on_cuda
 from gemma2_ext.models import shipped_model
 from gemma2_ext.weights import DeviceArena, load_weights
 
@@ -150,6 +150,14 @@ def start(model: Gemma2, ids: torch.Tensor, sampler: Sampler, length: int) -> De
     with torch.inference_mode():
         tokens = sampler(model(ids, cache=cache, last_only=True)[:, 0])
         return DecodeGraph(model, cache, sampler, tokens, STOPS)
+
+
+def test_what_runs_on_a_device_gives_what_generate_gives(model: Gemma2) -> None:
+    ids = torch.randint(3, model.config.vocab_size, (2, 5))
+    for stop_ids in ([], [1, 107]):
+        right = model.generate(ids, max_new_tokens=12, stop_ids=stop_ids)
+        steps = _run_on_cuda(model, ids, 12, Sampler(), None, model.new_cache(2, 32), stop_ids)
+        assert torch.equal(torch.stack(list(steps), dim=1), right[:, 5:])
 
 
 def test_steps_on_the_device_give_what_generate_gives(model: Gemma2) -> None:

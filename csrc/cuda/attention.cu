@@ -124,7 +124,10 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     if (busy) multiply_values<T, kHeadDim>(o, weights, v_tile);
   }
 
-  if (tiles == 0) __syncthreads();  // no other said that `unit` is there
+  if (tiles == 0) {  // nothing has said that q_tile and `unit` are there
+    cp_async_wait<0>();
+    __syncthreads();
+  }
   if (!rows_left) return;
   store_rows<T, kHeadDim, Layout>(p, plan, *unit, warp_row, q_tile + warp_row * kHeadDim, o,
                                   softmax, scale.outer);
@@ -210,11 +213,12 @@ __global__ void __launch_bounds__(kAttentionDecodeWarps* kWarpSize)
     cp_async_commit();  // of nothing at the end, so that the waits count alike
   };
   // The first tiles are on their way early where no kernel in front may write to them: the last
-  // seqlen_q keys of a cache are new.
+  // seqlen_q keys of a cache are new. (Factors of int8 would come through the first-level cache,
+  // which may hold a sector of theirs and a new one's.)
   constexpr int kLastOfFirst = (kStages - 2) / 2 * (kWarps * kKeys) + kKeys - 1;
   const int last_key = min(first_key + kLastOfFirst, busy ? u.keys - 1 : 0);
-  const bool early =
-      appends() || (busy && p.key_lengths && u.key_begin + last_key < u.length - u.seqlen_q);
+  const bool early = appends() || (sizeof(Keys) > 1 && busy && p.key_lengths &&
+                                   u.key_begin + last_key < u.length - u.seqlen_q);
   if (!early) wait_for_previous_kernels();
 #pragma unroll 1
   for (int tile = 0; tile < kStages - 1; ++tile) start_copy(tile, tile);

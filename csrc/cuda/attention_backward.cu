@@ -167,6 +167,10 @@ GEMMA2_DEVICE void gradient_block(const AttentionBackwardParams& b, const Attent
     pack_weights<T>(weights[0], s[0]);
     multiply_values<T, kHeadDim>(gradient, weights, of_v ? others_b : others_a);
   }
+  if (begin >= end) {  // no copy outlives its block
+    cp_async_commit();
+    cp_async_wait<0>();
+  }
 
   const float factor = of_v ? 1.0f : float(p.scale);
 #pragma unroll

@@ -58,6 +58,7 @@ __global__ void mistake_kernel(int mistake, const float* in, float* out) {
   cp_async_wait<0>();
   __syncthreads();
   out[thread] = shared[other];
+  if (mistake == 10) cp_async<4>(shared + thread, in + thread, true);  // not waited for
 }
 
 // Blocks of two warps in clusters. out[block][i] = what the next block of the cluster wrote, with a

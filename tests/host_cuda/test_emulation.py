@@ -69,8 +69,11 @@ def test_mistakes_are_found(schedule: int) -> None:
         7: "cp.async writes outside of shared memory",
         8: "102400 bytes of shared memory, the device has 101376",
         9: "a block of 48 threads",
+        10: "ends while a copy of its is on its way",
     }.items():
         error, out = mistake(number, schedule)
+        if number == 10 and schedule in (1, 3, 4):  # copies land at once
+            continue
         wrong = not torch.equal(out, torch.arange(64.0).flip(0))
         if number in (2, 4) and not error:
             assert wrong, f"mistake {number} is not found"  # the barriers met by chance

@@ -167,7 +167,7 @@ def processes(device: str) -> Iterator[torch.device]:
     """Joins the processes that torchrun started, if it did; yields this one's device."""
     local = torch.device(device)
     if local.type == "cuda":
-        local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", local.index or 0)))
         torch.cuda.set_device(local)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield local
