@@ -8,7 +8,7 @@
 // next one writes. The gradient of r stays in float32 between the two norms, in scratch. Memory
 // bounds it. Source: derived from transformers' Gemma2DecoderLayer.
 #include "kernels.h"
-#include "rms_norm.h"
+#include "rms_norm_backward.h"
 
 namespace gemma2 {
 namespace GEMMA2_ISA {
@@ -21,49 +21,23 @@ void backward_rows(RowGroup<T> grad_residual_out, RowGroup<T> grad_out, RowGroup
                    T* grad_residual, float* grad_r, float* post_partial, float* pre_partial,
                    int64_t n, double eps) {
   constexpr bool kAny = kAnyNaN<T, W>;
-  const VecF one = set(1.0f);
+  RowScales<kRows> scales = scales_of<kRows>(grad_out, r, pre_weight, grad_residual, n, eps);
   VecF squares[kRows] = {}, products[kRows] = {};
   walk_lines<T>(
       n,
       [&](int64_t i, auto count) {
-        const VecPair<T> factor = one + load_pair<T>(pre_weight + i, count);
-        GEMMA2_UNROLL
-        for (int j = 0; j < kRows; ++j) {
-          const VecPair<T> a = load_pair<T>(r[j] + i, count);
-          squares[j] = add_products(squares[j], a, a);
-          products[j] = add_products(products[j], load_pair<T>(grad_out[j] + i, count) * factor, a);
-        }
-      },
-      [&](int64_t i) __attribute__((always_inline)) {
-        GEMMA2_UNROLL
-        for (int j = 0; j < kRows; ++j) prefetch(grad_residual + j * n + i);
-      });
-  VecF scale[kRows], shrink[kRows];
-  for (int j = 0; j < kRows; ++j) {
-    scale[j] = rms_scale(reduce_sum(squares[j]), n, eps);
-    shrink[j] = scale[j] * set(reduce_sum(products[j]) / float(n));
-    squares[j] = products[j] = VecF{};
-  }
-  walk_lines<T>(
-      n,
-      [&](int64_t i, auto count) {
-        const VecPair<T> factor = one + load_pair<T>(pre_weight + i, count);
-        const VecPair<T> post_factor = one + load_pair<T>(post_weight + i, count);
-        VecPair<T> part = load_scratch<T>(pre_partial + i, count);
-        GEMMA2_UNROLL
-        for (int j = 0; j < kRows; ++j) {
-          const VecPair<T> normed = load_pair<T>(r[j] + i, count) * scale[j];
-          const VecPair<T> up = load_pair<T>(grad_out[j] + i, count);
-          const VecPair<T> sum = (up * factor - normed * shrink[j]) * scale[j] +
-                                 load_pair<T>(grad_residual_out[j] + i, count);
-          store_pair<kAny>(grad_residual + j * n + i, sum, count);
-          store_scratch(grad_r + j * n + i, sum, count);
-          part = up * normed + part;
-          const VecPair<T> b = load_pair<T>(x[j] + i, count);
-          squares[j] = add_products(squares[j], b, b);
-          products[j] = add_products(products[j], sum * post_factor, b);
-        }
-        store_scratch(pre_partial + i, part, count);
+        const VecPair<T> post_factor = set(1.0f) + load_pair<T>(post_weight + i, count);
+        add_gradients(
+            scales, r, pre_weight, pre_partial, i, count,
+            [&](int j) { return load_pair<T>(grad_out[j] + i, count); },
+            [&](int j, VecPair<T> grad) {
+              const VecPair<T> sum = grad + load_pair<T>(grad_residual_out[j] + i, count);
+              store_pair<kAny>(grad_residual + j * n + i, sum, count);
+              store_scratch(grad_r + j * n + i, sum, count);
+              const VecPair<T> b = load_pair<T>(x[j] + i, count);
+              squares[j] = add_products(squares[j], b, b);
+              products[j] = add_products(products[j], sum * post_factor, b);
+            });
       },
       [&](int64_t i) __attribute__((always_inline)) {
         GEMMA2_UNROLL
@@ -72,24 +46,14 @@ void backward_rows(RowGroup<T> grad_residual_out, RowGroup<T> grad_out, RowGroup
           grad_residual_out.fetch(j, i), r.fetch(j, i);
         }
       });
-  for (int j = 0; j < kRows; ++j) {
-    scale[j] = rms_scale(reduce_sum(squares[j]), n, eps);
-    shrink[j] = scale[j] * set(reduce_sum(products[j]) / float(n));
-  }
+  scales.make(squares, products, n, eps);
   walk_lines<T>(
       n,
       [&](int64_t i, auto count) {
-        const VecPair<T> factor = one + load_pair<T>(post_weight + i, count);
-        VecPair<T> part = load_scratch<T>(post_partial + i, count);
-        GEMMA2_UNROLL
-        for (int j = 0; j < kRows; ++j) {
-          const VecPair<T> normed = load_pair<T>(x[j] + i, count) * scale[j];
-          const VecPair<T> up = load_scratch<T>(grad_r + j * n + i, count);
-          const VecPair<T> grad = (up * factor - normed * shrink[j]) * scale[j];
-          store_pair<kAny>(grad_x + j * n + i, grad, count);
-          part = up * normed + part;
-        }
-        store_scratch(post_partial + i, part, count);
+        add_gradients(
+            scales, x, post_weight, post_partial, i, count,
+            [&](int j) { return load_scratch<T>(grad_r + j * n + i, count); },
+            [&](int j, VecPair<T> grad) { store_pair<kAny>(grad_x + j * n + i, grad, count); });
       },
       [&](int64_t i) __attribute__((always_inline)) {
         GEMMA2_UNROLL

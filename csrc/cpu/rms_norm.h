@@ -31,22 +31,6 @@ GEMMA2_INLINE VecF rms_scale(float sum_of_squares, int64_t n, double eps) {
   return set(1.0f / sqrtf(sum_of_squares / float(n) + float(eps)));
 }
 
-// Sum of count parts of n columns, parts_stride apart, in their order, rounded to W: the columns of
-// one run of kNormColumns. The parts are scratch in the order of T.
-template <class T, class W>
-GEMMA2_INLINE void add_parts(const float* parts, int64_t parts_stride, int64_t count, int64_t run,
-                             int64_t n, W* out) {
-  static_assert(kNormColumns % kPair == 0, "pairs lie within a run");
-  const int64_t begin = run * kNormColumns;
-  const int64_t columns = n - begin < kNormColumns ? n - begin : kNormColumns;
-  walk_pairs<float>(columns, [&](int64_t i, auto elements) {
-    VecPair<T> sum = {};
-    for (int64_t b = 0; b < count; ++b)
-      sum = sum + load_scratch<T>(parts + begin + i + b * parts_stride, elements);
-    store_pair<true>(out + begin + i, sum, elements);
-  });
-}
-
 // Whether rounding to T must look after any NaN there is, see rounded_bits.
 template <class T, class W>
 constexpr bool kAnyNaN = !kSame<T, W>;
@@ -64,38 +48,6 @@ template <class T>
 GEMMA2_INLINE Row<T> row_of(const void* first, int64_t stride, int64_t r, int64_t rows, int64_t n) {
   const T* row = (const T*)first + r * stride;
   return {row, r + 1 < rows && n * int64_t(sizeof(T)) <= 64 << 10 ? row + stride : row};
-}
-
-// Rows that gradients work on together, so that weights and sums are loaded once for all of them.
-// Row `ahead` behind each is fetched meanwhile: of the next group, or the row itself.
-template <class T>
-struct RowGroup {
-  const T* begin;
-  int64_t stride;
-  int64_t ahead;
-  GEMMA2_INLINE const T* operator[](int row) const { return begin + row * stride; }
-  GEMMA2_INLINE void fetch(int row, int64_t i) const {
-    prefetch(begin + (row + ahead) * stride + i);
-  }
-};
-
-// f(row, Count) over rows [begin, end) of n elements of T, kNormGroup of them at a time unless they
-// would push each other out of the second-level cache.
-template <class T, class F>
-GEMMA2_INLINE void walk_groups(int64_t begin, int64_t end, int64_t n, F f) {
-  int64_t r = begin;
-  if (n * int64_t(sizeof(T)) <= 16 << 10) {
-    for (; r + kNormGroup <= end; r += kNormGroup) f(r, Count<kNormGroup>{});
-  }
-  for (; r < end; ++r) f(r, Count<1>{});
-}
-
-// The kRows rows from r on of (rows, n).
-template <int kRows, class T>
-GEMMA2_INLINE RowGroup<T> group_of(const void* first, int64_t stride, int64_t r, int64_t rows,
-                                   int64_t n) {
-  const bool next = r + 2 * kRows <= rows && n * int64_t(sizeof(T)) <= 64 << 10;
-  return {(const T*)first + r * stride, stride, next ? kRows : 0};
 }
 
 // out = x * scale * (1 + weight); `ahead` is fetched.

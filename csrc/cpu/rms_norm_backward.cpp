@@ -5,10 +5,11 @@
 // A unit of the first kernel is a block of norm_block_rows rows: grad_x, and the block's part of
 // grad_weight; of the second a run of kNormColumns columns, where the parts are added in their
 // order. Two passes over kNormGroup rows at a time; the first asks for the lines that the second
-// writes, which would wait for them among its other loads and stores. Memory bounds it. Everything
-// in float32, one rounding at the end. Source: derived from transformers' Gemma2RMSNorm.
+// writes. Memory bounds it. Everything in float32, one rounding at the end. Source: derived from
+// transformers' Gemma2RMSNorm.
+#include "rms_norm_backward.h"
+
 #include "kernels.h"
-#include "rms_norm.h"
 
 namespace gemma2 {
 namespace GEMMA2_ISA {
@@ -17,42 +18,16 @@ namespace {
 template <int kRows, class T, class W>
 void backward_rows(RowGroup<T> grad_out, RowGroup<T> x, const W* weight, T* grad_x, float* partial,
                    int64_t n, double eps) {
-  const VecF one = set(1.0f);
-  VecF squares[kRows] = {}, products[kRows] = {};
+  const RowScales<kRows> scales = scales_of<kRows>(grad_out, x, weight, grad_x, n, eps);
   walk_lines<T>(
       n,
       [&](int64_t i, auto count) {
-        const VecPair<T> factor = one + load_pair<T>(weight + i, count);
-        GEMMA2_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-          const VecPair<T> a = load_pair<T>(x[r] + i, count);
-          squares[r] = add_products(squares[r], a, a);
-          products[r] = add_products(products[r], load_pair<T>(grad_out[r] + i, count) * factor, a);
-        }
-      },
-      [&](int64_t i) __attribute__((always_inline)) {
-        GEMMA2_UNROLL
-        for (int r = 0; r < kRows; ++r) prefetch(grad_x + r * n + i);
-      });
-  VecF s[kRows], shrink[kRows];
-  for (int r = 0; r < kRows; ++r) {
-    s[r] = rms_scale(reduce_sum(squares[r]), n, eps);
-    shrink[r] = s[r] * set(reduce_sum(products[r]) / float(n));
-  }
-  walk_lines<T>(
-      n,
-      [&](int64_t i, auto count) {
-        const VecPair<T> factor = one + load_pair<T>(weight + i, count);
-        VecPair<T> part = load_scratch<T>(partial + i, count);
-        GEMMA2_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-          const VecPair<T> normed = load_pair<T>(x[r] + i, count) * s[r];
-          const VecPair<T> up = load_pair<T>(grad_out[r] + i, count);
-          const VecPair<T> grad = (up * factor - normed * shrink[r]) * s[r];
-          store_pair<kAnyNaN<T, W>>(grad_x + r * n + i, grad, count);
-          part = up * normed + part;
-        }
-        store_scratch(partial + i, part, count);
+        add_gradients(
+            scales, x, weight, partial, i, count,
+            [&](int r) { return load_pair<T>(grad_out[r] + i, count); },
+            [&](int r, VecPair<T> grad) {
+              store_pair<kAnyNaN<T, W>>(grad_x + r * n + i, grad, count);
+            });
       },
       [&](int64_t i) __attribute__((always_inline)) {
         GEMMA2_UNROLL
