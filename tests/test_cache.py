@@ -183,6 +183,8 @@ def test_rewind_by_row_and_its_errors() -> None:
     model(tiny.random_ids(model.config, 2, 90), cache=cache)
     cache.rewind(torch.tensor([0, 3]))
     assert cache.lengths.tolist() == [90, 87]
+    with pytest.raises(TypeError, match="rewind needs an integer n, got 0.5"):
+        cache.rewind(0.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rewind needs n >= 0, got -1"):
         cache.rewind(-1)
     with pytest.raises(ValueError, match="cannot take back 91 tokens, the rows hold"):

@@ -371,6 +371,32 @@ def test_no_second_derivative() -> None:
         torch.autograd.grad(loss, hidden, create_graph=True)
 
 
+def test_the_backward_takes_only_what_the_forward_kept() -> None:
+    hidden, weight, target = operands(3, 8, 5)
+    options = (3.0, -100, "mean", 0.0, 0.0)
+    _, stats, kept = torch.ops.gemma2_ext.linear_cross_entropy_forward(
+        hidden, weight, target, *options
+    )
+
+    def backward(stats: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        grads = torch.empty_like(hidden), torch.empty_like(weight)
+        grad = torch.ones(())
+        torch.ops.gemma2_ext.linear_cross_entropy_backward_out(
+            grad, hidden, weight, target, stats, kept, *options, *grads
+        )
+        return grads[0]
+
+    leaf = hidden.clone().requires_grad_()
+    ops.linear_cross_entropy(leaf, weight, target, softcap=3.0).backward()
+    assert torch.equal(backward(stats, kept), leaf.grad)
+    for wrong in (stats[:, 1:], stats[:1], stats.double(), stats.flatten()):
+        with pytest.raises(ValueError, match="stats must be what the forward returned"):
+            backward(wrong, kept)
+    for wrong in (kept[1:], kept[:0], kept[None]):
+        with pytest.raises(ValueError, match="kept must be what the forward returned"):
+            backward(stats, wrong)
+
+
 def test_errors() -> None:
     hidden, weight, target = operands(6, 40, 130)
     loss = ops.linear_cross_entropy

@@ -210,7 +210,40 @@ def test_wrong_packed_sequences_are_named() -> None:
         model.hidden(ids, [0, 9], 9)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"cu_seqlens must .* end with 9, the number of tokens"):
         model.hidden(ids, ends[:2], 9)
+    for wrong in ([3, 9], [0, 12, 9]):
+        with pytest.raises(ValueError, match="cu_seqlens must ascend from 0"):
+            model.hidden(ids, torch.tensor(wrong), 9)
     with pytest.raises(ValueError, match="max_position_embeddings = 256, got 257"):
         model.hidden(ids, ends, 257)
     with pytest.raises(ValueError, match=r"vocab_size = 151\), got 151"):
         model.hidden(ids + 151, ends, 9)
+
+
+def test_gradients_through_padding() -> None:
+    model = tiny.small_model().requires_grad_(True)
+    ids = tiny.random_ids(model.config, 1, 9)
+    weight = torch.randn(1, 9, model.config.vocab_size)
+    grads = []
+    for padding in (0, 3):
+        padded = torch.nn.functional.pad(ids, (0, padding))
+        mask = torch.arange(9 + padding)[None] < 9
+        logits = model(padded, mask) if padding else model(ids)
+        model.zero_grad()
+        (logits[:, :9] * weight).sum().backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, grad in grads[0].items():
+        assert tiny.relative_error(grads[1][name], grad) < 1e-5, name
+
+
+def test_the_default_dtype_changes_nothing() -> None:
+    model = tiny.small_model()
+    ids = tiny.random_ids(model.config, 1, 70)
+    for cache_dtype in (None, torch.int8):
+        logits = model(ids, cache=model.new_cache(1, 80, cache_dtype))
+        torch.set_default_dtype(torch.float64)
+        try:
+            again = model(ids, cache=model.new_cache(1, 80, cache_dtype))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert again.dtype == torch.float32
+        assert torch.equal(again, logits)

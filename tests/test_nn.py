@@ -100,6 +100,9 @@ def test_attention_with_padding_and_with_a_cache() -> None:
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="positions are needed with a cache"):
         module(hidden, cache=cache)
+    behind = torch.tensor([[0, 1, 2], [0, 1, -1]])
+    with pytest.raises(ValueError, match="padding must be on the left"):
+        module(hidden[:, :3], behind, cache=cache)
     with pytest.raises(ValueError, match="key_starts do not go with a cache"):
         module(hidden, torch.arange(seqlen), cache=cache, key_starts=starts)
 

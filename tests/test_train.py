@@ -276,6 +276,15 @@ def test_wrong_arguments_are_named(tmp_path: Path, args: tuple[object, ...], mes
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_missing_gpu_is_named() -> None:
+    with (
+        pytest.raises((NotImplementedError, RuntimeError), match="device cuda"),
+        trainer.processes("cuda"),
+    ):
+        pass
+
+
 def test_a_tokenizer_larger_than_the_student_is_refused(tmp_path: Path) -> None:
     student(vocab_size=1000).save_pretrained(tmp_path / "small")
     error = run(tmp_path / "out", "--model", tmp_path / "small" / "config.json")["error"]

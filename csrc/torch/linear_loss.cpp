@@ -596,15 +596,19 @@ void loss_forward(const LossProblem& problem, const Tensor& out) {
   forward(problem, out, nullptr, nullptr);
 }
 
+// Of what the forward keeps for the backward.
+static int64_t kept_size(const LossProblem& problem, const Tensor& hidden) {
+  if (!hidden.is_cpu() || problem.dtype == DType::kFloat64) return 0;
+  const int64_t stride = round_up(problem.tokens, kLossTokenMultiple);
+  return sides(problem) * kept_words(problem) * stride;
+}
+
 std::tuple<Tensor, Tensor, Tensor> loss_forward_and_save(const LossProblem& problem,
                                                          const Tensor& hidden) {
   const Tensor out = new_loss_out(problem, hidden);
   const std::vector<int64_t> shape{3, problem.tokens};
   const Tensor stats = torch::stable::new_zeros(hidden, {shape.data(), 2}, result_type(problem));
-  const bool keeps = hidden.is_cpu() && problem.dtype != DType::kFloat64;
-  const int64_t stride = round_up(problem.tokens, kLossTokenMultiple);
-  const Tensor kept =
-      scratch_floats(hidden, keeps ? sides(problem) * kept_words(problem) * stride : 0);
+  const Tensor kept = scratch_floats(hidden, kept_size(problem, hidden));
   forward(problem, out, &stats, &kept);
   return {out, stats, kept};
 }
@@ -614,6 +618,14 @@ void loss_backward(const LossProblem& problem, const Tensor& grad, const Tensor&
                    const std::optional<Tensor>& grad_hidden,
                    const std::optional<Tensor>& grad_weight) {
   check_result(problem, hidden, "grad", grad);
+  check_device(problem.op, "stats", stats, "hidden", hidden);
+  if (stats.dim() != 2 || stats.size(0) != 3 || stats.size(1) != problem.tokens ||
+      stats.scalar_type() != result_type(problem) || !stats.is_contiguous())
+    fail(problem.op, "stats must be what the forward returned, got " + to_string(stats));
+  check_device(problem.op, "kept", kept, "hidden", hidden);
+  if (kept.dim() != 1 || kept.numel() != kept_size(problem, hidden) ||
+      kept.scalar_type() != ScalarType::Float || !kept.is_contiguous())
+    fail(problem.op, "kept must be what the forward returned, got " + to_string(kept));
   if (grad_hidden) check_out(problem.op, "grad_hidden", *grad_hidden, "hidden", hidden);
   if (grad_weight) check_out(problem.op, "grad_weight", *grad_weight, "weight", weight);
   const bool every = int64_t(problem.counted.size()) == problem.tokens;

@@ -143,7 +143,7 @@ class KVCache:
             ]
             self.keys, self.values = tensors[: len(shapes)], tensors[len(shapes) :]
             scales = [
-                torch.empty(shape[:3], device=device).transpose(1, 2)
+                torch.empty(shape[:3], dtype=torch.float32, device=device).transpose(1, 2)
                 for shape in (shapes * 2 if dtype == torch.int8 else [])
             ]
             self.key_scales, self.value_scales = scales[: len(shapes)], scales[len(shapes) :]
@@ -217,10 +217,14 @@ class KVCache:
             n: a count, or one a row (batch,).
 
         Raises:
+            TypeError: n is no integer.
             ValueError: n is negative, a row holds fewer tokens, or a ring has already lost keys
                 that the shorter sequence needs (more than `chunk_size` tokens back).
         """
-        counts = torch.as_tensor(n).expand(self.batch_size).tolist()
+        given = torch.as_tensor(n)
+        if given.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"KVCache: rewind needs an integer n, got {n}")
+        counts = given.expand(self.batch_size).tolist()
         if min(counts) < 0:
             raise ValueError(f"KVCache: rewind needs n >= 0, got {n}")
         lengths = [held - count for held, count in zip(self._held, counts, strict=True)]

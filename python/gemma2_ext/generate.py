@@ -109,7 +109,9 @@ def generate(
     stop_ids: Sequence[int] | None = None,
     draft: str | Gemma2 | Draft | None = None,
 ) -> Tensor:
-    """Continues each row until it draws a stop token, max_new_tokens, or the context's end.
+    """Continues each row until it draws a stop token, by at most max_new_tokens.
+
+    All rows end where the longest one comes to the context's end.
 
     Args:
         model: the model.

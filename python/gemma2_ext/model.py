@@ -251,7 +251,10 @@ class Gemma2(nn.Module):
             return logits
         starts = seqlen - torch.tensor(counts)
         padding = (torch.arange(seqlen) < starts[:, None]).to(self.device)
-        logits.masked_fill_(padding[..., None], 0.0)
+        if logits.requires_grad:  # its backward reads what the op returned
+            logits = logits.masked_fill(padding[..., None], 0.0)
+        else:
+            logits.masked_fill_(padding[..., None], 0.0)
         index = order[..., None].expand_as(logits)
         return torch.empty_like(logits).scatter_(1, index, logits)
 
@@ -330,7 +333,9 @@ class Gemma2(nn.Module):
             else:
                 if logits is None:
                     vocab_size = self.config.vocab_size
-                    logits = torch.empty(batch, seqlen, vocab_size, device=self.device)
+                    logits = torch.empty(
+                        batch, seqlen, vocab_size, dtype=torch.float32, device=self.device
+                    )
                 logits[:, begin:end] = self._logits(hidden, last_only=False)
         assert logits is not None
         return logits
@@ -502,6 +507,8 @@ def _check_packed(
             f"Gemma2: cu_seqlens must have shape (sequences + 1,) and end with {tokens}, the "
             f"number of tokens, got shape {tuple(cu_seqlens.shape)}"
         )
+    if int(cu_seqlens[0]) != 0 or bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(f"Gemma2: cu_seqlens must ascend from 0, got {cu_seqlens.tolist()}")
     context = config.max_position_embeddings
     if max_seqlen > context:
         raise ValueError(

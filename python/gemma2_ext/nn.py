@@ -124,6 +124,16 @@ class MLP(torch.nn.Module):
         return self.down_proj(ops.geglu(self.gate_proj(x), self.up_proj(x)))
 
 
+def _check_padding(positions: Tensor) -> None:
+    """Refuses padding behind a row's tokens, where looking at the values costs nothing."""
+    if positions.device.type != "cpu" or torch.compiler.is_compiling() or not positions.numel():
+        return
+    if bool(((positions[..., -1] < 0) & (positions.amax(-1) >= 0)).any()):
+        raise ValueError(
+            "gemma2_ext.nn.Attention: with a cache, padding must be on the left of a row's tokens"
+        )
+
+
 class Attention(torch.nn.Module):
     """Soft-capped, grouped-query attention with RoPE; local where `config` says so of the layer.
 
@@ -180,7 +190,7 @@ class Attention(torch.nn.Module):
         Args:
             hidden_states: (batch, seqlen, hidden_size).
             positions: (seqlen,) or (batch, seqlen) integers; None: 0, 1, ... in each row, counted
-                from key_starts. With a cache they are needed, and -1 is padding.
+                from key_starts. With a cache they are needed, and -1 is padding on the left.
             key_starts: (batch,) integers, each row's first token where padding is on the left;
                 not with a cache.
             cache: keys and values, each (batch, capacity, num_kv_heads, head_dim), where position
@@ -214,6 +224,7 @@ class Attention(torch.nn.Module):
                 raise ValueError("gemma2_ext.nn.Attention: key_starts do not go with a cache")
             q = ops.rope_append_cache(q, k, v, positions, *cache, self.rope_theta)
             if key_lengths is None:
+                _check_padding(positions)
                 key_lengths = (positions[..., -1] + 1).expand(batch).contiguous()
             out = ops.attention_cache(q, *cache, key_lengths, **options)
         return self.o_proj(out.reshape(batch, seqlen, self.num_heads * self.head_dim))

@@ -322,7 +322,7 @@ def _scaled(format: Format, q: Tensor, scales: Tensor, row: Tensor | None) -> Te
 def dequantize(format: Format, data: Tensor, scales: Tensor, in_features: int) -> Tensor:
     """The float32 matrix that packed tensors stand for."""
     if data.numel() == 0:
-        return torch.zeros((data.shape[0], in_features), device=data.device)
+        return torch.zeros((data.shape[0], in_features), dtype=torch.float32, device=data.device)
     q = _rows_in_order(data, 4)
     if format == "int8":
         weight = _scaled(format, q, _rows_in_order(scales, 1), None)

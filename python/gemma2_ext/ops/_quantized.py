@@ -87,6 +87,11 @@ def register(format: Format) -> None:
     )
 
 
+def soft_cap_gradient(grad: Tensor, capped: Tensor, softcap: float) -> Tensor:
+    """grad times d cap tanh(y / cap) / dy = 1 - tanh^2, from the capped value alone."""
+    return grad * (1 - (capped / softcap) ** 2)
+
+
 def grad_x(format: Format, grad: Tensor, data: Tensor, scales: Tensor, in_features: int) -> Tensor:
     """grad @ weight, with a part of the weight unpacked at a time."""
     total = grad.new_zeros((*grad.shape[:-1], in_features), dtype=torch.float32)
@@ -98,7 +103,7 @@ def grad_x(format: Format, grad: Tensor, data: Tensor, scales: Tensor, in_featur
 
 
 def register_logits(format: Format) -> None:
-    """Registers fakes of the format's logits."""
+    """Registers fakes of the format's logits, and their gradient to hidden."""
 
     @torch.library.register_fake(f"gemma2_ext::logits_{format}")
     def _(hidden: Tensor, data: Tensor, scales: Tensor, softcap: float | None = None) -> Tensor:
@@ -107,3 +112,18 @@ def register_logits(format: Format) -> None:
     @torch.library.register_fake(f"gemma2_ext::logits_{format}_out")
     def _(hidden: Tensor, data: Tensor, scales: Tensor, softcap: float | None, out: Tensor) -> None:
         return None
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        hidden, data, scales, ctx.softcap = inputs
+        ctx.in_features, ctx.dtype = hidden.shape[-1], hidden.dtype
+        ctx.save_for_backward(data, scales, *([] if ctx.softcap is None else [output]))
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        data, scales, *out = ctx.saved_tensors
+        if out:
+            grad = soft_cap_gradient(grad, out[0], ctx.softcap)
+        return grad_x(format, grad, data, scales, ctx.in_features).to(ctx.dtype), None, None, None
+
+    torch.library.register_autograd(
+        f"gemma2_ext::logits_{format}", backward, setup_context=setup_context
+    )

@@ -62,9 +62,10 @@ def attention(
 
     Raises:
         TypeError: q, k or v is not a floating tensor of those dtypes, or lengths are no tensor.
-        ValueError: shapes, dtypes or devices do not fit; scale or softcap is no positive number;
-            window is below 1 or goes with causal=False; lengths or starts are out of range (on a
-            GPU, where looking at them would wait for it, they are clamped instead).
+        ValueError: shapes, dtypes or devices do not fit; scale is not finite, or softcap not
+            positive and finite; window is below 1 or goes with causal=False; lengths or starts are
+            out of range (on a GPU, where looking at them would wait for it, they are clamped
+            instead).
         NotImplementedError: a second derivative is asked for.
 
     Source: FlashAttention-2 (arXiv 2307.08691); transformers `models/gemma2`,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..quantize import QuantizedWeight
 from ._common import cast_under_autocast, check_in_features, check_tensor, through_dispatcher
+from ._quantized import soft_cap_gradient
 from .linear import linear_backward
 from .logits_int4 import logits_int4
 from .logits_int8 import logits_int8
@@ -80,8 +81,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float | None], output
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     hidden, weight, *out = ctx.saved_tensors
     if out:
-        # d cap tanh(y / cap) / dy = 1 - tanh^2, from the capped value alone.
-        grad = grad * (1 - (out[0] / ctx.softcap) ** 2)
+        grad = soft_cap_gradient(grad, out[0], ctx.softcap)
     return *linear_backward(grad, hidden, weight, *ctx.needs_input_grad[:2]), None
 
 

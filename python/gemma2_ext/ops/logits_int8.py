@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import refuse_backward
 from ._quantized import Packed, register_logits
 
 _packed = Packed.named("logits_int8", "hidden")
@@ -23,7 +22,7 @@ def logits_int8(
         softcap: positive; None leaves the products as they are.
 
     Returns:
-        A contiguous float32 tensor (..., vocab_size).
+        A contiguous float32 tensor (..., vocab_size), with a gradient to hidden.
 
     Raises:
         TypeError: hidden is not a floating tensor of those dtypes, or data or scales is no tensor.
@@ -36,4 +35,3 @@ def logits_int8(
 
 
 register_logits("int8")
-refuse_backward("logits_int8")

@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ..config import shown
+from ..device import check_device
 from ..model import Gemma2
 from ..quantize import QuantizedWeight
 from . import checkpoint
@@ -168,7 +169,7 @@ def processes(device: str) -> Iterator[torch.device]:
     local = torch.device(device)
     if local.type == "cuda":
         local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", local.index or 0)))
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(check_device(local))
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield local
         return
