@@ -603,6 +603,9 @@ def test_autocast_rounds_to_its_dtype(isa: str) -> None:
     expected = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), scale=0.1)
     with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         assert torch.equal(attend(q, k.bfloat16(), v, scale=0.1), expected)
+        low = [t.bfloat16() for t in (q, k, v)]
+        expected_low = attend(low[0].half().bfloat16(), low[1], low[2], scale=0.1)
+        assert torch.equal(attend(low[0].half(), low[1], low[2], scale=0.1), expected_low)
         grads = gradients(functools.partial(ops.attention, scale=0.1), (q, k, v), expected)
     assert [grad.dtype for grad in grads] == [torch.float32] * 3
 

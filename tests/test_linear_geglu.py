@@ -65,6 +65,14 @@ def test_compile_without_graph_breaks() -> None:
     torch.testing.assert_close(compiled(x), ops.linear_geglu(x, weight) * 2)
 
 
+def test_autocast() -> None:
+    x, weight = tensors(3, 16, 5, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = ops.linear_geglu(x.bfloat16(), weight.bfloat16())
+        for mixed in ((x, weight), (x.bfloat16(), weight)):
+            assert torch.equal(ops.linear_geglu(*mixed), expected)
+
+
 def test_errors() -> None:
     x, weight = tensors(3, 16, 5, torch.float32)
     with pytest.raises(TypeError, match="linear_geglu: weight must be a torch.Tensor, got None"):

@@ -138,16 +138,18 @@ def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def narrow(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, float32 tensors in autocast's dtype: the rule for matrix products."""
+    """Under autocast, float32 tensors and those of several dtypes in autocast's dtype: the rule
+    for matrix products."""
+    first = tensors[0].dtype
     for t in tensors:
-        if t.dtype == torch.float32:
+        if t.dtype == torch.float32 or t.dtype != first:
             break
     else:
         return tensors
     if not _autocast(tensors[0]):
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return tuple(t.to(dtype) if t.dtype == torch.float32 else t for t in tensors)
+    return tuple(t.to(dtype) if t.dtype in FLOATS else t for t in tensors)
 
 
 def _autocast(tensor: Tensor) -> bool:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import check_tensor, refuse_backward, through_dispatcher
+from ._common import (
+    cast_under_autocast,
+    check_tensor,
+    refuse_backward,
+    through_dispatcher,
+)
 
 _op = torch.ops.gemma2_ext.linear_geglu.default
 _out_op = torch.ops.gemma2_ext.linear_geglu_out.default
@@ -53,3 +58,4 @@ def _(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 refuse_backward("linear_geglu")
+cast_under_autocast("linear_geglu", 0, 1)
