@@ -163,6 +163,9 @@ def test_call_errors() -> None:
     for call in (model.generate, model.stream):
         with pytest.raises(TypeError, match="'float' object cannot be interpreted as an integer"):
             call(torch.ones(1, 3, dtype=torch.int64), max_new_tokens=2.5)  # type: ignore[arg-type]
+        for wrong in (1, ["a"], [1.5]):
+            with pytest.raises(TypeError, match="stop_ids must be integers, got"):
+                call(torch.ones(1, 3, dtype=torch.int64), stop_ids=wrong)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="33 tokens exceed the context"):
             call(torch.ones(1, 33, dtype=torch.int64))
         with pytest.raises(ValueError, match="at least one token"):

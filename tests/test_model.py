@@ -247,3 +247,21 @@ def test_the_default_dtype_changes_nothing() -> None:
             torch.set_default_dtype(torch.float32)
         assert again.dtype == torch.float32
         assert torch.equal(again, logits)
+
+
+def test_columns_of_padding_alone_do_not_count() -> None:
+    model = tiny.small_model()
+    context = model.config.max_position_embeddings
+    ids = tiny.random_ids(model.config, 2, context + 20)
+    mask = torch.zeros_like(ids)
+    mask[0, 10:40] = 1
+    mask[1, context : context + 9] = 1
+    logits = model(ids, mask)
+    assert logits.shape[:2] == ids.shape
+    for row, tokens in ((0, slice(10, 40)), (1, slice(context, context + 9))):
+        alone = model(ids[row : row + 1, tokens])
+        assert tiny.relative_error(logits[row : row + 1, tokens], alone) < 1e-5
+    assert not logits[mask == 0].any()
+    mask[0] = 1
+    with pytest.raises(ValueError, match=f"{context + 20} tokens exceed the context"):
+        model(ids, mask)

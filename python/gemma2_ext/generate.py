@@ -218,7 +218,7 @@ def _steps(
         cache = model.new_cache(batch, max(1, min(longest + max_new_tokens, context)))
     else:
         cache.check_room(counts)
-    stops = list(STOP_IDS if stop_ids is None else stop_ids)
+    stops = _stops(stop_ids)
     if draft is None and model.device.type == "cuda":
         return _run_on_cuda(model, input_ids, max_new_tokens, sampler, attention_mask, cache, stops)
     if draft is None:
@@ -228,6 +228,15 @@ def _steps(
     draft = as_draft(draft)
     draft.check(model, cache.length)
     return speculate(model, input_ids, max_new_tokens, sampler, attention_mask, cache, stops, draft)
+
+
+def _stops(stop_ids: Sequence[int] | None) -> list[int]:
+    if stop_ids is None:
+        return list(STOP_IDS)
+    try:
+        return [operator.index(i) for i in stop_ids]
+    except TypeError:
+        raise TypeError(f"generate: stop_ids must be integers, got {stop_ids!r}") from None
 
 
 def _run(

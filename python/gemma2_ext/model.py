@@ -240,7 +240,7 @@ class Gemma2(nn.Module):
             if 0 in counts:
                 row = counts.index(0)
                 raise ValueError(f"Gemma2: row {row} of attention_mask holds no token")
-            order = attention_mask.int().argsort(dim=-1, stable=True)
+            order = attention_mask.int().argsort(dim=-1, stable=True)[:, -max(counts) :]
             input_ids = input_ids.gather(-1, order)
 
         if cache is None:
@@ -249,14 +249,18 @@ class Gemma2(nn.Module):
             logits = self._forward_cached(input_ids, counts, cache, last_only)
         if order is None or last_only:
             return logits
-        starts = seqlen - torch.tensor(counts)
-        padding = (torch.arange(seqlen) < starts[:, None]).to(self.device)
+        longest = input_ids.shape[1]
+        starts = longest - torch.tensor(counts)
+        padding = (torch.arange(longest) < starts[:, None]).to(self.device)
         if logits.requires_grad:  # its backward reads what the op returned
             logits = logits.masked_fill(padding[..., None], 0.0)
         else:
             logits.masked_fill_(padding[..., None], 0.0)
         index = order[..., None].expand_as(logits)
-        return torch.empty_like(logits).scatter_(1, index, logits)
+        if longest == seqlen:
+            return torch.empty_like(logits).scatter_(1, index, logits)
+        # Columns without a token of any row were left out.
+        return logits.new_zeros((batch, seqlen, logits.shape[2])).scatter_(1, index, logits)
 
     def _check_input(
         self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None
@@ -273,12 +277,15 @@ class Gemma2(nn.Module):
                 f"Gemma2: attention_mask must have input_ids' shape {tuple(input_ids.shape)}, "
                 f"got {tuple(attention_mask.shape)}"
             )
-        context = self.config.max_position_embeddings
-        if cache is None and input_ids.shape[1] > context:
-            raise ValueError(
-                f"Gemma2: {input_ids.shape[1]} tokens exceed the context, "
-                f"max_position_embeddings = {context}"
-            )
+        if cache is None:
+            context, tokens = self.config.max_position_embeddings, input_ids.shape[1]
+            if attention_mask is not None and tokens > context:
+                tokens = int((attention_mask != 0).sum(-1).max())
+            if tokens > context:
+                raise ValueError(
+                    f"Gemma2: {tokens} tokens exceed the context, "
+                    f"max_position_embeddings = {context}"
+                )
         if cache is not None:
             if cache.batch_size != input_ids.shape[0]:
                 raise ValueError(

@@ -154,7 +154,7 @@ def load_checkpoint(
             return load_weights(folder, config, dtype=dtype, device=device, progress=progress)
         if dtype is not None and dtype not in DTYPES.values():
             raise TypeError(
-                f"load_weights: dtype must be float32, bfloat16 or float16, got {dtype}"
+                f"load_weights: dtype must be float32, bfloat16 or float16, got {dtype!r}"
             )
         if format is not None and quantize not in (None, format):
             raise ValueError(

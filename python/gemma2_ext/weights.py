@@ -673,7 +673,7 @@ def load_weights(
         MemoryError: less memory is available than the weights need.
     """
     if dtype is not None and dtype not in DTYPES.values():
-        raise TypeError(f"load_weights: dtype must be float32, bfloat16 or float16, got {dtype}")
+        raise TypeError(f"load_weights: dtype must be float32, bfloat16 or float16, got {dtype!r}")
     with open_checkpoint(folder, config) as checkpoint:
         output = checkpoint.pop(OUTPUT, None)
         sources = list(checkpoint.values())
