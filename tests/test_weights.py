@@ -693,7 +693,7 @@ def test_another_configuration(tmp_path: Path) -> None:
 
 def test_wrong_dtype_argument(tmp_path: Path) -> None:
     for dtype in (torch.float64, torch.int8, "float32"):
-        match = f"dtype must be float32, bfloat16 or float16, got {dtype}"
+        match = f"dtype must be float32, bfloat16 or float16, got {dtype!r}"
         assert_refused(tmp_path, TypeError, match, dtype=dtype)
 
 
