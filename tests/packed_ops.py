@@ -65,3 +65,22 @@ def assert_close(actual: Tensor, x: Tensor, weight: QuantizedWeight) -> None:
     assert (error <= bound + product_bound(wide, dense)).all()
     if actual.numel() >= 500 and x.shape[-1] >= 64:
         assert error.square().mean().sqrt() <= 0.006 * expected.square().mean().sqrt() + eps
+
+
+def assert_logits_gradient(weight: QuantizedWeight, hidden: Tensor, softcap: float | None) -> None:
+    """Asserts that the gradient of `ops.logits` to hidden is within float32's roundings and one to
+    hidden's dtype. The soft-cap's slope 1 - (out / softcap)^2 is at most 1 and takes four."""
+    leaf = hidden.requires_grad_()
+    out = ops.logits(leaf, weight, softcap)
+    grad = torch.randn_like(out)
+    (actual,) = torch.autograd.grad(out, leaf, grad)
+    assert actual.dtype == hidden.dtype
+    wide, dense = grad.double(), weight.dequantize().double()
+    if softcap is not None:
+        wide = wide * (1 - (out.detach().double() / softcap) ** 2)
+    expected = wide @ dense
+    bound = product_bound(wide, dense.T) + 4 * 2.0**-24 * (grad.double().abs() @ dense.abs())
+    bound += torch.finfo(actual.dtype).eps / 2 * expected.abs()
+    bound += torch.finfo(actual.dtype).smallest_normal
+    error = (actual.double() - expected).abs()
+    assert (error <= bound).all(), f"{(error / bound).max().item():.2f} of the bound"

@@ -160,7 +160,7 @@ def test_compile_without_graph_breaks() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("hidden_size", [5, 8, 41, 513, 4609])
+@pytest.mark.parametrize("hidden_size", [5, 8, 41, 513, 2304, 4609])
 @pytest.mark.parametrize("rows", [0, 1, 7, 9])
 def test_gradients(isa: str, dtype: torch.dtype, hidden_size: int, rows: int) -> None:
     assert_gradients_accurate(

@@ -6,7 +6,7 @@ from torch.library import opcheck
 
 from common import DTYPES
 from gemma2_ext import ops
-from packed_ops import assert_exact, exact_x, packed
+from packed_ops import assert_exact, assert_logits_gradient, exact_x, packed
 
 OP = torch.ops.gemma2_ext.logits_int8.default
 OUT_OP = torch.ops.gemma2_ext.logits_int8_out.default
@@ -49,14 +49,7 @@ def test_compile_without_graph_breaks() -> None:
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient(dtype: torch.dtype, softcap: float | None) -> None:
-    weight, hidden = packed(33, 64, "int8"), torch.randn(2, 5, 64).to(dtype).requires_grad_()
-    grad = torch.randn(2, 5, 33)
-    (actual,) = torch.autograd.grad(ops.logits(hidden, weight, softcap), hidden, grad)
-    products = hidden.double() @ weight.dequantize().double().T
-    out = products if softcap is None else softcap * torch.tanh(products / softcap)
-    (expected,) = torch.autograd.grad(out, hidden, grad.double())
-    # The forward rounds hidden to 8 bits, which the gradient sees through the soft-cap.
-    assert (actual - expected).norm() < 0.02 * expected.norm()
+    assert_logits_gradient(packed(33, 64, "int8"), torch.randn(2, 5, 64).to(dtype), softcap)
 
 
 def test_errors() -> None:
